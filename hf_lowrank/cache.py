@@ -1,0 +1,177 @@
+"""A folder of finished moments and spectra, so that a killed or repeated run goes on from there."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import nn
+
+from hf_lowrank.config import LowRankConfig
+from hf_lowrank.decomposition.moments import Moments, SecondMoment
+from hf_lowrank.decomposition.spectrum import Spectrum
+from hf_lowrank.errors import StorageError
+from hf_lowrank.losses import Batch
+
+# Which settings the cached results depend on, beside the model and the calibration data.
+_MOMENT_SETTINGS = ("label_source", "seed")
+_SPECTRUM_SETTINGS = (
+    *_MOMENT_SETTINGS,
+    "metric",
+    "input_damping",
+    "output_damping",
+    "activation_alpha",
+)
+_SECOND_MOMENTS = ("input", "output")
+_PLAIN_MOMENTS = ("input_abs", "gradient_rows", "gradient")
+
+
+class RunCache:
+    """Moments and spectra of one model on one calibration set.
+
+    Each group of layers is one safetensors file. Its folder's name is a hash of the model's
+    weights, the calibration tensors and the settings that matter, so a stale entry is never read.
+
+    Args:
+        folder: Where all caches live; created when something is written.
+        model: The dense model.
+        calibration: Calibration batches.
+        config: Settings of the run.
+    """
+
+    def __init__(
+        self, folder: Path, model: nn.Module, calibration: Sequence[Batch], config: LowRankConfig
+    ) -> None:
+        self.folder = folder
+        self.config = config
+        digest = hashlib.blake2b(digest_size=16)
+        for name, tensor in model.state_dict().items():
+            _update(digest, name, tensor)
+        for batch in calibration:
+            for name in sorted(batch):
+                _update(digest, name, batch[name])
+        self.inputs_digest = digest.hexdigest()
+
+    def read_spectra(self, names: list[str]) -> tuple[dict[str, Spectrum], dict[str, str]] | None:
+        """Spectra and failures of a group of layers, or None if they are not there."""
+        found = _read(self._path("spectra", names, _SPECTRUM_SETTINGS))
+        if found is None:
+            return None
+        tensors, failures = found
+        spectra = {
+            name: Spectrum(
+                left=tensors[f"{name}/left"],
+                right=tensors[f"{name}/right"],
+                sigma=tensors[f"{name}/sigma"],
+                price=tensors.get(f"{name}/price"),
+            )
+            for name in names
+            if name not in failures
+        }
+        return spectra, failures
+
+    def write_spectra(
+        self, names: list[str], spectra: dict[str, Spectrum], failures: dict[str, str]
+    ) -> None:
+        """Stores a group's spectra; raises StorageError where that is not possible."""
+        tensors = {
+            f"{name}/{part}": getattr(spectrum, part)
+            for name, spectrum in spectra.items()
+            for part in ("left", "right", "sigma", "price")
+            if getattr(spectrum, part) is not None
+        }
+        _write(self._path("spectra", names, _SPECTRUM_SETTINGS), tensors, failures)
+
+    def read_moments(self, names: list[str], needs: frozenset[str]) -> dict[str, Moments] | None:
+        """Moments of a group of layers, or None if they are not there."""
+        found = _read(self._path("moments", [*names, *sorted(needs)], _MOMENT_SETTINGS))
+        if found is None:
+            return None
+        tensors, layout = found
+        shared = {
+            key: SecondMoment(tensors[key], squares, size)
+            for key, (squares, size) in layout["second_moments"].items()
+        }
+        return {
+            name: Moments(
+                **_parts(shared, tensors, name, entry),
+                tokens=entry["tokens"],
+                losses=entry["losses"],
+            )
+            for name, entry in layout["layers"].items()
+        }
+
+    def write_moments(
+        self, names: list[str], needs: frozenset[str], moments: dict[str, Moments]
+    ) -> None:
+        """Stores a group's moments, shared ones once; raises StorageError like the other."""
+        tensors: dict[str, torch.Tensor] = {}
+        keys: dict[int, str] = {}
+        layout: dict[str, Any] = {"second_moments": {}, "layers": {}}
+        for name, moment in moments.items():
+            second = {p: getattr(moment, p) for p in _SECOND_MOMENTS if getattr(moment, p)}
+            for part, value in second.items():
+                key = keys.setdefault(id(value), f"{name}/{part}")
+                tensors[key] = value.matrix
+                layout["second_moments"][key] = (value.squares, value.size)
+            plain = [p for p in _PLAIN_MOMENTS if getattr(moment, p) is not None]
+            tensors |= {f"{name}/{part}": getattr(moment, part) for part in plain}
+            layout["layers"][name] = {
+                "second_moments": {part: keys[id(value)] for part, value in second.items()},
+                "plain": plain,
+                "tokens": moment.tokens,
+                "losses": moment.losses,
+            }
+        _write(self._path("moments", [*names, *sorted(needs)], _MOMENT_SETTINGS), tensors, layout)
+
+    def _path(self, kind: str, names: list[str], settings: tuple[str, ...]) -> Path:
+        values = {name: getattr(self.config, name) for name in settings}
+        key = json.dumps([kind, self.inputs_digest, values, names], sort_keys=True)
+        digest = hashlib.blake2b(key.encode(), digest_size=16).hexdigest()
+        return self.folder / f"{kind}-{digest}.safetensors"
+
+
+def _parts(
+    shared: dict[str, SecondMoment],
+    tensors: dict[str, torch.Tensor],
+    name: str,
+    entry: dict[str, Any],
+) -> dict[str, Any]:
+    """The tensors of one layer's moments by field name."""
+    second = {part: shared[key] for part, key in entry["second_moments"].items()}
+    return second | {part: tensors[f"{name}/{part}"] for part in entry["plain"]}
+
+
+def _read(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]] | None:
+    try:
+        with safe_open(path, framework="pt") as file:
+            layout: dict[str, Any] = json.loads(file.metadata()["layout"])
+            return {key: file.get_tensor(key) for key in file.keys()}, layout  # noqa: SIM118
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError):
+        return None  # not there, or cut off by something other than this code: compute it again
+
+
+def _write(path: Path, tensors: dict[str, torch.Tensor], layout: dict[str, Any]) -> None:
+    """Writes under a temporary name and renames, so no half-written file is ever read."""
+    temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        cpu = {key: tensor.cpu().contiguous() for key, tensor in tensors.items()}
+        save_file(cpu, temporary, metadata={"layout": json.dumps(layout)})
+        temporary.replace(path)
+    except (OSError, SafetensorError) as error:
+        temporary.unlink(missing_ok=True)
+        raise StorageError(f"Could not write to the cache folder {path.parent}: {error}") from error
+
+
+def _update(digest: hashlib.blake2b, name: str, tensor: torch.Tensor) -> None:
+    digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+    flat = tensor.detach().cpu().contiguous().view(-1)
+    digest.update(flat.view(torch.uint8).numpy().tobytes())

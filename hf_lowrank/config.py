@@ -1,0 +1,219 @@
+"""What to compress and how, and afterwards what was decided: `LowRankConfig`.
+
+The config is plain data. It is written into `config.json` as `quantization_config`, so a run can
+be replayed from a checkpoint. Each option is documented once, in the `help` of its field; the
+command line reads its help texts from here.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from hf_lowrank.errors import CheckpointError, ConfigError
+from hf_lowrank.modeling_lowrank import FORMAT_VERSION, FORMS, QUANT_METHOD
+
+METRIC_NAMES = ("plain", "fisher-rows", "activation-scale", "whitened", "kfac")
+RULE_NAMES = ("uniform", "relative", "energy", "price")
+LABEL_SOURCES = ("data", "model")
+DEFAULT_LOSS_TOLERANCE = 0.05
+
+
+def option(default: Any, help: str) -> Any:  # noqa: ANN401
+    """A dataclass field whose help text also serves the command line."""
+    if isinstance(default, (list, dict)):
+        return dataclasses.field(
+            default_factory=lambda: copy.copy(default), metadata={"help": help}
+        )
+    return dataclasses.field(default=default, metadata={"help": help})
+
+
+@dataclass(kw_only=True, repr=False)
+class LowRankConfig(QuantizationConfigMixin):
+    """Settings of a compression, and its result once `ranks` is filled.
+
+    Give at most one goal: `param_ratio`, `loss_tolerance` or `rank`. Without one the goal is a
+    loss tolerance of 0.05 nats per token. The fields' help texts say what each means.
+
+    Raises:
+        ConfigError: A value is out of range, or two settings contradict each other.
+    """
+
+    param_ratio: float | None = option(
+        None,
+        "Goal: parameters to keep, as a share of the targeted layers' dense parameters (never of "
+        "embeddings or heads), in (0, 1]. The kept count never exceeds it.",
+    )
+    loss_tolerance: float | None = option(
+        None,
+        "Goal: largest rise of the mean loss on held-out calibration text, in nats per token; the "
+        f"smallest model within it is returned. The default goal, {DEFAULT_LOSS_TOLERANCE}.",
+    )
+    rank: int | None = option(None, "Goal: one rank for every targeted layer.")
+    metric: str = option(
+        "kfac",
+        "What the truncation error of a weight is measured in: " + ", ".join(METRIC_NAMES) + ".",
+    )
+    rule: str | None = option(
+        None,
+        "How one threshold chooses the ranks: " + ", ".join(RULE_NAMES) + ". Default: price with "
+        "the kfac metric (the only one it works with), uniform with the others.",
+    )
+    target_modules: list[str] | None = option(
+        None,
+        "Layers to factorize: module names, trailing parts of names (q_proj), or patterns with * "
+        "(model.layers.3.*). Default: every linear layer inside the transformer blocks.",
+    )
+    exclude_modules: list[str] | None = option(
+        None, "Layers to keep dense, written like target_modules."
+    )
+    rank_pattern: dict[str, int | None] = option(
+        {},
+        "Ranks fixed by hand for some layers, {name or pattern: rank, or null for dense}; they "
+        "count towards the goal.",
+    )
+    min_rank: int = option(1, "Smallest rank that a factorized layer may get.")
+    input_damping: float = option(
+        0.01, "Share of its mean diagonal added to each input second moment before its root."
+    )
+    output_damping: float = option(
+        0.1, "Share of its mean diagonal added to each output-gradient second moment."
+    )
+    activation_alpha: float = option(
+        0.5, "Exponent of the mean absolute input in the activation-scale metric."
+    )
+    label_source: str = option(
+        "data",
+        "Labels behind the loss gradients of the kfac and fisher-rows metrics: 'data' uses the "
+        "text or the dataset's labels, 'model' samples them from the model's own predictions.",
+    )
+    seed: int = option(0, "Seed of everything random.")
+    ranks: dict[str, int | None] | None = option(
+        None, "The decision: rank of every targeted layer, null for dense. Filled by compress()."
+    )
+    form: str = option("factors", "Factors in the checkpoint: 'factors' (B A) or 'usv' (U s V).")
+    format_version: int = option(FORMAT_VERSION, "Version of the checkpoint layout.")
+    quant_method: str = option(QUANT_METHOD, "Fixed: tells transformers how to load.")  # type: ignore[assignment]
+
+    def __post_init__(self) -> None:
+        """Checks every value; see the class docstring."""
+        self._check_goal()
+        _check_choice("metric", self.metric, METRIC_NAMES)
+        _check_choice("label_source", self.label_source, LABEL_SOURCES)
+        _check_choice("form", self.form, FORMS)
+        if self.rule is not None:
+            _check_choice("rule", self.rule, RULE_NAMES)
+            if self.rule == "price" and self.metric != "kfac":
+                raise ConfigError(
+                    f"rule 'price' needs metric 'kfac', whose singular values are prices; got "
+                    f"metric {self.metric!r}. Choose another rule or metric 'kfac'."
+                )
+        for name in ("input_damping", "output_damping"):
+            value = getattr(self, name)
+            if not (_is_number(value) and 0 <= value < math.inf):
+                raise ConfigError(f"{name} must be a number >= 0, got {value!r}.")
+        if not (_is_number(self.activation_alpha) and 0 <= self.activation_alpha <= 1):
+            raise ConfigError(
+                f"activation_alpha must lie in [0, 1], got {self.activation_alpha!r}."
+            )
+        _check_rank("min_rank", self.min_rank)
+        for field_name in ("target_modules", "exclude_modules"):
+            value = getattr(self, field_name)
+            if isinstance(value, str):
+                setattr(self, field_name, [value])
+            elif value is not None and not all(isinstance(item, str) for item in value):
+                raise ConfigError(f"{field_name} must be a list of names, got {value!r}.")
+        for field_name in ("rank_pattern", "ranks"):
+            for name, rank in (getattr(self, field_name) or {}).items():
+                if rank is not None:
+                    _check_rank(f"{field_name}[{name!r}]", rank)
+
+    def _check_goal(self) -> None:
+        goals = [
+            n for n in ("param_ratio", "loss_tolerance", "rank") if getattr(self, n) is not None
+        ]
+        if len(goals) > 1:
+            raise ConfigError(f"Give one goal, not {len(goals)}: {' and '.join(goals)} are set.")
+        ratio, tolerance = self.param_ratio, self.loss_tolerance
+        if ratio is not None and not (_is_number(ratio) and 0 < ratio <= 1):
+            raise ConfigError(
+                f"param_ratio is the kept share of the parameters and must lie in (0, 1], got "
+                f"{ratio!r}."
+            )
+        if tolerance is not None and not (_is_number(tolerance) and 0 <= tolerance < math.inf):
+            raise ConfigError(f"loss_tolerance must be a number >= 0 (nats), got {tolerance!r}.")
+        if self.rank is not None:
+            _check_rank("rank", self.rank)
+
+    @property
+    def effective_rule(self) -> str:
+        """The rule in force: `rule`, or the metric's default."""
+        return self.rule or ("price" if self.metric == "kfac" else "uniform")
+
+    @property
+    def goal(self) -> str:
+        """Which goal is set: "param_ratio", "rank" or "loss_tolerance" (the default)."""
+        if self.param_ratio is not None:
+            return "param_ratio"
+        return "rank" if self.rank is not None else "loss_tolerance"
+
+    @property
+    def effective_tolerance(self) -> float:
+        """The loss tolerance in force, nats per token."""
+        return DEFAULT_LOSS_TOLERANCE if self.loss_tolerance is None else self.loss_tolerance
+
+    def replace(self, **changes: Any) -> LowRankConfig:
+        """A checked copy with some fields changed."""
+        return dataclasses.replace(self, **changes)
+
+    @classmethod
+    def from_dict(
+        cls,
+        config_dict: dict[str, Any],
+        return_unused_kwargs: bool = False,
+        **kwargs: Any,
+    ) -> Any:  # noqa: ANN401
+        """Reads the `quantization_config` of a checkpoint.
+
+        Raises:
+            CheckpointError: The format is newer than this library or a field is unknown.
+        """
+        version = config_dict.get("format_version")
+        if version != FORMAT_VERSION:
+            raise CheckpointError(
+                f"config.json has format_version {version!r}, this hf_lowrank reads "
+                f"{FORMAT_VERSION}; update hf_lowrank or check the file."
+            )
+        known = {field.name for field in dataclasses.fields(cls)}
+        unknown = sorted(set(config_dict) - known)
+        if unknown:
+            raise CheckpointError(
+                f"config.json has unknown low-rank settings {', '.join(unknown)}; it was written "
+                "by another version of hf_lowrank or edited by hand."
+            )
+        config = cls(**config_dict)
+        return (config, kwargs) if return_unused_kwargs else config
+
+    def to_dict(self) -> dict[str, Any]:
+        """All settings that are not None, as plain JSON data."""
+        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        return copy.deepcopy({name: value for name, value in values.items() if value is not None})
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _check_choice(name: str, value: object, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise ConfigError(f"{name} must be one of {', '.join(allowed)}; got {value!r}.")
+
+
+def _check_rank(name: str, value: object) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ConfigError(f"{name} must be an integer >= 1, got {value!r}.")

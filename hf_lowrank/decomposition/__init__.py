@@ -1,0 +1,1 @@
+"""Pure tensors in, tensors out: metrics, spectra, factors. Nothing here knows transformers."""

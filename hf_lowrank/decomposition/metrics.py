@@ -1,0 +1,128 @@
+"""Metrics: in what the truncation error of a weight is measured.
+
+Every metric is a pair of quadratic forms, P on the output side and Q on the input side. The error
+of replacing `W` by `W_k` is `tr(P D Q D^T)` with `D = W - W_k`. The best rank-k approximation is
+the truncated SVD of `L^T W R` with `P = L L^T`, `Q = R R^T`, mapped back (docs/methods.md,
+section 1).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+
+from hf_lowrank.decomposition.moments import Moments, SecondMoment
+
+Value = TypeVar("Value")
+
+
+@dataclass(frozen=True)
+class Side:
+    """One side of a metric: a diagonal, a damped second moment, or neither for the identity.
+
+    Attributes:
+        diagonal: Shape of the side's vectors, fp64.
+        moment: A second moment.
+        damping: Share of the moment's mean diagonal that is added to its diagonal.
+    """
+
+    diagonal: torch.Tensor | None = None
+    moment: SecondMoment | None = None
+    damping: float = 0.0
+
+
+@dataclass(frozen=True)
+class QuadraticForm:
+    """Both sides of a metric.
+
+    Attributes:
+        output: Side of the layer's outputs.
+        input: Side of the layer's inputs.
+        price_scale: Factor from squared singular values to the predicted rise of the mean loss
+            in nats, or None where the metric says nothing about the loss.
+    """
+
+    output: Side = Side()
+    input: Side = Side()
+    price_scale: float | None = None
+
+
+@dataclass(frozen=True)
+class MetricSettings:
+    """Numbers that the metrics read; see the fields of `LowRankConfig` of the same names."""
+
+    input_damping: float = 0.01
+    output_damping: float = 0.1
+    activation_alpha: float = 0.5
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A named metric.
+
+    Attributes:
+        needs: Statistics that it reads; names of `Moments` fields.
+        form: Builds the quadratic form of one layer from its moments.
+    """
+
+    needs: frozenset[str]
+    form: Callable[[Moments, MetricSettings], QuadraticForm]
+
+
+def _plain(moments: Moments, settings: MetricSettings) -> QuadraticForm:
+    """Identity on both sides: Eckart-Young-Mirsky."""
+    return QuadraticForm()
+
+
+def _fisher_rows(moments: Moments, settings: MetricSettings) -> QuadraticForm:
+    """Row sums of the squared gradient on the output side: FWSVD (Hsu et al., ICLR 2022)."""
+    rows = _required(moments.gradient_rows).double()
+    return QuadraticForm(output=Side(diagonal=_floored(rows)))
+
+
+def _activation_scale(moments: Moments, settings: MetricSettings) -> QuadraticForm:
+    """`diag(mean |x| ^ alpha)` as the root of the input side: ASVD (Yuan et al., 2023)."""
+    mean = _floored(_required(moments.input_abs).double() / moments.tokens)
+    return QuadraticForm(input=Side(diagonal=mean ** (2 * settings.activation_alpha)))
+
+
+def _whitened(moments: Moments, settings: MetricSettings) -> QuadraticForm:
+    """Input second moment: SVD-LLM (ICLR 2025), same optimum as DRONE (NeurIPS 2021)."""
+    return QuadraticForm(input=Side(None, _required(moments.input), settings.input_damping))
+
+
+def _kfac(moments: Moments, settings: MetricSettings) -> QuadraticForm:
+    """Both second moments: Kronecker-factored curvature (Martens and Grosse, 2015).
+
+    With `C` and `G` summed over N tokens the curvature of the summed loss is about `C (x) G / N`,
+    so dropping a component with singular value sigma raises the mean over M losses by
+    `sigma^2 / (2 N M)`. For language models M = N.
+    """
+    return QuadraticForm(
+        output=Side(None, _required(moments.output), settings.output_damping),
+        input=Side(None, _required(moments.input), settings.input_damping),
+        price_scale=1.0 / (2.0 * moments.tokens * moments.losses),
+    )
+
+
+def _required(value: Value | None) -> Value:
+    if value is None:
+        raise ValueError("The metric needs statistics that were not collected.")
+    return value
+
+
+def _floored(values: torch.Tensor) -> torch.Tensor:
+    """Keeps a diagonal invertible: a millionth of its mean is added."""
+    return values + 1e-6 * values.mean()
+
+
+METRICS: dict[str, Metric] = {
+    "plain": Metric(frozenset(), _plain),
+    "fisher-rows": Metric(frozenset({"gradient_rows"}), _fisher_rows),
+    "activation-scale": Metric(frozenset({"input_abs"}), _activation_scale),
+    "whitened": Metric(frozenset({"input"}), _whitened),
+    "kfac": Metric(frozenset({"input", "output"}), _kfac),
+}

@@ -1,0 +1,63 @@
+"""What calibration leaves behind for one layer.
+
+A decomposition needs an s x s matrix of either side only, with s = min(m, n) (spectrum.py). So the
+larger side's vectors are mapped to the smaller side by the weight before their products are
+summed: for a tall weight `W^T g` takes the place of `g`, for a wide one `W x` that of `x`. A
+feed-forward layer of 1536 x 576 then needs two 576 x 576 sums in place of one of 1536 x 1536.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass
+class SecondMoment:
+    """Sum of outer products of one side's vectors over tokens.
+
+    Attributes:
+        matrix: `sum z z^T`, shape (s, s), fp32; z is the vector itself, or its image under the
+            weight if the vector is on the larger side.
+        squares: Sum of squares of the vectors themselves (not of their images).
+        size: Length of the vectors themselves.
+    """
+
+    matrix: torch.Tensor
+    squares: float
+    size: int
+
+    @property
+    def is_projected(self) -> bool:
+        """Whether the matrix is that of the images."""
+        return self.matrix.shape[0] < self.size
+
+    @property
+    def mean_diagonal(self) -> float:
+        """Mean diagonal of the moment of the vectors themselves."""
+        return self.squares / self.size
+
+
+@dataclass
+class Moments:
+    """Statistics of one layer, summed over the calibration tokens; None where not asked for.
+
+    Attributes:
+        input: Moment of the inputs x; one object is shared by layers that read the same tensor.
+        output: Moment of g, the gradient of the summed loss by the layer's output.
+        input_abs: Sum of |x|, shape (n,), fp32.
+        gradient_rows: Row sums of the squared weight gradient, each sequence's gradient squared
+            on its own, shape (m,), fp32.
+        gradient: Weight gradient of the summed loss, shape (m, n), fp32.
+        tokens: Unmasked tokens that passed through the layer.
+        losses: Terms in the loss: scored tokens, or sentences.
+    """
+
+    input: SecondMoment | None = None
+    output: SecondMoment | None = None
+    input_abs: torch.Tensor | None = None
+    gradient_rows: torch.Tensor | None = None
+    gradient: torch.Tensor | None = None
+    tokens: int = 0
+    losses: int = 0

@@ -1,0 +1,179 @@
+"""From a weight and a metric to its spectrum, and from the spectrum to factors at any rank.
+
+The SVD of `M = L^T W R` is had from the eigenvalues of the Gram matrix of its smaller side, in
+fp64. For `m >= n`, with `P = L L^T` and `Q = R R^T`:
+
+    Gram = M^T M = R^T (W^T P W) R = V diag(sigma^2) V^T,
+    W_k  = L^-T U_k Sigma_k V_k^T R^-1 = (W R V_k) (V_k^T R^-1).
+
+So the larger side needs neither a root nor an inverse, only its image `W^T P W`, and one
+triangular solve of the smaller size is left. For `m < n` the same is done with the transpose.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+from hf_lowrank.decomposition.metrics import QuadraticForm, Side
+from hf_lowrank.errors import NumericalError
+
+
+@dataclass(frozen=True)
+class Spectrum:
+    """All rank-k approximations of one weight, for every k at once.
+
+    Attributes:
+        left: Shape (m, r), r <= min(m, n); `left[:, :k] @ right[:k]` is the best W_k.
+        right: Shape (r, n).
+        sigma: Singular values in the metric, shape (r,), fp64, descending.
+        price: Predicted rise of the mean loss, nats, from dropping each component, shape (r,),
+            or None where the metric carries no price.
+    """
+
+    left: torch.Tensor
+    right: torch.Tensor
+    sigma: torch.Tensor
+    price: torch.Tensor | None
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(out_features, in_features) of the dense weight."""
+        return self.left.shape[0], self.right.shape[1]
+
+    def predicted_rise(self, rank: int | None) -> float:
+        """Predicted rise of the mean loss at this rank (nats); 0 for dense, NaN without prices."""
+        if rank is None:
+            return 0.0
+        return float("nan") if self.price is None else float(self.price[rank:].sum())
+
+    def factors(self, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """`(A, B)` of shapes (rank, n) and (m, rank) with `W_rank = B @ A`.
+
+        Each component's scale is shared equally between its row of A and its column of B, which
+        suits low-precision storage and training.
+        """
+        left, right = self.left[:, :rank], self.right[:rank]
+        tiny = torch.finfo(left.dtype).tiny
+        scale = (right.norm(dim=1).clamp_min(tiny) / left.norm(dim=0).clamp_min(tiny)).sqrt()
+        return right / scale[:, None], left * scale
+
+
+def decompose(
+    weight: torch.Tensor, form: QuadraticForm, *, dtype: torch.dtype = torch.float32
+) -> Spectrum:
+    """Spectrum of a weight in a metric.
+
+    Args:
+        weight: Shape (m, n), any floating dtype.
+        form: The metric's two sides.
+        dtype: Data type in which the factors are kept; the computation is in fp64.
+
+    Returns:
+        The spectrum, its components in descending order of singular value.
+
+    Raises:
+        NumericalError: The weight or the metric holds NaN or infinity, or the eigenvalue solver
+            failed.
+    """
+    _check_finite("weight", weight)
+    matrix = weight.double()
+    is_tall = matrix.shape[0] >= matrix.shape[1]
+    if is_tall:
+        left, right, sigma = _decompose_tall(matrix, form.output, form.input)
+    else:
+        left, right, sigma = _decompose_tall(matrix.T, form.input, form.output)
+        left, right = right.T, left.T
+    missing = min(weight.shape) - len(sigma)
+    if missing:  # a singular metric: the directions that it does not see cost nothing
+        sigma = F.pad(sigma, (0, missing))
+        left, right = F.pad(left, (0, missing)), F.pad(right, (0, 0, 0, missing))
+    price = None if form.price_scale is None else sigma**2 * form.price_scale
+    return Spectrum(left.to(dtype).contiguous(), right.to(dtype).contiguous(), sigma.cpu(), price)
+
+
+def _decompose_tall(
+    matrix: torch.Tensor, large: Side, small: Side
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """`(W R V, V^T R^-1, sigma)` for a matrix with no more columns than rows."""
+    inner = _image(matrix, large)
+    if small.moment is None:
+        scale = torch.ones_like(matrix[0])
+        if small.diagonal is not None:
+            _check_finite("diagonal", small.diagonal)
+            scale = small.diagonal.to(matrix).sqrt()
+        sigma, basis = _eigenbasis(scale[:, None] * inner * scale)
+        return matrix @ (scale[:, None] * basis), basis.T / scale, sigma
+    root = matrix_root(_damped(small.moment.matrix.to(matrix), small))
+    sigma, basis = _eigenbasis(root.T @ inner @ root)
+    if root.shape[0] == root.shape[1] and not bool(root.triu(1).any()):
+        # V^T R^-1, as the solution X of X R = V^T with R lower triangular.
+        right = torch.linalg.solve_triangular(root, basis.T, upper=False, left=False)
+    else:
+        right = basis.T @ torch.linalg.pinv(root)
+    return matrix @ (root @ basis), right, sigma
+
+
+def _image(matrix: torch.Tensor, side: Side) -> torch.Tensor:
+    """`W^T P W`, shape (n, n), for the side of the larger dimension."""
+    if side.diagonal is not None:
+        _check_finite("diagonal", side.diagonal)
+        return matrix.T @ (side.diagonal.to(matrix)[:, None] * matrix)
+    if side.moment is None:
+        return matrix.T @ matrix
+    moment = side.moment.matrix.to(matrix)
+    if side.moment.is_projected:
+        _check_finite("second moment", moment)
+        return moment + side.damping * side.moment.mean_diagonal * (matrix.T @ matrix)
+    return matrix.T @ _damped(moment, side) @ matrix
+
+
+def _damped(moment: torch.Tensor, side: Side) -> torch.Tensor:
+    _check_finite("second moment", moment)
+    result = moment.clone()
+    if side.moment is not None:
+        result.diagonal().add_(side.damping * side.moment.mean_diagonal)
+    return result
+
+
+def _check_finite(what: str, tensor: torch.Tensor) -> None:
+    if not bool(torch.isfinite(tensor).all()):
+        raise NumericalError(f"the {what} holds NaN or infinity")
+
+
+def matrix_root(form: torch.Tensor) -> torch.Tensor:
+    """`R` with `form = R R^T`: lower triangular by Cholesky, else (n, r) from eigenvalues.
+
+    Where Cholesky fails, eigenvalues under 1e-10 of the largest are dropped.
+
+    Raises:
+        NumericalError: The matrix has no positive eigenvalue.
+    """
+    form = form.double()
+    root: torch.Tensor
+    root, failed = torch.linalg.cholesky_ex(form)
+    if not int(failed):
+        return root
+    values, vectors = _eigh(form)
+    keep = values > 1e-10 * values[-1].clamp_min(0)
+    if not bool(keep.any()) or float(values[-1]) <= 0:
+        raise NumericalError("a second moment has no positive eigenvalue")
+    return vectors[:, keep] * values[keep].sqrt()
+
+
+def _eigenbasis(gram: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Singular values, descending, and right singular vectors as columns."""
+    values, vectors = _eigh((gram + gram.T) / 2)
+    return values.flip(0).clamp_min(0).sqrt(), vectors.flip(1)
+
+
+def _eigh(matrix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    try:
+        values, vectors = torch.linalg.eigh(matrix)
+    except torch.linalg.LinAlgError as error:
+        raise NumericalError(f"the eigenvalue solver failed ({error})") from error
+    if not bool(torch.isfinite(values).all()):
+        raise NumericalError("the eigenvalue solver returned NaN or infinity")
+    return values, vectors

@@ -1,0 +1,35 @@
+"""Every error that hf_lowrank raises on purpose.
+
+All of them are `LowRankError`, so a script can turn each into one line on stderr. Each leaf is
+also the builtin error that a caller would expect, so `except ValueError` works as well.
+"""
+
+from __future__ import annotations
+
+
+class LowRankError(Exception):
+    """Base class of all errors raised by hf_lowrank."""
+
+
+class ConfigError(LowRankError, ValueError):
+    """A setting has a wrong value, or two settings contradict each other."""
+
+
+class TargetError(LowRankError, ValueError):
+    """The requested layers do not exist in the model or cannot be factorized."""
+
+
+class DataError(LowRankError, ValueError):
+    """A text, dataset or model source is missing, unreadable or too small."""
+
+
+class CheckpointError(LowRankError, ValueError):
+    """A checkpoint is corrupt, or its config does not fit its tensors."""
+
+
+class NumericalError(LowRankError, RuntimeError):
+    """A computation gave NaN or infinity, or a decomposition failed."""
+
+
+class StorageError(LowRankError, RuntimeError):
+    """A file or folder could not be written."""

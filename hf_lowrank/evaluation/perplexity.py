@@ -1,0 +1,96 @@
+"""Mean loss and perplexity of a language model over batches of text."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from tqdm.auto import tqdm
+
+from hf_lowrank.errors import DataError, NumericalError
+from hf_lowrank.losses import Batch, LossFunction, item_losses
+
+ItemLoss = tuple[float, int]
+
+
+@dataclass(frozen=True)
+class LossMeasurement:
+    """Losses of a model on some batches.
+
+    Attributes:
+        items: (loss summed over scored positions in nats, scored positions) of each sequence.
+    """
+
+    items: tuple[ItemLoss, ...]
+
+    @property
+    def positions(self) -> int:
+        """Scored positions: tokens of a language model, or sentences."""
+        return sum(count for _, count in self.items)
+
+    @property
+    def mean(self) -> float:
+        """Mean loss, nats per scored position."""
+        return sum(total for total, _ in self.items) / self.positions
+
+    @property
+    def perplexity(self) -> float:
+        """exp(mean loss); infinity where that overflows."""
+        return math.exp(self.mean) if self.mean < 700 else math.inf
+
+
+def iterate_losses(
+    model: nn.Module,
+    batches: Sequence[Batch],
+    *,
+    loss_function: LossFunction | None = None,
+    progress: str | None = None,
+) -> Iterator[ItemLoss]:
+    """Loss of each item, batch by batch, in eval mode; stop reading to stop early.
+
+    Args:
+        model: Model with its task head.
+        batches: Forward inputs.
+        loss_function: Loss of a batch; by default the model's own task loss.
+        progress: Description of a progress bar, or None for no bar.
+
+    Raises:
+        NumericalError: A loss is NaN or infinite: that is a failure, never a skipped batch.
+    """
+    device = next(model.parameters()).device
+    was_training = model.training
+    model.eval()
+    try:
+        bar = tqdm(batches, desc=progress, disable=None if progress else True, leave=False)
+        for index, batch in enumerate(bar):
+            inputs = {name: tensor.to(device) for name, tensor in batch.items()}
+            with torch.no_grad():
+                result = (loss_function or item_losses)(model, inputs)
+            if not bool(torch.isfinite(result.sums).all()):
+                raise NumericalError(f"The loss of batch {index} is NaN or infinite.")
+            yield from zip(result.sums.tolist(), result.counts.tolist(), strict=True)
+    finally:
+        model.train(was_training)
+
+
+def measure_loss(
+    model: nn.Module,
+    batches: Sequence[Batch],
+    *,
+    loss_function: LossFunction | None = None,
+    progress: str | None = None,
+) -> LossMeasurement:
+    """Losses of a model on all batches; see `iterate_losses`.
+
+    Raises:
+        DataError: There is nothing to score.
+        NumericalError: A loss is NaN or infinite.
+    """
+    items = iterate_losses(model, batches, loss_function=loss_function, progress=progress)
+    result = LossMeasurement(tuple(items))
+    if not result.items or not result.positions:
+        raise DataError("The evaluation data holds nothing to score.")
+    return result

@@ -1,0 +1,1 @@
+"""From spectra to rank plans. Nothing here knows a model."""

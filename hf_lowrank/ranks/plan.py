@@ -1,0 +1,64 @@
+"""`RankPlan`: which rank every targeted layer gets. The hinge between choosing and doing."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from hf_lowrank.errors import ConfigError
+from hf_lowrank.modeling_lowrank import break_even_rank
+
+
+@dataclass(frozen=True)
+class RankPlan:
+    """Ranks by layer name.
+
+    Attributes:
+        ranks: Rank of each targeted layer, None for dense.
+        shapes: (out_features, in_features) of each targeted layer.
+
+    Raises:
+        ConfigError: The names differ, or a rank is outside its layer's limits.
+    """
+
+    ranks: Mapping[str, int | None]
+    shapes: Mapping[str, tuple[int, int]]
+
+    def __post_init__(self) -> None:
+        """Checks names and limits."""
+        if set(self.ranks) != set(self.shapes):
+            odd = sorted(set(self.ranks) ^ set(self.shapes))
+            raise ConfigError(f"Ranks and layers do not match: {', '.join(odd[:5])}.")
+        for name, rank in self.ranks.items():
+            if rank is not None and not 1 <= rank <= min(self.shapes[name]):
+                rows, columns = self.shapes[name]
+                raise ConfigError(
+                    f"{name}: rank {rank} is outside 1..min({rows}, {columns}); change the rank "
+                    "or exclude the layer."
+                )
+
+    @property
+    def dense_parameters(self) -> int:
+        """Weights of the targeted layers before compression (biases not counted)."""
+        return sum(rows * columns for rows, columns in self.shapes.values())
+
+    @property
+    def kept_parameters(self) -> int:
+        """Weights of the targeted layers after compression."""
+        return sum(layer_cost(self.shapes[name], rank) for name, rank in self.ranks.items())
+
+    @property
+    def param_ratio(self) -> float:
+        """Kept / dense parameters of the targeted layers."""
+        return self.kept_parameters / self.dense_parameters
+
+
+def layer_cost(shape: tuple[int, int], rank: int | None) -> int:
+    """Parameters of a layer at a rank: `k (m + n)`, or `m n` for None (dense)."""
+    rows, columns = shape
+    return rows * columns if rank is None else rank * (rows + columns)
+
+
+def useful_rank(shape: tuple[int, int], rank: int) -> int | None:
+    """The rank, or None (dense) where the factors would not be smaller than the matrix."""
+    return None if rank >= break_even_rank(*shape) else rank

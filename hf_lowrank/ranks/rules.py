@@ -1,0 +1,48 @@
+"""Rank rules: a score for every component of every layer.
+
+A rule scores the components of one layer so that the scores never rise with the index. One
+threshold over all layers then decides: component i of layer l is kept iff
+`score[l][i] >= threshold` (docs/methods.md, section 2).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from hf_lowrank.decomposition.spectrum import Spectrum
+from hf_lowrank.errors import ConfigError
+
+
+def uniform(spectrum: Spectrum) -> torch.Tensor:
+    """Minus the share of the layer that components 0..i cost: equal ratios for all layers."""
+    rows, columns = spectrum.shape
+    index = torch.arange(1, len(spectrum.sigma) + 1, dtype=torch.float64)
+    return -index * (rows + columns) / (rows * columns)
+
+
+def relative(spectrum: Spectrum) -> torch.Tensor:
+    """sigma_i / sigma_1 (IJCAI 2025, Algorithm 2)."""
+    return spectrum.sigma / spectrum.sigma[0].clamp_min(torch.finfo(torch.float64).tiny)
+
+
+def energy(spectrum: Spectrum) -> torch.Tensor:
+    """sigma_i^2 / sum of sigma^2."""
+    squares = spectrum.sigma**2
+    return squares / squares.sum().clamp_min(torch.finfo(torch.float64).tiny)
+
+
+def price(spectrum: Spectrum) -> torch.Tensor:
+    """Predicted nats per parameter: price_i / (m + n)."""
+    if spectrum.price is None:
+        raise ConfigError("rule 'price' needs metric 'kfac', whose singular values are prices.")
+    return spectrum.price / sum(spectrum.shape)
+
+
+RULES: dict[str, Callable[[Spectrum], torch.Tensor]] = {
+    "uniform": uniform,
+    "relative": relative,
+    "energy": energy,
+    "price": price,
+}

@@ -1,0 +1,125 @@
+"""Reports as text for a terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from hf_lowrank.report.schema import Report
+
+
+def format_report(report: Report) -> str:
+    """One report as a table of what changed, the ranks by layer type and the seconds."""
+    parameters, size = report.parameters, report.bytes
+    rows = [
+        ["", "dense", "compressed", "kept"],
+        ["parameters", f"{parameters['dense']:,}", f"{parameters['kept']:,}", _share(parameters)],
+        [
+            "  in targeted layers",
+            f"{parameters['targeted_dense']:,}",
+            f"{parameters['targeted_kept']:,}",
+            f"{parameters['targeted_kept'] / parameters['targeted_dense']:.2%}",
+        ],
+        ["megabytes", f"{size['dense'] / 1e6:.1f}", f"{size['kept'] / 1e6:.1f}", _share(size)],
+    ]
+    lines = []
+    if report.evaluation is not None:
+        found = report.evaluation
+        rows.append(
+            ["perplexity", f"{found.perplexity_before:.2f}", f"{found.perplexity_after:.2f}"]
+        )
+        rows.append(["loss (nats/token)", f"{found.loss_before:.4f}", f"{found.loss_after:.4f}"])
+        lines.append(
+            f"loss difference {found.loss_difference:+.4f} +- {found.standard_error:.4f} nats "
+            f"per token, over {found.tokens:,} tokens of evaluation text"
+        )
+    if report.predicted_loss_difference is not None:
+        lines.append(f"predicted by the prices: {report.predicted_loss_difference:+.4f}")
+    parts = [align(rows), *lines, *_search_lines(report), "", align(_rank_rows(report)), ""]
+    parts.append(
+        "seconds: " + ", ".join(f"{name} {value:.1f}" for name, value in report.seconds.items())
+    )
+    return "\n".join(parts + _warnings(report))
+
+
+def format_sweep(reports: Sequence[Report]) -> str:
+    """Several sizes side by side, one line each."""
+    rows = [["param_ratio", "kept parameters", "perplexity", "loss difference", "standard error"]]
+    for report in reports:
+        kept, found = report.parameters["targeted_kept"], report.evaluation
+        rows.append(
+            [
+                f"{kept / report.parameters['targeted_dense']:.4f}",
+                f"{report.parameters['kept']:,}",
+                "-" if found is None else f"{found.perplexity_after:.2f}",
+                "-" if found is None else f"{found.loss_difference:+.4f}",
+                "-" if found is None else f"{found.standard_error:.4f}",
+            ]
+        )
+    return align(rows)
+
+
+def align(rows: Sequence[Sequence[str]]) -> str:
+    """Columns of equal width, the first left-aligned, the others right-aligned."""
+    widths = [max(len(row[i]) for row in rows if i < len(row)) for i in range(len(rows[0]))]
+    return "\n".join(
+        "  ".join(
+            cell.ljust(widths[i]) if i == 0 else cell.rjust(widths[i]) for i, cell in enumerate(row)
+        ).rstrip()
+        for row in rows
+    )
+
+
+def _share(counts: dict[str, int]) -> str:
+    return f"{counts['kept'] / counts['dense']:.2%}"
+
+
+def _search_lines(report: Report) -> list[str]:
+    if not report.probes:
+        return []
+    rows = [["probe: param_ratio", "predicted", "measured", "+-", "within"]]
+    for probe in report.probes:
+        rows.append(
+            [
+                f"{probe['param_ratio']:.4f}",
+                f"{probe['predicted']:+.4f}",
+                f"{probe['measured']:+.4f}",
+                f"{probe['standard_error']:.4f}",
+                ("yes" if probe["feasible"] else "no") + ("" if probe["complete"] else " (early)"),
+            ]
+        )
+    accepted = report.held_out or {"mean": 0.0, "standard_error": 0.0}
+    return [
+        "",
+        align(rows),
+        f"accepted: {accepted['mean']:+.4f} +- {accepted['standard_error']:.4f} nats per token on "
+        "held-out calibration text",
+    ]
+
+
+def _rank_rows(report: Report) -> list[list[str]]:
+    by_type: dict[str, list[int | None]] = {}
+    for name, rank in report.ranks.items():
+        by_type.setdefault(name.rsplit(".", 1)[-1], []).append(rank)
+    rows = [["layer type", "layers", "dense", "smallest rank", "mean rank", "largest rank"]]
+    for kind, ranks in by_type.items():
+        given = [rank for rank in ranks if rank is not None]
+        numbers = (
+            [str(min(given)), f"{sum(given) / len(given):.1f}", str(max(given))]
+            if given
+            else ["-"] * 3
+        )
+        rows.append([kind, str(len(ranks)), str(len(ranks) - len(given)), *numbers])
+    return rows
+
+
+def _warnings(report: Report) -> list[str]:
+    lines = [f"kept dense: {name}: {reason}" for name, reason in report.failures.items()]
+    untouched = sum(report.untouched.values())
+    if untouched:
+        share = untouched / report.parameters["dense"]
+        example = max(report.untouched, key=lambda name: report.untouched[name])
+        lines.append(
+            f"untouched: {len(report.untouched)} matrices inside the blocks, {share:.1%} of all "
+            f"parameters (the largest: {example})"
+        )
+    return lines

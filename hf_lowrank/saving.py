@@ -1,0 +1,92 @@
+"""Folders that are either whole or not there: written under a temporary name, then renamed."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from torch import nn
+
+from hf_lowrank.errors import StorageError
+from hf_lowrank.report.schema import Report
+
+_MARGIN = 1.05
+
+
+def check_output_folder(folder: Path, overwrite: bool, num_bytes: int = 0) -> None:
+    """Refuses an output folder that can't be used, before any long work.
+
+    Args:
+        folder: The folder's final name.
+        overwrite: Whether an existing folder may be replaced.
+        num_bytes: Space that the result will take.
+
+    Raises:
+        StorageError: The folder exists and holds something, is a file, can't be created, or the
+            disk is too full.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise StorageError(f"{folder}: is a file, not a folder.")
+    if folder.is_dir() and any(folder.iterdir()) and not overwrite:
+        raise StorageError(
+            f"{folder}: exists and is not empty; choose another --output_dir or add "
+            "--overwrite_output_dir."
+        )
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        free = shutil.disk_usage(folder.parent).free
+    except OSError as error:
+        raise StorageError(f"{folder}: can't be created ({error.strerror or error}).") from error
+    if not os.access(folder.parent, os.W_OK):
+        raise StorageError(f"{folder}: no permission to write there.")
+    if free < num_bytes * _MARGIN:
+        raise StorageError(
+            f"{folder}: needs about {num_bytes / 1e6:.0f} MB, but the disk has only "
+            f"{free / 1e6:.0f} MB left."
+        )
+
+
+@contextmanager
+def atomic_folder(folder: Path, overwrite: bool = False) -> Iterator[Path]:
+    """A temporary folder beside `folder` that takes its name when the block ends well.
+
+    Raises:
+        StorageError: Writing failed; nothing is left under either name.
+    """
+    folder = folder.absolute()
+    temporary = folder.with_name(f".{folder.name}.tmp-{os.getpid()}")
+    try:
+        temporary.mkdir(parents=True)
+        yield temporary
+        if folder.exists() and (overwrite or not any(folder.iterdir())):
+            shutil.rmtree(folder)
+        temporary.rename(folder)
+    except (OSError, SafetensorError) as error:
+        raise StorageError(f"{folder}: could not be written ({error}).") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def save_compressed(
+    model: nn.Module,
+    tokenizer: Any,  # noqa: ANN401
+    report: Report,
+    folder: Path,
+    *,
+    overwrite: bool = False,
+) -> None:
+    """Writes model, tokenizer and `report.json` into a folder, all or nothing.
+
+    Raises:
+        StorageError: Writing failed; nothing is left.
+    """
+    with atomic_folder(folder, overwrite) as temporary:
+        model.save_pretrained(temporary)  # type: ignore[operator]
+        if tokenizer is not None:
+            tokenizer.save_pretrained(temporary)
+        report.save(temporary / "report.json")

