@@ -12,14 +12,14 @@ from hf_lowrank.modeling_lowrank import LowRankLinear
 from hf_lowrank.peft_style import get_lowrank_model
 from hf_lowrank.report.schema import Report
 from hf_lowrank.surgery import merge_ as merge
-
-__version__ = "0.1.0"
+from hf_lowrank.version import __version__
 
 __all__ = [
     "LowRankConfig",
     "LowRankError",
     "LowRankLinear",
     "Report",
+    "__version__",
     "compress",
     "get_lowrank_model",
     "load",

@@ -134,7 +134,7 @@ def analyze(
         result.spectra |= cached[0]
         result.failures |= cached[1]
     result.fixed = fixed_ranks(targets, config) | dict.fromkeys(result.failures)
-    result.tokens = sum(int(b["input_ids"].numel()) for b in calibration or [] if "input_ids" in b)
+    result.tokens = sum(_count_tokens(batch) for batch in calibration or [])
     return result
 
 
@@ -196,6 +196,13 @@ def _moments(
     if cache:
         cache.write_moments(names, needs, moments)
     return moments
+
+
+def _count_tokens(batch: Batch) -> int:
+    mask = batch.get("attention_mask")
+    if mask is not None:
+        return int(mask.sum())
+    return int(batch["input_ids"].numel()) if "input_ids" in batch else 0
 
 
 def _groups(

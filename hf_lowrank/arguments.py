@@ -7,11 +7,15 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from pathlib import Path
+from typing import Any, TypeVar
+
+from transformers import HfArgumentParser
 
 from hf_lowrank.config import LowRankConfig
-from hf_lowrank.errors import LowRankError
+from hf_lowrank.errors import ConfigError, DataError, LowRankError
 
+Parsed = TypeVar("Parsed")
 _CONFIG_FIELDS = {f.name: f for f in dataclasses.fields(LowRankConfig)}
 
 
@@ -29,6 +33,16 @@ def argument(default: Any, help: str) -> Any:  # noqa: ANN401
     return field(default=default, metadata={"help": help})
 
 
+def parse_arguments(arguments: type[Parsed], description: str | None) -> Parsed:
+    """The command line as a dataclass; a wrong option ends with argparse's usual message."""
+    parser = HfArgumentParser(arguments, description=description)  # type: ignore[arg-type]
+    parsed, unknown = parser.parse_args_into_dataclasses(return_remaining_strings=True)
+    if unknown:
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+    result: Parsed = parsed
+    return result
+
+
 @contextmanager
 def user_errors() -> Iterator[None]:
     """Turns an expected error into one line on stderr and exit code 2."""
@@ -40,6 +54,16 @@ def user_errors() -> Iterator[None]:
     except KeyboardInterrupt:
         print("interrupted; nothing was saved under the output folder's name", file=sys.stderr)
         raise SystemExit(130) from None
+
+
+_COUNTS = (
+    "calibration_sequences",
+    "evaluation_sequences",
+    "held_out_sequences",
+    "sequence_length",
+    "batch_size",
+    "recover_steps",
+)
 
 
 @dataclass
@@ -71,7 +95,11 @@ class CompressionArguments:
     evaluation_sequences: int = argument(32, "Token windows for evaluation.")
     held_out_sequences: int = argument(
         32,
-        "Token windows on which a loss tolerance is tested; from the end of the calibration text.",
+        "Token windows on which a loss tolerance is tested and a recovery judged; from the end of "
+        "the calibration text.",
+    )
+    recover_steps: int = argument(
+        0, "Steps of training the factors after the cut, towards the dense model."
     )
     batch_size: int = argument(4, "Token windows in a batch.")
     dtype: str = argument("auto", "auto (as stored), float32, bfloat16 or float16.")
@@ -93,7 +121,31 @@ class CompressionArguments:
         ratios = self.param_ratio or []
         for ratio in ratios[1:]:
             LowRankConfig(param_ratio=ratio)
+        if len(set(ratios)) < len(ratios):
+            raise ConfigError(f"param_ratio names a size twice: {' '.join(map(str, ratios))}.")
+        for name in _COUNTS:
+            least = 2 if name == "sequence_length" else 0 if name == "recover_steps" else 1
+            if getattr(self, name) < least:
+                raise ConfigError(f"{name} must be at least {least}, got {getattr(self, name)}.")
+        if (
+            self.calibration
+            and self.calibration == self.evaluation
+            and Path(self.calibration).is_file()
+        ):
+            raise DataError(
+                f"{self.calibration}: is both calibration and evaluation text; the result would "
+                "look better than it is. Give two files."
+            )
         return LowRankConfig(**(values | {"param_ratio": ratios[0] if ratios else None}))
+
+    def text_roles(self) -> dict[str, int]:
+        """Token windows by role: a tolerance and a recovery need held-out text, too."""
+        wanted = {"calibration": self.calibration_sequences}
+        if self.param_ratio is None or self.recover_steps > 0:
+            wanted["held_out"] = self.held_out_sequences
+        if self.evaluation != "none":
+            wanted["evaluation"] = self.evaluation_sequences
+        return wanted
 
     def text_source(self, role: str) -> str:
         """Where the text of a role comes from, defaults filled in."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -18,7 +19,7 @@ from hf_lowrank.config import LowRankConfig
 from hf_lowrank.decomposition.moments import Moments, SecondMoment
 from hf_lowrank.decomposition.spectrum import Spectrum
 from hf_lowrank.errors import StorageError
-from hf_lowrank.losses import Batch
+from hf_lowrank.losses import Batch, LossFunction
 
 # Which settings the cached results depend on, beside the model and the calibration data.
 _MOMENT_SETTINGS = ("label_source", "seed")
@@ -36,7 +37,7 @@ _PLAIN_MOMENTS = ("input_abs", "gradient_rows", "gradient")
 class RunCache:
     """Moments and spectra of one model on one calibration set.
 
-    Each group of layers is one safetensors file. Its folder's name is a hash of the model's
+    Each group of layers is one safetensors file. The file's name is a hash of the model's
     weights, the calibration tensors and the settings that matter, so a stale entry is never read.
 
     Args:
@@ -44,14 +45,26 @@ class RunCache:
         model: The dense model.
         calibration: Calibration batches.
         config: Settings of the run.
+        loss_function: Loss of the run, if it is not the model's own; known by its name, so give
+            another loss another name.
     """
 
     def __init__(
-        self, folder: Path, model: nn.Module, calibration: Sequence[Batch], config: LowRankConfig
+        self,
+        folder: Path,
+        model: nn.Module,
+        calibration: Sequence[Batch],
+        config: LowRankConfig,
+        loss_function: LossFunction | None = None,
     ) -> None:
         self.folder = folder
         self.config = config
         digest = hashlib.blake2b(digest_size=16)
+        digest.update(_description(model).encode())
+        named: Any = (
+            loss_function if hasattr(loss_function, "__qualname__") else type(loss_function)
+        )
+        digest.update(f"{named.__module__}.{named.__qualname__}".encode())
         for name, tensor in model.state_dict().items():
             _update(digest, name, tensor)
         for batch in calibration:
@@ -149,6 +162,14 @@ def _parts(
     return second | {part: tensors[f"{name}/{part}"] for part in entry["plain"]}
 
 
+def _description(model: nn.Module) -> str:
+    """What a model computes beside its weights: its modules and its config."""
+    config: Any = getattr(model, "config", None)
+    settings = config.to_dict() if hasattr(config, "to_dict") else {}
+    settings = {k: v for k, v in settings.items() if not k.startswith("_")}
+    return json.dumps([repr(model), settings], sort_keys=True, default=str)
+
+
 def _read(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]] | None:
     try:
         with safe_open(path, framework="pt") as file:
@@ -163,12 +184,25 @@ def _write(path: Path, tensors: dict[str, torch.Tensor], layout: dict[str, Any])
     temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        cpu = {key: tensor.cpu().contiguous() for key, tensor in tensors.items()}
+        cpu = _unshared(tensors)
         save_file(cpu, temporary, metadata={"layout": json.dumps(layout)})
         temporary.replace(path)
     except (OSError, SafetensorError) as error:
-        temporary.unlink(missing_ok=True)
         raise StorageError(f"Could not write to the cache folder {path.parent}: {error}") from error
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+
+
+def _unshared(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Contiguous tensors on the CPU, none of which share memory: safetensors refuses that."""
+    seen: set[int] = set()
+    result = {}
+    for key, tensor in tensors.items():
+        cpu = tensor.cpu().contiguous()
+        result[key] = cpu.clone() if cpu.data_ptr() in seen else cpu
+        seen.add(cpu.data_ptr())
+    return result
 
 
 def _update(digest: hashlib.blake2b, name: str, tensor: torch.Tensor) -> None:

@@ -4,33 +4,34 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 
 from hf_lowrank.analysis import DEFAULT_MOMENT_GIB, Analysis, Stopwatch, analyze
 from hf_lowrank.cache import RunCache
 from hf_lowrank.config import LowRankConfig
-from hf_lowrank.errors import DataError
+from hf_lowrank.errors import ConfigError, DataError
 from hf_lowrank.evaluation.perplexity import LossMeasurement, iterate_losses, measure_loss
 from hf_lowrank.loading import attach_config
 from hf_lowrank.losses import Batch, LossFunction
+from hf_lowrank.modeling_lowrank import linear_shape
 from hf_lowrank.ranks.plan import RankPlan
-from hf_lowrank.ranks.threshold import predicted_rise
+from hf_lowrank.ranks.threshold import check_budget, predicted_rise, smallest_ratio
 from hf_lowrank.ranks.tolerance import (
     LossDifference,
     Probe,
     paired_difference,
     search_tolerance,
 )
+from hf_lowrank.recovery import RecoveryResult, RecoverySettings, recover_
 from hf_lowrank.report.schema import Evaluation, Report, versions
 from hf_lowrank.surgery import factorize_, factorized, restore_
-from hf_lowrank.targets import find_targets, untouched_weights
-
-SMALLEST_RATIO = 0.02
+from hf_lowrank.targets import find_targets, fixed_ranks, untouched_weights
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,25 @@ class Texts:
     evaluation: Sequence[Batch] | None = None
 
 
+@dataclass(frozen=True)
+class RunOptions:
+    """How a run works, apart from what it decides.
+
+    Attributes:
+        loss_function: Loss of a batch; by default the model's own task loss.
+        cache_dir: Folder for moments and spectra, to go on from after a kill.
+        moment_gib: Memory for moments; more layers take more passes over the data.
+        recover_steps: Steps of training the factors after the cut, towards the dense model.
+        progress: Whether to show progress bars.
+    """
+
+    loss_function: LossFunction | None = None
+    cache_dir: str | Path | None = None
+    moment_gib: float = DEFAULT_MOMENT_GIB
+    recover_steps: int = 0
+    progress: bool = True
+
+
 def compress(
     model: nn.Module,
     config: LowRankConfig | None = None,
@@ -55,10 +75,7 @@ def compress(
     evaluation: Sequence[Batch] | None = None,
     *,
     held_out: Sequence[Batch] | None = None,
-    loss_function: LossFunction | None = None,
-    cache_dir: str | Path | None = None,
-    moment_gib: float = DEFAULT_MOMENT_GIB,
-    progress: bool = True,
+    **options: Any,
 ) -> Report:
     """Factorizes a model's linear layers in place, with ranks chosen by their effect on the loss.
 
@@ -67,15 +84,13 @@ def compress(
 
     Args:
         model: The dense model; a transformers model, or any module with a `loss_function`.
-        config: Goal, metric, rule and targets; by default a loss tolerance of 0.05 nats.
+        config: Goal, metric, rule and targets; by default a loss tolerance of 0.05 nats. If its
+            `ranks` are filled, as in a checkpoint's config, they are replayed whatever the goal.
         calibration: Batches of forward inputs (tensors by name) for the moments.
         evaluation: Batches for the report's before and after; nothing else looks at them.
-        held_out: Batches on which a loss tolerance is tested. By default the last quarter of the
-            calibration batches, which then do not enter the moments.
-        loss_function: Loss of a batch; by default the model's own task loss.
-        cache_dir: Folder for moments and spectra, to go on from after a kill.
-        moment_gib: Memory for moments; more layers take more passes over the data.
-        progress: Whether to show progress bars.
+        held_out: Batches on which a loss tolerance is tested and a recovery is judged. By default
+            the last quarter of the calibration batches, which then do not enter the moments.
+        **options: Fields of `RunOptions`.
 
     Returns:
         The report. The model itself is changed in place.
@@ -84,11 +99,10 @@ def compress(
         ConfigError, TargetError, DataError: Before anything is changed.
         NumericalError: A loss is NaN or infinite.
     """
-    config = config or LowRankConfig()
-    texts = split_texts(config, Texts(calibration, held_out, evaluation))
-    run = _Run(model, config, texts, loss_function, cache_dir, moment_gib, progress)
-    plan, probes, held_out_difference = run.choose()
-    return run.apply(plan, probes, held_out_difference)
+    config, chosen = config or LowRankConfig(), RunOptions(**options)
+    texts = split_texts(config, Texts(calibration, held_out, evaluation), chosen.recover_steps)
+    run = _Run(model, config, texts, chosen)
+    return run.apply(*run.choose())
 
 
 def sweep(
@@ -98,10 +112,8 @@ def sweep(
     calibration: Sequence[Batch] | None = None,
     evaluation: Sequence[Batch] | None = None,
     *,
-    loss_function: LossFunction | None = None,
-    cache_dir: str | Path | None = None,
-    moment_gib: float = DEFAULT_MOMENT_GIB,
-    progress: bool = True,
+    held_out: Sequence[Batch] | None = None,
+    **options: Any,
 ) -> Iterator[Report]:
     """Compresses a model at several sizes from the same spectra.
 
@@ -113,45 +125,51 @@ def sweep(
         param_ratios: Kept shares of the targeted parameters.
         calibration: As in `compress`.
         evaluation: As in `compress`.
-        loss_function: As in `compress`.
-        cache_dir: As in `compress`.
-        moment_gib: As in `compress`.
-        progress: As in `compress`.
+        held_out: As in `compress`.
+        **options: Fields of `RunOptions`.
 
     Yields:
         One report for each ratio.
     """
     configs = [
-        config.replace(param_ratio=ratio, loss_tolerance=None, rank=None) for ratio in param_ratios
+        config.replace(param_ratio=ratio, loss_tolerance=None, rank=None, ranks=None)
+        for ratio in param_ratios
     ]
-    texts = Texts(calibration, None, evaluation)
-    run = _Run(model, configs[0], texts, loss_function, cache_dir, moment_gib, progress)
+    if not configs:
+        return
+    targets = find_targets(model, configs[0])
+    for each in configs:
+        check_goal(targets, each)
+    chosen = RunOptions(**options)
+    texts = split_texts(configs[0], Texts(calibration, held_out, evaluation), chosen.recover_steps)
+    run = _Run(model, configs[0], texts, chosen)
     for each in configs:
         run.use(each)
         originals = {name: model.get_submodule(name) for name in run.analysis.shapes}
         shared = dict(run.stopwatch.seconds)
-        report = run.apply(*run.choose())
         try:
-            yield report
+            yield run.apply(*run.choose())
         finally:
             restore_(model, originals)
-            run.detach()
+            attach_config(model, None)
             run.stopwatch.seconds = shared
 
 
-def split_texts(config: LowRankConfig, texts: Texts) -> Texts:
-    """Takes held-out batches off the calibration batches where a search needs them.
+def split_texts(config: LowRankConfig, texts: Texts, recover_steps: int = 0) -> Texts:
+    """Takes held-out batches off the calibration batches where a search or a recovery needs them.
 
     Raises:
-        DataError: A loss tolerance is asked for and there is too little calibration data.
+        DataError: They are needed and there is too little calibration data.
     """
-    if config.goal != "loss_tolerance" or texts.held_out is not None:
+    searches = config.goal == "loss_tolerance" and config.ranks is None
+    is_needed = searches or recover_steps > 0
+    if not is_needed or texts.held_out is not None:
         return texts
     batches = list(texts.calibration or [])
     if len(batches) < 2:
         raise DataError(
-            "A loss tolerance is tested on held-out text: pass at least two calibration batches, "
-            "or held_out, or set param_ratio."
+            "A loss tolerance is tested, and a recovery judged, on held-out text: pass at least "
+            "two calibration batches, or held_out, or set param_ratio and no recover_steps."
         )
     size = max(1, len(batches) // 4)
     return dataclasses.replace(texts, calibration=batches[:-size], held_out=batches[-size:])
@@ -161,35 +179,35 @@ class _Run:
     """One compression in progress: the analysis, and what was measured on the dense model."""
 
     def __init__(
-        self,
-        model: nn.Module,
-        config: LowRankConfig,
-        texts: Texts,
-        loss_function: LossFunction | None,
-        cache_dir: str | Path | None,
-        moment_gib: float,
-        progress: bool,
+        self, model: nn.Module, config: LowRankConfig, texts: Texts, options: RunOptions
     ) -> None:
         self.model = model
         self.config = config
         self.texts = texts
-        self.loss_function = loss_function
-        self.progress = progress
+        self.options = options
         self.stopwatch = Stopwatch()
-        self.untouched = untouched_weights(model, find_targets(model, config))
+        targets = find_targets(model, config)
+        check_goal(targets, config)
+        self.untouched = untouched_weights(model, targets)
         self.sizes = model_sizes(model)
         cache = None
-        if cache_dir is not None:
-            cache = RunCache(Path(cache_dir), model, texts.calibration or [], config)
+        if options.cache_dir is not None:
+            cache = RunCache(
+                Path(options.cache_dir),
+                model,
+                texts.calibration or [],
+                config,
+                options.loss_function,
+            )
         self.analysis: Analysis = analyze(
             model,
             config,
             texts.calibration,
-            loss_function=loss_function,
+            loss_function=options.loss_function,
             cache=cache,
             stopwatch=self.stopwatch,
-            moment_gib=moment_gib,
-            progress=progress,
+            moment_gib=options.moment_gib,
+            progress=options.progress,
         )
         self.before: LossMeasurement | None = None
         if texts.evaluation is not None:
@@ -201,14 +219,12 @@ class _Run:
         self.config = config
         self.analysis = dataclasses.replace(self.analysis, config=config)
 
-    def detach(self) -> None:
-        """Removes the low-rank marks after the dense layers were put back."""
-        attach_config(self.model, None)
-
     def choose(self) -> tuple[RankPlan, list[Probe], LossDifference | None]:
         """The plan that meets the goal, and for a tolerance how it was found."""
         config = self.config
         with self.stopwatch.phase("ranks"):
+            if config.ranks is not None:
+                return RankPlan(config.ranks, self.analysis.shapes), [], None
             if config.param_ratio is not None:
                 return self.analysis.plan_for_ratio(config.param_ratio), [], None
             if config.rank is not None:
@@ -219,9 +235,10 @@ class _Run:
     def apply(self, plan: RankPlan, probes: list[Probe], held_out: LossDifference | None) -> Report:
         """Puts the plan into the model, measures it and reports."""
         with self.stopwatch.phase("surgery"):
-            factorize_(self.model, self.analysis.spectra, plan)
-            decided = self.config.replace(ranks=dict(plan.ranks))
+            originals = factorize_(self.model, self.analysis.spectra, plan)
+            decided = self.config.replace(ranks=dict(plan.ranks), form="factors")
             attach_config(self.model, decided)
+        recovery = self._recover(originals) if self.options.recover_steps else None
         evaluation = None
         if self.before is not None and self.texts.evaluation is not None:
             with self.stopwatch.phase("evaluation"):
@@ -248,10 +265,23 @@ class _Run:
             seconds=dict(self.stopwatch.seconds),
             probes=[dataclasses.asdict(probe) for probe in probes],
             held_out=None if held_out is None else dataclasses.asdict(held_out),
+            recovery=None if recovery is None else dataclasses.asdict(recovery),
             failures=self.analysis.failures,
             untouched=self.untouched,
             data={"calibration_tokens": self.analysis.tokens},
         )
+
+    def _recover(self, originals: dict[str, nn.Module]) -> RecoveryResult:
+        settings = RecoverySettings(self.options.recover_steps, seed=self.config.seed)
+        with self.stopwatch.phase("recovery"):
+            return recover_(
+                self.model,
+                originals,
+                self.texts.calibration or [],
+                self.texts.held_out or [],
+                settings,
+                self.options.progress,
+            )
 
     def _search(self) -> tuple[RankPlan, list[Probe], LossDifference | None]:
         held_out = self.texts.held_out or []
@@ -263,21 +293,32 @@ class _Run:
                 losses = iterate_losses(
                     self.model,
                     held_out,
-                    loss_function=self.loss_function,
+                    loss_function=self.options.loss_function,
                     progress=f"held-out text, ratio {plan.param_ratio:.3f}"
-                    if self.progress
+                    if self.options.progress
                     else None,
                 )
                 found = paired_difference(reference, losses, stop_above=tolerance)
             differences[plan.param_ratio] = found
             return found
 
-        smallest = smallest_ratio(self.analysis.plan_for_ratio)
+        tolerance = self.config.effective_tolerance
+        largest = self.analysis.plan_for_ratio(1.0)
+        if any(rank is not None for rank in largest.ranks.values()):
+            rise = measure(largest, tolerance)
+            if rise.mean > tolerance:
+                raise ConfigError(
+                    f"The ranks fixed by rank_pattern alone raise the held-out loss by "
+                    f"{rise.mean:.4f} nats, more than loss_tolerance {tolerance}; raise either."
+                )
+        smallest = smallest_ratio(
+            self.analysis.shapes, min_rank=self.config.min_rank, fixed=self.analysis.fixed
+        )
         plan, probes = search_tolerance(
             self.analysis.plan_for_ratio,
             partial(predicted_rise, self.analysis.spectra),
             measure,
-            self.config.effective_tolerance,
+            tolerance,
             smallest=smallest,
         )
         dense = LossDifference(0.0, 0.0, len(reference), True)
@@ -287,22 +328,21 @@ class _Run:
         return measure_loss(
             self.model,
             batches,
-            loss_function=self.loss_function,
-            progress=description if self.progress else None,
+            loss_function=self.options.loss_function,
+            progress=description if self.options.progress else None,
         )
 
 
-def smallest_ratio(plan_at: Callable[[float], RankPlan]) -> float:
-    """A small `param_ratio` that the plan still accepts."""
-    ratio = SMALLEST_RATIO
-    while ratio < 1:
-        try:
-            plan_at(ratio)
-        except ValueError:
-            ratio *= 2
-        else:
-            return ratio
-    return 1.0
+def check_goal(targets: Mapping[str, nn.Module], config: LowRankConfig) -> None:
+    """Refuses a `param_ratio` that even the smallest ranks exceed, before any long work.
+
+    Raises:
+        ConfigError: With the parameters allowed and needed.
+    """
+    if config.param_ratio is not None:
+        shapes = {name: linear_shape(layer) for name, layer in targets.items()}
+        fixed = fixed_ranks(targets, config)
+        check_budget(shapes, config.param_ratio, min_rank=config.min_rank, fixed=fixed)
 
 
 def compare(before: LossMeasurement, after: LossMeasurement) -> Evaluation:

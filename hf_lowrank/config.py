@@ -126,9 +126,15 @@ class LowRankConfig(QuantizationConfigMixin):
             value = getattr(self, field_name)
             if isinstance(value, str):
                 setattr(self, field_name, [value])
-            elif value is not None and not all(isinstance(item, str) for item in value):
+            elif value is not None and not (
+                isinstance(value, (list, tuple)) and all(isinstance(item, str) for item in value)
+            ):
                 raise ConfigError(f"{field_name} must be a list of names, got {value!r}.")
         for field_name in ("rank_pattern", "ranks"):
+            value = getattr(self, field_name)
+            is_optional = field_name == "ranks" and value is None
+            if not is_optional and not isinstance(value, dict):
+                raise ConfigError(f"{field_name} must map names to ranks, got {value!r}.")
             for name, rank in (getattr(self, field_name) or {}).items():
                 if rank is not None:
                     _check_rank(f"{field_name}[{name!r}]", rank)

@@ -11,8 +11,10 @@ import struct
 from pathlib import Path
 from typing import Any
 
+import torch
 import transformers
 from torch import nn
+from transformers import AutoConfig
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 from transformers.utils import cached_file
 
@@ -23,6 +25,7 @@ from hf_lowrank.modeling_lowrank import (
     QUANT_METHOD,
     LowRankQuantizer,
     mark_as_lowrank,
+    replace_with_lowrank,
     unmark_as_lowrank,
 )
 from hf_lowrank.surgery import factorize_
@@ -78,7 +81,7 @@ def _compress_without_data(model: nn.Module, config: LowRankConfig) -> LowRankCo
     else:
         plan = analysis.plan_for_rank(config.rank or 1)
     factorize_(model, analysis.spectra, plan)
-    return config.replace(ranks=dict(plan.ranks))
+    return config.replace(ranks=dict(plan.ranks), form="factors")
 
 
 def attach_config(model: nn.Module, config: LowRankConfig | None) -> None:
@@ -109,16 +112,21 @@ def load(folder: str | Path, **kwargs: Any) -> nn.Module:
             tensors, or keys are missing or left over.
     """
     config = check_checkpoint(folder)
-    architectures = config.get("architectures") or ["?"]
-    model_class = getattr(transformers, architectures[0], None)
-    if model_class is None:
+    listed = config.get("architectures")
+    name = listed[0] if isinstance(listed, list) and listed else None
+    model_class = getattr(transformers, name, None) if isinstance(name, str) else None
+    if not (isinstance(model_class, type) and hasattr(model_class, "from_pretrained")):
         raise CheckpointError(
-            f"{folder}: transformers {transformers.__version__} has no class {architectures[0]}."
+            f"{folder}: transformers {transformers.__version__} has no class {name or listed!r}, "
+            "which config.json names as the architecture."
         )
     try:
+        _check_shapes(folder, model_class)
         model, info = model_class.from_pretrained(folder, output_loading_info=True, **kwargs)
-    except (OSError, ValueError, RuntimeError, KeyError) as error:
-        raise CheckpointError(f"{folder}: {error}") from error
+    except CheckpointError:
+        raise
+    except Exception as error:  # a damaged checkpoint can raise anything
+        raise CheckpointError(f"{folder}: {' '.join(str(error).split())}") from error
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if info.get(kind):
             names = sorted(str(key) for key in info[kind])
@@ -128,6 +136,26 @@ def load(folder: str | Path, **kwargs: Any) -> nn.Module:
             )
     loaded: nn.Module = model
     return loaded
+
+
+def _check_shapes(folder: str | Path, model_class: Any) -> None:  # noqa: ANN401
+    """Compares the tensors' headers with the model that the config describes, on meta.
+
+    Raises:
+        CheckpointError: With the first tensor that has another shape.
+    """
+    config = AutoConfig.from_pretrained(folder)
+    settings: LowRankConfig = LowRankConfig.from_dict(config.quantization_config)
+    with torch.device("meta"):
+        skeleton = model_class(config)
+        replace_with_lowrank(skeleton, settings.ranks or {}, settings.form)
+    shapes = _tensor_shapes(folder)
+    for name, tensor in skeleton.state_dict().items():
+        if name in shapes and list(tensor.shape) != shapes[name]:
+            raise CheckpointError(
+                f"{folder}: {name} has shape {shapes[name]}, config.json asks for "
+                f"{list(tensor.shape)}."
+            )
 
 
 def check_checkpoint(folder: str | Path) -> dict[str, Any]:
@@ -162,8 +190,8 @@ def check_checkpoint(folder: str | Path) -> dict[str, Any]:
 def _check_layer(
     folder: str | Path, name: str, rank: int | None, shapes: dict[str, list[int]]
 ) -> None:
-    factor_a = shapes.get(f"{name}.lowrank_A.weight")
-    factor_b = shapes.get(f"{name}.lowrank_B.weight")
+    factor_a = _find_shape(shapes, f"{name}.lowrank_A.weight")
+    factor_b = _find_shape(shapes, f"{name}.lowrank_B.weight")
     if rank is None:
         if factor_a is not None or factor_b is not None:
             raise CheckpointError(f"{folder}: {name} is dense in config.json but has factors.")
@@ -175,6 +203,16 @@ def _check_layer(
             f"{folder}: {name} has rank {rank} in config.json, but its factors have shapes "
             f"{factor_a} and {factor_b}."
         )
+
+
+def _find_shape(shapes: dict[str, list[int]], name: str) -> list[int] | None:
+    """Shape of a tensor that may have been saved from another head class, with another prefix."""
+    if name in shapes:
+        return shapes[name]
+    return next(
+        (s for key, s in shapes.items() if key.endswith(f".{name}") or name.endswith(f".{key}")),
+        None,
+    )
 
 
 def _tensor_shapes(folder: str | Path) -> dict[str, list[int]]:

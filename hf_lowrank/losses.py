@@ -7,20 +7,26 @@ positions. Everything else goes through the model's own forward pass.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES,
+)
 
 from hf_lowrank.errors import ConfigError, DataError
 
 Batch = Mapping[str, torch.Tensor]
 IGNORED = -100
 SLICE_TOKENS = 512
+_SPAN_MODELS = frozenset(MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES.values())
 
 
 @dataclass(frozen=True)
@@ -37,6 +43,18 @@ class ItemLosses:
 
 
 LossFunction = Callable[[nn.Module, Batch], ItemLosses]
+
+
+@contextmanager
+def eval_mode(model: nn.Module) -> Iterator[None]:
+    """Eval mode for the time of the block; afterwards every module has the mode it had."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes.items():
+            module.training = training
 
 
 def item_losses(model: nn.Module, batch: Batch, label_source: str = "data") -> ItemLosses:
@@ -90,8 +108,8 @@ def _causal_losses(model: nn.Module, batch: Batch, sample: bool) -> ItemLosses:
     if _head_is_last(model, batch):
         hidden = _hidden_states(model, batch)
         flat = hidden.reshape(-1, hidden.shape[-1])
-        losses = _SlicedCrossEntropy.apply(  # type: ignore[no-untyped-call]
-            flat, head, targets.flatten(), sample
+        losses = _SlicedLoss.apply(  # type: ignore[no-untyped-call]
+            flat, head, targets.flatten(), partial(_cross_entropy, sample=sample), None
         )
     else:
         # The model changes its logits after the head (a soft cap, a scale): use them as they are.
@@ -111,6 +129,9 @@ def _next_tokens(batch: Batch) -> torch.Tensor:
             labels = labels.masked_fill(mask == 0, IGNORED)
     targets = torch.full_like(labels, IGNORED)
     targets[:, :-1] = labels[:, 1:]
+    if "labels" not in batch and "attention_mask" in batch:
+        # With padding on the left, the first token has nothing before it to be predicted from.
+        targets = targets.masked_fill(batch["attention_mask"] == 0, IGNORED)
     return targets
 
 
@@ -139,18 +160,17 @@ def _head_is_last(model: nn.Module, batch: Batch) -> bool:
             probe = {"input_ids": batch["input_ids"][:1, :4]}
             expected = model(**probe, use_cache=False).logits.float()
             found = head(_hidden_states(model, probe)).float()
-            known = expected.shape == found.shape and torch.allclose(
-                expected, found, rtol=1e-2, atol=1e-2
-            )
+            known = torch.equal(expected, found)  # the same head on the same states
         _HEAD_IS_LAST[model] = known
     return known
 
 
-class _SlicedCrossEntropy(torch.autograd.Function):
-    """Cross-entropy of `head(hidden)` per position, over slices of positions.
+class _SlicedLoss(torch.autograd.Function):
+    """A loss of `head(hidden)` per position, over slices of positions.
 
     The gradient with respect to the hidden states is computed slice by slice along with the loss,
-    so no more than SLICE_TOKENS rows of logits exist at a time. The head gets no gradient.
+    so no more than SLICE_TOKENS rows of logits exist at a time. The head gets no gradient. With a
+    teacher's hidden states the loss also sees `head(teacher)` of the slice.
     """
 
     @staticmethod
@@ -159,7 +179,8 @@ class _SlicedCrossEntropy(torch.autograd.Function):
         hidden: torch.Tensor,
         head: nn.Module,
         targets: torch.Tensor,
-        sample: bool,
+        loss: Callable[..., torch.Tensor],
+        teacher: torch.Tensor | None,
     ) -> torch.Tensor:
         needs_grad = hidden.requires_grad
         losses = torch.zeros(len(hidden), dtype=torch.float32, device=hidden.device)
@@ -169,8 +190,9 @@ class _SlicedCrossEntropy(torch.autograd.Function):
             if bool((targets[rows] == IGNORED).all()):
                 continue
             part = hidden[rows].detach().requires_grad_(needs_grad)
+            extra = () if teacher is None else (head(teacher[rows]),)
             with torch.set_grad_enabled(needs_grad):
-                part_losses = _cross_entropy(head(part), targets[rows], sample)
+                part_losses = loss(head(part), targets[rows], *extra)
                 total = part_losses.sum()
             losses[rows] = part_losses.detach()
             if gradient is not None:
@@ -182,7 +204,56 @@ class _SlicedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grad_outputs: torch.Tensor) -> Any:  # noqa: ANN401
         (gradient,) = ctx.saved_tensors
-        return gradient * grad_outputs[0][:, None].to(gradient.dtype), None, None, None
+        weighted = gradient * grad_outputs[0][:, None].to(gradient.dtype)
+        return weighted, None, None, None, None
+
+
+def hidden_states(model: nn.Module, batch: Batch) -> torch.Tensor:
+    """Last hidden states of a causal language model, shape (batch, length, hidden).
+
+    Raises:
+        ConfigError: The model's logits are not simply its head applied to them.
+    """
+    if not (is_causal_lm(model) and _head_is_last(model, batch)):
+        raise ConfigError(
+            f"{type(model).__name__}: distillation needs a causal language model whose logits are "
+            "its head applied to the last hidden states."
+        )
+    return _hidden_states(model, batch)
+
+
+def distillation_losses(
+    model: nn.Module, batch: Batch, teacher: torch.Tensor, kl_weight: float
+) -> ItemLosses:
+    """`(1 - w) CE(labels) + w KL(teacher || model)` per position; logits only slice by slice.
+
+    Args:
+        model: The student, a causal language model.
+        batch: Its inputs.
+        teacher: The teacher's last hidden states under the same head, from `hidden_states`.
+        kl_weight: w, in [0, 1].
+    """
+    hidden, targets = hidden_states(model, batch), _next_tokens(batch)
+    losses = _SlicedLoss.apply(  # type: ignore[no-untyped-call]
+        hidden.reshape(-1, hidden.shape[-1]),
+        model.get_output_embeddings(),  # type: ignore[operator]
+        targets.flatten(),
+        partial(_distillation, kl_weight=kl_weight),
+        teacher.reshape(-1, teacher.shape[-1]),
+    )
+    per_position = cast(torch.Tensor, losses).view(targets.shape)
+    return ItemLosses(per_position.sum(dim=1), (targets != IGNORED).sum(dim=1))
+
+
+def _distillation(
+    logits: torch.Tensor, targets: torch.Tensor, teacher_logits: torch.Tensor, kl_weight: float
+) -> torch.Tensor:
+    student = logits.float().log_softmax(dim=-1)
+    teacher = teacher_logits.float().log_softmax(dim=-1)
+    divergence = (teacher.exp() * (teacher - student)).sum(dim=-1)
+    likelihood = F.nll_loss(student, targets, ignore_index=IGNORED, reduction="none")
+    mixed = (1 - kl_weight) * likelihood + kl_weight * divergence
+    return mixed.masked_fill(targets == IGNORED, 0.0)
 
 
 def _cross_entropy(logits: torch.Tensor, targets: torch.Tensor, sample: bool) -> torch.Tensor:
@@ -197,14 +268,14 @@ def _cross_entropy(logits: torch.Tensor, targets: torch.Tensor, sample: bool) ->
 
 
 def _head_losses(model: nn.Module, batch: Batch, sample: bool) -> ItemLosses:
-    if "start_positions" in batch or "end_positions" in batch:
+    if type(model).__name__ in _SPAN_MODELS:
         return _span_losses(model, batch, sample)
     labels = batch.get("labels")
     needs_labels = is_encoder_decoder(model)
     if labels is None and (not sample or needs_labels):
+        advice = "add them" if needs_labels else "add them or set label_source='model'"
         raise DataError(
-            f"The batches have no 'labels', which {type(model).__name__} needs; add them or set "
-            "label_source='model'."
+            f"The batches have no 'labels', which {type(model).__name__} needs; {advice}."
         )
     outputs = model(**(batch if needs_labels else _without_labels(batch)))
     logits = getattr(outputs, "logits", None)
@@ -228,24 +299,47 @@ def _sentence_losses(
     model: nn.Module, logits: torch.Tensor, labels: torch.Tensor, sample: bool
 ) -> torch.Tensor:
     logits = logits.float()
-    if logits.shape[-1] == 1:
-        prediction = logits.squeeze(-1)
+    problem = _problem_type(model, logits, labels)
+    if problem == "regression":
         if sample:
-            # Variance 1/2 makes the expected squared gradient equal the second derivative, 2.
-            labels = prediction.detach() + torch.randn_like(prediction) * 0.5**0.5
-        return F.mse_loss(prediction, labels.float().view_as(prediction), reduction="none")
-    if getattr(_config(model), "problem_type", None) == "multi_label_classification":
+            # Variance k/2 of k averaged values: the expected squared gradient is the curvature.
+            scale = (logits.shape[-1] / 2) ** 0.5
+            labels = logits.detach() + torch.randn_like(logits) * scale
+        squares = (logits - labels.float().view_as(logits)) ** 2
+        return squares.mean(dim=-1)
+    if problem == "multi_label_classification":
         labels = torch.bernoulli(logits.detach().sigmoid()) if sample else labels
         losses = F.binary_cross_entropy_with_logits(logits, labels.float(), reduction="none")
         return losses.mean(dim=-1)
     return _cross_entropy(logits, labels.view(-1).long(), sample)
 
 
+def _problem_type(model: nn.Module, logits: torch.Tensor, labels: torch.Tensor) -> str:
+    """The sentence-level task, found out as transformers' own heads do."""
+    known: str | None = getattr(_config(model), "problem_type", None)
+    if known is not None:
+        return known
+    if logits.shape[-1] == 1:
+        return "regression"
+    is_integer = not labels.is_floating_point()
+    return "single_label_classification" if is_integer else "multi_label_classification"
+
+
 def _span_losses(model: nn.Module, batch: Batch, sample: bool) -> ItemLosses:
+    """Extractive question answering; a position outside the text is ignored."""
     positions = ("start_positions", "end_positions")
+    if not sample and not all(name in batch for name in positions):
+        raise DataError(
+            f"The batches have no {' and '.join(positions)}, which {type(model).__name__} needs; "
+            "add them or set label_source='model'."
+        )
     outputs = model(**{name: value for name, value in batch.items() if name not in positions})
-    pairs = zip((outputs.start_logits, outputs.end_logits), positions, strict=True)
-    losses = [_cross_entropy(logits, batch[name].view(-1), sample) for logits, name in pairs]
+    losses = []
+    for name, logits in zip(positions, (outputs.start_logits, outputs.end_logits), strict=True):
+        length = logits.shape[1]
+        targets = batch[name].view(-1) if name in batch else logits.new_zeros(len(logits)).long()
+        targets = targets.masked_fill((targets < 0) | (targets >= length), IGNORED)
+        losses.append(_cross_entropy(logits, targets, sample))
     total = (losses[0] + losses[1]) / 2
     return ItemLosses(total, torch.ones(len(total), dtype=torch.long, device=total.device))
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import math
 import shutil
-import types
 from pathlib import Path
 from typing import Any
 
@@ -310,11 +309,11 @@ def mark_as_lowrank(model: nn.Module, quantizer: HfQuantizer) -> None:
     """
     config: Any = model.config
     config.quantization_config = quantizer.quantization_config
-    config.auto_map = _auto_map(config)
+    config.auto_map = _auto_map(config) | _foreign_entries(config)
     model.hf_quantizer = quantizer  # type: ignore[assignment]
     # transformers refuses .half() and .float() on models flagged as quantized; factors allow both.
     model.is_quantized = False  # type: ignore[assignment]
-    model.save_pretrained = types.MethodType(_save_pretrained_with_code, model)  # type: ignore
+    model.save_pretrained = _SavePretrained(model)  # type: ignore[assignment]
 
 
 def unmark_as_lowrank(model: nn.Module) -> None:
@@ -325,23 +324,31 @@ def unmark_as_lowrank(model: nn.Module) -> None:
         (model, "quantization_method"),
         (model, "is_quantized"),
         (model.config, "quantization_config"),
-        (model.config, "auto_map"),
         (model.config, "_is_quantized"),
     ):
         if attribute in vars(owner):
             delattr(owner, attribute)
+    own = _foreign_entries(model.config)
+    if own:
+        model.config.auto_map = own  # type: ignore[union-attr]
+    elif "auto_map" in vars(model.config):
+        delattr(model.config, "auto_map")
 
 
-def _save_pretrained_with_code(
-    self: Any,  # noqa: ANN401
-    save_directory: str,
-    is_main_process: bool = True,
-    **kwargs: Any,
-) -> None:
-    if is_main_process:
-        Path(save_directory).mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(__file__, Path(save_directory) / f"{_MODULE}.py")
-    type(self).save_pretrained(self, save_directory, is_main_process=is_main_process, **kwargs)
+class _SavePretrained:
+    """`model.save_pretrained`, and a copy of this file beside the weights."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+
+    def __call__(
+        self, save_directory: str, is_main_process: bool = True, *args: Any, **kwargs: Any
+    ) -> None:
+        if is_main_process:
+            Path(save_directory).mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(__file__, Path(save_directory) / f"{_MODULE}.py")
+        save = getattr(type(self.model), "save_pretrained")  # noqa: B009
+        save(self.model, save_directory, is_main_process, *args, **kwargs)
 
 
 _MODULE = "modeling_lowrank"
@@ -358,6 +365,12 @@ def _auto_map(config: Any) -> dict[str, str]:  # noqa: ANN401
         if type(config) in getattr(getattr(transformers, name), "_model_mapping", ())
     ]
     return {name: f"{_MODULE}.LowRank{name}" for name in names}
+
+
+def _foreign_entries(config: Any) -> dict[str, str]:  # noqa: ANN401
+    """`auto_map` entries that are not ours: the model has code of its own."""
+    known = getattr(config, "auto_map", None) or {}
+    return {name: value for name, value in known.items() if _MODULE not in str(value)}
 
 
 class _NativeLoader:

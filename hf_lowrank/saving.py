@@ -18,21 +18,46 @@ from hf_lowrank.report.schema import Report
 _MARGIN = 1.05
 
 
-def check_output_folder(folder: Path, overwrite: bool, num_bytes: int = 0) -> None:
+def check_cache_folder(folder: Path) -> None:
+    """Refuses a cache folder that can't be written, before any long work.
+
+    Raises:
+        StorageError: With the reason.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise StorageError(f"{folder}: can't be a folder ({error.strerror or error}).") from error
+    if not os.access(folder, os.W_OK):
+        raise StorageError(f"{folder}: no permission to write there.")
+
+
+def check_output_folder(
+    folder: Path, overwrite: bool, num_bytes: int = 0, source: Path | None = None
+) -> None:
     """Refuses an output folder that can't be used, before any long work.
 
     Args:
         folder: The folder's final name.
         overwrite: Whether an existing folder may be replaced.
         num_bytes: Space that the result will take.
+        source: Folder of the dense model, which must not be replaced.
 
     Raises:
         StorageError: The folder exists and holds something, is a file, can't be created, or the
             disk is too full.
     """
-    if folder.exists() and not folder.is_dir():
-        raise StorageError(f"{folder}: is a file, not a folder.")
-    if folder.is_dir() and any(folder.iterdir()) and not overwrite:
+    try:
+        is_used = folder.is_dir() and any(folder.iterdir())
+        if folder.exists() and not folder.is_dir():
+            raise StorageError(f"{folder}: is a file, not a folder.")
+    except OSError as error:
+        raise StorageError(f"{folder}: can't be created ({error.strerror or error}).") from error
+    if Path.cwd().is_relative_to(folder.resolve()):
+        raise StorageError(f"{folder}: is the current folder or one above it; name another.")
+    if source is not None and source.is_dir() and source.resolve() == folder.resolve():
+        raise StorageError(f"{folder}: is the dense model itself; name another output folder.")
+    if is_used and not overwrite:
         raise StorageError(
             f"{folder}: exists and is not empty; choose another --output_dir or add "
             "--overwrite_output_dir."
@@ -58,18 +83,23 @@ def atomic_folder(folder: Path, overwrite: bool = False) -> Iterator[Path]:
     Raises:
         StorageError: Writing failed; nothing is left under either name.
     """
-    folder = folder.absolute()
+    folder = folder.resolve()
     temporary = folder.with_name(f".{folder.name}.tmp-{os.getpid()}")
+    previous = folder.with_name(f".{folder.name}.old-{os.getpid()}")
     try:
+        shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
         yield temporary
         if folder.exists() and (overwrite or not any(folder.iterdir())):
-            shutil.rmtree(folder)
+            folder.rename(previous)
         temporary.rename(folder)
     except (OSError, SafetensorError) as error:
         raise StorageError(f"{folder}: could not be written ({error}).") from error
     finally:
+        if previous.exists() and not folder.exists():
+            previous.rename(folder)
         shutil.rmtree(temporary, ignore_errors=True)
+        shutil.rmtree(previous, ignore_errors=True)
 
 
 def save_compressed(

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import importlib.util
 import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from huggingface_hub.constants import HF_HOME
-from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
@@ -67,8 +67,11 @@ def load_causal_lm(source: str, dtype: str = "auto", device: str = "cpu") -> tup
 def _load_pretrained(source: str, **kwargs: Any) -> tuple[Any, Any]:
     try:
         tokenizer = AutoTokenizer.from_pretrained(source)
-        return AutoModelForCausalLM.from_pretrained(source, **kwargs), tokenizer
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            source, output_loading_info=True, **kwargs
+        )
+        model, info = loaded
+    except Exception as error:  # a damaged file can raise anything
         reason = " ".join(str(error).split())[:300]
         if Path(source).is_dir():
             raise DataError(f"{source}: is not a readable model folder: {reason}") from error
@@ -77,6 +80,13 @@ def _load_pretrained(source: str, **kwargs: Any) -> tuple[Any, Any]:
             "offline, give a local folder, a .gguf file or 'demo'. "
             f"({reason})"
         ) from error
+    if info["missing_keys"]:
+        names = sorted(info["missing_keys"])
+        raise DataError(
+            f"{source}: has no weights for {len(names)} parameters, for example {names[0]}; is it "
+            "a causal language model?"
+        )
+    return model, tokenizer
 
 
 def _load_gguf(path: Path, dtype: Any) -> tuple[Any, Any]:  # noqa: ANN401
@@ -95,7 +105,7 @@ def _load_gguf(path: Path, dtype: Any) -> tuple[Any, Any]:  # noqa: ANN401
             quantization_config=GgufConfig(dequantize=True),
             dtype=torch.bfloat16 if dtype == "auto" else dtype,
         )
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+    except Exception as error:  # a damaged file can raise anything
         reason = " ".join(str(error).split())[:300]
         raise DataError(f"{path}: is not a readable .gguf model: {reason}") from error
     return model, tokenizer
@@ -108,14 +118,41 @@ def _refuse_quantized(source: str) -> None:
         config = json.loads(path.read_text("utf-8"))
     except (OSError, ValueError):
         return  # loading will say what is wrong
-    method = (config.get("quantization_config") or {}).get("quant_method")
+    settings = config.get("quantization_config") if isinstance(config, dict) else None
+    if settings is None:
+        return
+    if not isinstance(settings, dict):
+        raise DataError(f"{source}: quantization_config must be an object, got {settings!r}.")
+    method = settings.get("quant_method")
     if method == QUANT_METHOD:
         raise TargetError(
             f"{source}: is already compressed; start from the dense checkpoint, or load and merge "
             "it (hf_lowrank.load, hf_lowrank.merge) first."
         )
-    if method is not None:
-        raise TargetError(f"{source}: is quantized ({method}); factorizing needs dense weights.")
+    raise TargetError(f"{source}: is quantized ({method}); factorizing needs dense weights.")
+
+
+def check_windows(
+    model: nn.Module, batches: Sequence[Mapping[str, torch.Tensor]], source: str
+) -> None:
+    """Refuses token windows that the model cannot read.
+
+    Raises:
+        DataError: They are longer than the model's positions, or a token id is too large.
+    """
+    limit = getattr(model.config, "max_position_embeddings", None)
+    rows = model.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
+    for batch in batches:
+        ids = batch["input_ids"]
+        if limit is not None and ids.shape[1] > limit:
+            raise DataError(
+                f"sequence_length {ids.shape[1]} is more than the model reads ({limit}); lower it."
+            )
+        if int(ids.max()) >= rows:
+            raise DataError(
+                f"{source}: the tokenizer gives token {int(ids.max())}, but the model has only "
+                f"{rows}; they do not belong together."
+            )
 
 
 def _demo_folder() -> Path:

@@ -25,6 +25,7 @@ from hf_lowrank.losses import (
     IGNORED,
     Batch,
     LossFunction,
+    eval_mode,
     forward_body,
     is_encoder_decoder,
     item_losses,
@@ -34,6 +35,7 @@ from hf_lowrank.modeling_lowrank import linear_shape
 from hf_lowrank.targets import linear_weight
 
 _BLOCK = 256
+_DECODER_PADDING = {"labels": IGNORED, "decoder_input_ids": 0, "decoder_attention_mask": 0}
 GRADIENT_FIELDS = frozenset({"output", "gradient_rows", "gradient"})
 
 
@@ -88,8 +90,9 @@ def collect_moments(
                 with torch.enable_grad():
                     result = compute(model, inputs)
                     total = result.sums.sum()
-                if not bool(torch.isfinite(total)):
-                    raise NumericalError(f"The calibration loss is {float(total)}, not a number.")
+                if not bool(torch.isfinite(total.detach())):
+                    value = float(total.detach())
+                    raise NumericalError(f"The calibration loss is {value}, not a number.")
                 total.backward()
                 losses += int(result.counts.sum())
             collector.active = False
@@ -107,10 +110,11 @@ class _Collector:
         self.targets = targets
         self.needs = needs
         self.moments = {name: Moments() for name in targets}
-        self.leaders: dict[str, str] = {}
-        self.seen: dict[int, tuple[weakref.ref[torch.Tensor], str]] = {}
+        self.leaders: dict[tuple[str, str], str] = {}
+        self.seen: dict[tuple[str, int], tuple[weakref.ref[torch.Tensor], str]] = {}
         self.masks: list[torch.Tensor] = []
         self.active = False
+        self.batch_size = 1
 
     @contextmanager
     def installed(self) -> Iterator[None]:
@@ -129,8 +133,12 @@ class _Collector:
         """Forgets the last batch's tensors and notes the masks of this one."""
         self.active = True
         self.seen.clear()
+        first = next(iter(batch.values()))
+        self.batch_size = len(first)
         self.masks = [batch["attention_mask"].bool()] if "attention_mask" in batch else []
         if has_decoder and "labels" in batch:
+            if not self.masks and "input_ids" in batch:
+                self.masks.append(torch.ones_like(batch["input_ids"], dtype=torch.bool))
             self.masks.append(batch["labels"] != IGNORED)
 
     def finish(self, losses: int) -> dict[str, Moments]:
@@ -142,12 +150,14 @@ class _Collector:
                 "or use data that reaches them."
             )
         for name, moment in self.moments.items():
-            leader = self.moments[self.leaders.get(name, name)]
-            moment.input, moment.input_abs = leader.input, leader.input_abs
+            for part in ("input", "input_abs"):
+                leader = self.leaders.get((part, name), name)
+                setattr(moment, part, getattr(self.moments[leader], part))
             moment.losses = losses
-            for second in (moment.input, moment.output):
-                if second is not None:
-                    _mirror_(second.matrix)
+            if moment.output is not None:
+                _mirror_(moment.output.matrix)
+            if moment.input is not None and self.leaders.get(("input", name), name) == name:
+                _mirror_(moment.input.matrix)
         return self.moments
 
     def _on_forward(
@@ -162,7 +172,7 @@ class _Collector:
         mask = self._mask_for(args[0])
         moment = self.moments[name]
         moment.tokens += int(mask.sum()) if mask is not None else args[0][..., 0].numel()
-        self._add_input(name, layer, args[0].detach(), output.detach(), mask)
+        self._add_input(name, layer, args[0], output.detach(), mask)
         if not self.needs & GRADIENT_FIELDS:
             return None
         if not output.requires_grad:
@@ -180,23 +190,17 @@ class _Collector:
         output: torch.Tensor,
         mask: torch.Tensor | None,
     ) -> None:
-        if not self.needs & {"input", "input_abs"}:
-            return
         moment = self.moments[name]
+        rows = _rows(inputs.detach(), mask)
         rows_out, rows_in = linear_shape(layer)
         if "input" in self.needs and rows_in > rows_out:
             bias = layer.bias
             image = output if bias is None else output - bias  # type: ignore[operator]
-            squares = float(_rows(inputs, mask).float().square().sum())
+            squares = float(rows.float().square().sum())
             moment.input = _add_outer(moment.input, _rows(image, mask), squares, rows_in)
-            if "input_abs" not in self.needs:
-                return
-        if not self._leads(name, inputs):
-            return
-        rows = _rows(inputs, mask)
-        if "input" in self.needs and rows_in <= rows_out:
+        elif "input" in self.needs and self._leads("input", name, inputs):
             moment.input = _add_outer(moment.input, rows)
-        if "input_abs" in self.needs:
+        if "input_abs" in self.needs and self._leads("input_abs", name, inputs):
             moment.input_abs = _add(moment.input_abs, rows.float().abs().sum(dim=0))
 
     def _on_gradient(
@@ -220,20 +224,23 @@ class _Collector:
         if inputs is None:
             return
         # One weight gradient for each sequence, shape (batch, m, n).
-        sequences = gradient.float().reshape(-1, *gradient.shape[-2:])
-        per_sequence = sequences.mT @ inputs.float().reshape(-1, *inputs.shape[-2:])
+        positions = gradient.shape[:-1].numel()
+        sequences = self.batch_size if positions % self.batch_size == 0 else 1
+        gradients = gradient.float().reshape(sequences, -1, gradient.shape[-1])
+        rows = inputs.float().reshape(sequences, -1, inputs.shape[-1])
+        per_sequence = gradients.mT @ rows
         if "gradient_rows" in self.needs:
             rows_sum = per_sequence.square().sum(dim=(0, 2))
             moment.gradient_rows = _add(moment.gradient_rows, rows_sum)
         if "gradient" in self.needs:
             moment.gradient = _add(moment.gradient, per_sequence.sum(dim=0))
 
-    def _leads(self, name: str, inputs: torch.Tensor) -> bool:
-        """Whether this layer is the first of the batch to read this very tensor."""
-        known = self.seen.get(id(inputs))
+    def _leads(self, part: str, name: str, inputs: torch.Tensor) -> bool:
+        """Whether this layer is the first of the batch to collect this part of this very tensor."""
+        known = self.seen.get((part, id(inputs)))
         leader = name if known is None or known[0]() is not inputs else known[1]
-        self.seen[id(inputs)] = (weakref.ref(inputs), leader)
-        before = self.leaders.setdefault(name, leader)
+        self.seen[part, id(inputs)] = (weakref.ref(inputs), leader)
+        before = self.leaders.setdefault((part, name), leader)
         if before != leader:
             raise NumericalError(
                 f"{name}: shared its input with {before} in one batch and with {leader} in "
@@ -242,9 +249,12 @@ class _Collector:
         return leader == name
 
     def _mask_for(self, inputs: torch.Tensor) -> torch.Tensor | None:
+        """The mask of these positions; batch and choice axes may have been flattened."""
+        positions = inputs.shape[:-1]
         for mask in self.masks:
-            if inputs.shape[:-1] in (mask.shape, (mask.numel(),)):
-                return mask.reshape(inputs.shape[:-1])
+            is_flat = len(positions) == 1 or positions[-1] == mask.shape[-1]
+            if is_flat and positions.numel() == mask.numel():
+                return mask.reshape(positions)
         return None
 
 
@@ -291,26 +301,25 @@ def _separate_lengths(model: nn.Module, batch: dict[str, torch.Tensor]) -> dict[
     Masks are matched to activations by shape, so equal lengths would be ambiguous; one more
     ignored label at the end separates them.
     """
-    labels, mask = batch.get("labels"), batch.get("attention_mask")
-    if not is_encoder_decoder(model) or labels is None or mask is None:
+    labels, inputs = batch.get("labels"), batch.get("input_ids")
+    if not is_encoder_decoder(model) or labels is None or inputs is None:
         return batch
-    if labels.shape == mask.shape:
-        batch["labels"] = torch.nn.functional.pad(labels, (0, 1), value=IGNORED)
+    if labels.shape == inputs.shape:
+        for name, value in _DECODER_PADDING.items():
+            if name in batch:
+                batch[name] = torch.nn.functional.pad(batch[name], (0, 1), value=value)
     return batch
 
 
 @contextmanager
 def _frozen(model: nn.Module) -> Iterator[None]:
     """Eval mode and no parameter gradients, for the time of the block."""
-    was_training = {module: module.training for module in model.modules()}
     required = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    model.eval()
     for parameter in required:
         parameter.requires_grad_(False)
     try:
-        yield
+        with eval_mode(model):
+            yield
     finally:
         for parameter in required:
             parameter.requires_grad_(True)
-        for module, training in was_training.items():
-            module.training = training

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import cast
 
 import torch
 from torch import nn
@@ -18,28 +19,51 @@ from hf_lowrank.modeling_lowrank import LowRankLinear, linear_shape, unmark_as_l
 from hf_lowrank.ranks.plan import RankPlan
 
 
-def lowrank_from_spectrum(layer: nn.Module, spectrum: Spectrum, rank: int) -> LowRankLinear:
-    """A `LowRankLinear` that approximates a dense layer, with its bias, dtype and device."""
-    out_features, in_features = linear_shape(layer)
-    weight, bias = layer.weight, layer.bias
+def replace_layer_(model: nn.Module, name: str, layer: nn.Module) -> None:
+    """Puts a layer in another's place; training mode and gradient flags are the new layer's."""
+    model.set_submodule(name, layer)
+
+
+@torch.no_grad()
+def empty_lowrank(source: nn.Module, rank: int, form: str = "factors") -> LowRankLinear:
+    """A `LowRankLinear` of a layer's sizes, dtype, device and mode, with its bias; no factors yet.
+
+    Args:
+        source: The dense or low-rank layer that it will replace.
+        rank: Rank of the new layer.
+        form: "factors" or "usv".
+    """
+    out_features, in_features = linear_shape(source)
+    if isinstance(source, LowRankLinear):
+        weight, conv1d = source.lowrank_B.weight, source.conv1d
+    else:
+        weight, conv1d = cast(torch.Tensor, source.weight), isinstance(source, Conv1D)
+    bias = cast("torch.Tensor | None", source.bias)
     lowrank = LowRankLinear(
         in_features,
         out_features,
         rank,
         bias=bias is not None,
-        conv1d=isinstance(layer, Conv1D),
-        device=weight.device,  # type: ignore[arg-type]
-        dtype=weight.dtype,  # type: ignore[arg-type]
-    )
-    factor_a, factor_b = spectrum.factors(rank)
-    with torch.no_grad():
-        lowrank.lowrank_A.weight.copy_(factor_a)
-        lowrank.lowrank_B.weight.copy_(factor_b)
-        if bias is not None:
-            lowrank.lowrank_B.bias.copy_(bias)  # type: ignore[arg-type]
-    lowrank.train(layer.training)
+        form=form,
+        conv1d=conv1d,
+        device="meta",  # no random start, so the random state is left alone
+        dtype=weight.dtype,
+    ).to_empty(device=weight.device)
+    if bias is not None:
+        lowrank.lowrank_B.bias.copy_(bias)
+    lowrank.train(source.training)
     for parameter in lowrank.parameters():
-        parameter.requires_grad_(weight.requires_grad)  # type: ignore[arg-type]
+        parameter.requires_grad_(weight.requires_grad)
+    return lowrank
+
+
+@torch.no_grad()
+def lowrank_from_spectrum(layer: nn.Module, spectrum: Spectrum, rank: int) -> LowRankLinear:
+    """A `LowRankLinear` that approximates a dense layer, with its bias, dtype and device."""
+    lowrank = empty_lowrank(layer, rank)
+    factor_a, factor_b = spectrum.factors(rank)
+    lowrank.lowrank_A.weight.copy_(factor_a)
+    lowrank.lowrank_B.weight.copy_(factor_b)
     return lowrank
 
 
@@ -63,14 +87,14 @@ def factorize_(
     chosen = {name: rank for name, rank in plan.ranks.items() if rank is not None}
     originals = {name: _planned_layer(model, name, spectra, plan) for name in chosen}
     for name, rank in chosen.items():
-        model.set_submodule(name, lowrank_from_spectrum(originals[name], spectra[name], rank))
+        replace_layer_(model, name, lowrank_from_spectrum(originals[name], spectra[name], rank))
     return originals
 
 
 def restore_(model: nn.Module, originals: Mapping[str, nn.Module]) -> None:
     """Puts dense layers back where `factorize_` replaced them, in place."""
     for name, layer in originals.items():
-        model.set_submodule(name, layer)
+        replace_layer_(model, name, layer)
 
 
 @contextmanager
@@ -85,6 +109,22 @@ def factorized(
         restore_(model, originals)
 
 
+def factorized_layers(model: nn.Module) -> dict[str, LowRankLinear]:
+    """The model's low-rank layers by name."""
+    return {n: m for n, m in model.named_modules() if isinstance(m, LowRankLinear)}
+
+
+@contextmanager
+def swapped(model: nn.Module, layers: Mapping[str, nn.Module]) -> Iterator[nn.Module]:
+    """The model with other layers in place for the time of the block."""
+    current = {name: model.get_submodule(name) for name in layers}
+    restore_(model, layers)
+    try:
+        yield model
+    finally:
+        restore_(model, current)
+
+
 def merge_(model: nn.Module) -> nn.Module:
     """Multiplies all factors out, in place: a plain dense model with the same outputs.
 
@@ -94,13 +134,15 @@ def merge_(model: nn.Module) -> nn.Module:
     Raises:
         TargetError: The model has no low-rank layer.
     """
-    lowrank = {n: m for n, m in model.named_modules() if isinstance(m, LowRankLinear)}
+    lowrank = factorized_layers(model)
     if not lowrank:
         raise TargetError("The model has no low-rank layer to merge.")
     for name, layer in lowrank.items():
         dense = layer.to_dense()
         dense.train(layer.training)
-        model.set_submodule(name, dense)
+        for parameter in dense.parameters():
+            parameter.requires_grad_(layer.lowrank_B.weight.requires_grad)
+        replace_layer_(model, name, dense)
     if hasattr(model, "config"):
         unmark_as_lowrank(model)
     return model

@@ -16,7 +16,12 @@ from transformers.pytorch_utils import Conv1D
 
 from hf_lowrank.config import LowRankConfig
 from hf_lowrank.errors import ConfigError, TargetError
-from hf_lowrank.modeling_lowrank import LowRankLinear, break_even_rank, linear_shape
+from hf_lowrank.modeling_lowrank import (
+    QUANT_METHOD,
+    LowRankLinear,
+    break_even_rank,
+    linear_shape,
+)
 
 Value = TypeVar("Value")
 
@@ -46,6 +51,10 @@ def find_targets(model: nn.Module, config: LowRankConfig) -> dict[str, nn.Module
             "The model is already compressed; merge it first (hf_lowrank.merge) or start from "
             "the dense checkpoint."
         )
+    quantizer = getattr(model, "hf_quantizer", None)
+    method = quantizer.quantization_config.quant_method if quantizer is not None else QUANT_METHOD
+    if method != QUANT_METHOD:
+        raise TargetError(f"The model is quantized ({method}); factorizing needs dense weights.")
     linears = {n: m for n, m in model.named_modules() if isinstance(m, (nn.Linear, Conv1D))}
     if config.target_modules is None:
         chosen = _default_targets(model, linears)
@@ -60,6 +69,7 @@ def find_targets(model: nn.Module, config: LowRankConfig) -> dict[str, nn.Module
             f"No linear layer of {type(model).__name__} is left to factorize; name some with "
             f"target_modules. It has, for example: {', '.join(list(linears)[:5]) or 'none'}."
         )
+    _refuse_head(model, targets)
     _check_ranks(targets, config)
     return targets
 
@@ -68,8 +78,8 @@ def fixed_ranks(targets: Mapping[str, nn.Module], config: LowRankConfig) -> dict
     """Ranks that the config fixes by hand, resolved to layer names; later patterns win."""
     fixed: dict[str, int | None] = {}
     for pattern, rank in config.rank_pattern.items():
-        for name in _select("rank_pattern", [pattern], targets):
-            fixed[name] = rank
+        selected = _select("rank_pattern", [pattern], targets)
+        fixed |= {name: rank for name in targets if name in selected}
     return fixed
 
 
@@ -123,6 +133,13 @@ def _default_targets(model: nn.Module, linears: Mapping[str, nn.Module]) -> set[
         if name.rsplit(".", 1)[-1] not in _ROUTER_NAMES
         and break_even_rank(*linear_shape(linears[name])) > 1
     }
+
+
+def _refuse_head(model: nn.Module, targets: Mapping[str, nn.Module]) -> None:
+    head = getattr(model, "get_output_embeddings", lambda: None)()
+    for name, layer in targets.items():
+        if layer is head:
+            raise TargetError(f"{name}: is the output head, which is never factorized; exclude it.")
 
 
 def _block_names(model: nn.Module) -> list[str]:

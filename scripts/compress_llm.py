@@ -10,22 +10,20 @@ from pathlib import Path
 from typing import Any
 
 from torch import nn
-from transformers import HfArgumentParser
 
 from hf_lowrank import Report, compress, sweep
-from hf_lowrank.arguments import CompressionArguments, user_errors
-from hf_lowrank.compression import model_sizes
-from hf_lowrank.data.text import token_batches
+from hf_lowrank.arguments import CompressionArguments, parse_arguments, user_errors
+from hf_lowrank.compression import check_goal, model_sizes
+from hf_lowrank.data.text import check_local_text, token_batches
 from hf_lowrank.report.table import format_report, format_sweep
-from hf_lowrank.saving import check_output_folder, save_compressed
-from hf_lowrank.sources import load_causal_lm
+from hf_lowrank.saving import check_cache_folder, check_output_folder, save_compressed
+from hf_lowrank.sources import check_windows, load_causal_lm
 from hf_lowrank.targets import find_targets
 
 
 def main() -> None:
     """Parses, loads, compresses, prints, saves."""
-    parser = HfArgumentParser(CompressionArguments, description=__doc__)
-    (args,) = parser.parse_args_into_dataclasses()
+    args = parse_arguments(CompressionArguments, __doc__)
     with user_errors():
         run(args)
 
@@ -35,15 +33,21 @@ def run(args: CompressionArguments) -> None:
     config = args.to_config()
     folder = Path(args.output_dir) if args.output_dir else None
     if folder:
-        check_output_folder(folder, args.overwrite_output_dir)
+        check_output_folder(folder, args.overwrite_output_dir, source=Path(args.model))
+    if args.cache_dir:
+        check_cache_folder(Path(args.cache_dir))
+    for role in args.text_roles():
+        check_local_text(args.text_source(role), role)
     model, tokenizer = load_causal_lm(args.model, args.dtype, args.device)
-    find_targets(model, config)
+    targets = find_targets(model, config)
+    for ratio in args.param_ratio or []:
+        check_goal(targets, config.replace(param_ratio=ratio))
     if folder:
-        ratios = args.param_ratio or [1.0]
-        check_output_folder(
-            folder, args.overwrite_output_dir, int(model_sizes(model)[1] * sum(ratios))
-        )
+        num_bytes = model_sizes(model)[1] * len(args.param_ratio or [1.0])
+        check_output_folder(folder, args.overwrite_output_dir, num_bytes)
     texts = read_texts(args, tokenizer)
+    for role, batches in texts.items():
+        check_windows(model, batches, args.text_source(role))
     reports = []
     for report in compressed(args, model, texts):
         report.model = args.model
@@ -63,15 +67,11 @@ def run(args: CompressionArguments) -> None:
 
 
 def read_texts(args: CompressionArguments, tokenizer: Any) -> dict[str, Any]:  # noqa: ANN401
-    """Batches by role; a tolerance takes its held-out text from the end of the calibration text."""
-    searches = args.param_ratio is None
-    same_text = args.text_source("calibration") != "demo"
-    wanted = {"calibration": args.calibration_sequences}
-    if searches:
-        wanted["held_out"] = args.held_out_sequences
-    if args.evaluation != "none":
-        wanted["evaluation"] = args.evaluation_sequences
-    parts = {"calibration": (0.0, 0.75), "held_out": (0.75, 1.0)} if searches and same_text else {}
+    """Batches by role; held-out text is the end of the calibration text."""
+    wanted = args.text_roles()
+    parts = {}
+    if "held_out" in wanted and args.text_source("calibration") != "demo":
+        parts = {"calibration": (0.0, 0.75), "held_out": (0.75, 1.0)}
     return {
         role: token_batches(
             args.text_source(role),
@@ -91,10 +91,11 @@ def compressed(
 ) -> Iterator[Report]:
     """One report for each size asked for; the model is compressed while it is handled."""
     config = args.to_config()
+    options = {"cache_dir": args.cache_dir, "recover_steps": args.recover_steps} | texts
     if args.param_ratio and len(args.param_ratio) > 1:
-        yield from sweep(model, config, args.param_ratio, cache_dir=args.cache_dir, **texts)
+        yield from sweep(model, config, args.param_ratio, **options)
     else:
-        yield compress(model, config, cache_dir=args.cache_dir, **texts)
+        yield compress(model, config, **options)
 
 
 if __name__ == "__main__":

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from transformers import AutoTokenizer, HfArgumentParser
+from transformers import AutoTokenizer
 
 import hf_lowrank
-from hf_lowrank.arguments import argument, user_errors
+from hf_lowrank.arguments import argument, parse_arguments, user_errors
+from hf_lowrank.errors import ConfigError, DataError
 
 
 @dataclass
@@ -21,10 +22,15 @@ class GenerationArguments:
 
 def main() -> None:
     """Parses, loads, generates, prints."""
-    (args,) = HfArgumentParser(GenerationArguments).parse_args_into_dataclasses()
+    args = parse_arguments(GenerationArguments, __doc__)
     with user_errors():
+        if not args.prompt.strip() or args.max_new_tokens < 1:
+            raise ConfigError("prompt must not be empty, and max_new_tokens must be at least 1.")
         model = hf_lowrank.load(args.model)
-        tokenizer = AutoTokenizer.from_pretrained(args.model)
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(args.model)
+        except (OSError, ValueError) as error:
+            raise DataError(f"{args.model}: has no readable tokenizer.") from error
         inputs = tokenizer(args.prompt, return_tensors="pt")
         output = model.generate(**inputs, max_new_tokens=args.max_new_tokens, do_sample=False)
         print(tokenizer.decode(output[0], skip_special_tokens=True))

@@ -104,6 +104,8 @@ def _decompose_tall(
         if small.diagonal is not None:
             _check_finite("diagonal", small.diagonal)
             scale = small.diagonal.to(matrix).sqrt()
+            if not bool((scale > 0).all()):
+                raise NumericalError("the diagonal has no positive entry")
         sigma, basis = _eigenbasis(scale[:, None] * inner * scale)
         return matrix @ (scale[:, None] * basis), basis.T / scale, sigma
     root = matrix_root(_damped(small.moment.matrix.to(matrix), small))

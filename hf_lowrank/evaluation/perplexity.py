@@ -11,7 +11,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from hf_lowrank.errors import DataError, NumericalError
-from hf_lowrank.losses import Batch, LossFunction, item_losses
+from hf_lowrank.losses import Batch, LossFunction, eval_mode, item_losses
 
 ItemLoss = tuple[float, int]
 
@@ -61,10 +61,8 @@ def iterate_losses(
         NumericalError: A loss is NaN or infinite: that is a failure, never a skipped batch.
     """
     device = next(model.parameters()).device
-    was_training = model.training
-    model.eval()
-    try:
-        bar = tqdm(batches, desc=progress, disable=None if progress else True, leave=False)
+    bar = tqdm(batches, desc=progress, disable=None if progress else True, leave=False)
+    with eval_mode(model):
         for index, batch in enumerate(bar):
             inputs = {name: tensor.to(device) for name, tensor in batch.items()}
             with torch.no_grad():
@@ -72,8 +70,6 @@ def iterate_losses(
             if not bool(torch.isfinite(result.sums).all()):
                 raise NumericalError(f"The loss of batch {index} is NaN or infinite.")
             yield from zip(result.sums.tolist(), result.counts.tolist(), strict=True)
-    finally:
-        model.train(was_training)
 
 
 def measure_loss(

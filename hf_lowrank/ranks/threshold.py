@@ -94,20 +94,45 @@ def plan_for_budget(
     ranks: Ranks = fixed | {
         name: useful_rank(s.shape, min(min_rank, len(s.sigma))) for name, s in free.items()
     }
-    dense = sum(layer_cost(shape, None) for shape in shapes.values())
-    budget = int(param_ratio * dense + 1e-6)
-    left = budget - sum(layer_cost(shape, ranks[name]) for name, shape in shapes.items())
-    if left < 0:
-        raise ConfigError(
-            f"param_ratio {param_ratio} allows {budget} parameters, but the smallest ranks "
-            f"(min_rank {min_rank}, and layers fixed by rank_pattern) need {budget - left}; raise "
-            "param_ratio."
-        )
+    left = check_budget(shapes, param_ratio, min_rank=min_rank, fixed=fixed)
     if rule == "price":
         left = _spend(free, {n: _hull_steps(n, s, ranks[n]) for n, s in free.items()}, ranks, left)
     steps = {n: _component_steps(n, s, rule, ranks[n]) for n, s in free.items()}
     _spend(free, steps, ranks, left)
     return RankPlan({name: ranks[name] for name in shapes}, dict(shapes))
+
+
+def check_budget(
+    shapes: Shapes,
+    param_ratio: float,
+    *,
+    min_rank: int = 1,
+    fixed: Mapping[str, int | None] | None = None,
+) -> int:
+    """Parameters that a budget leaves beside the smallest ranks.
+
+    Raises:
+        ConfigError: Even the smallest ranks exceed the budget.
+    """
+    ranks = {n: useful_rank(s, min(min_rank, *s)) for n, s in shapes.items()} | dict(fixed or {})
+    needed = sum(layer_cost(shape, ranks[name]) for name, shape in shapes.items())
+    budget = int(param_ratio * sum(layer_cost(shape, None) for shape in shapes.values()) + 1e-6)
+    if needed > budget:
+        raise ConfigError(
+            f"param_ratio {param_ratio} allows {budget} parameters, but the smallest ranks "
+            f"(min_rank {min_rank}, and layers fixed by rank_pattern) need {needed}; raise "
+            "param_ratio."
+        )
+    return budget - needed
+
+
+def smallest_ratio(
+    shapes: Shapes, *, min_rank: int = 1, fixed: Mapping[str, int | None] | None = None
+) -> float:
+    """Smallest `param_ratio` that `plan_for_budget` accepts."""
+    ranks = {n: useful_rank(s, min(min_rank, *s)) for n, s in shapes.items()} | dict(fixed or {})
+    dense = sum(layer_cost(shape, None) for shape in shapes.values())
+    return sum(layer_cost(shape, ranks[name]) for name, shape in shapes.items()) / dense
 
 
 def uniform_plan(
@@ -149,13 +174,13 @@ def _spend(
 def _component_steps(
     name: str, spectrum: Spectrum, rule: str, start: int | None
 ) -> Iterator[_Step]:
-    """One component at a time, up to dense."""
+    """One component at a time, up to dense, or up to what a layer cut before still has."""
     if start is None:
         return
     scores = RULES[rule](spectrum).tolist()
     limit = break_even_rank(*spectrum.shape)
-    for rank in range(start + 1, limit + 1):
-        yield _Step(-scores[min(rank, len(scores)) - 1], name, useful_rank(spectrum.shape, rank))
+    for rank in range(start + 1, min(limit, len(scores)) + 1):
+        yield _Step(-scores[rank - 1], name, useful_rank(spectrum.shape, rank))
 
 
 def _hull_steps(name: str, spectrum: Spectrum, start: int | None) -> Iterator[_Step]:
@@ -164,10 +189,13 @@ def _hull_steps(name: str, spectrum: Spectrum, start: int | None) -> Iterator[_S
         return
     limit = break_even_rank(*spectrum.shape)
     tails = torch.cat([spectrum.price.flip(0).cumsum(0).flip(0), spectrum.price.new_zeros(1)])
+    top = min(limit - 1, len(spectrum.sigma))
     points: list[tuple[int, float, int | None]] = [
-        (layer_cost(spectrum.shape, rank), float(tails[rank]), rank) for rank in range(start, limit)
+        (layer_cost(spectrum.shape, rank), float(tails[rank]), rank)
+        for rank in range(start, top + 1)
     ]
-    points.append((layer_cost(spectrum.shape, None), 0.0, None))
+    if len(spectrum.sigma) >= limit:
+        points.append((layer_cost(spectrum.shape, None), 0.0, None))
     hull: list[tuple[int, float, int | None]] = []
     for point in points:
         while len(hull) >= 2 and _slope(hull[-2], point) <= _slope(hull[-2], hull[-1]):

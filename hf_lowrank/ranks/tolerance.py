@@ -79,12 +79,17 @@ def search_tolerance(
     feasible, infeasible = 1.0, smallest
     best = plan_at(1.0)
     probes: list[Probe] = []
+    known = {tuple(best.ranks.values()): True}
     bias = 1.0
     while feasible - infeasible > precision:
         ratio = _next_ratio(plan_at, predict, tolerance / bias, infeasible, feasible, len(probes))
         plan = plan_at(ratio)
+        key = tuple(plan.ranks.values())
+        if key in known:  # another ratio, but the same ranks
+            feasible, infeasible = (ratio, infeasible) if known[key] else (feasible, ratio)
+            continue
         predicted, found = predict(plan), measure(plan, tolerance)
-        is_feasible = found.complete and found.mean <= tolerance
+        is_feasible = known[key] = found.complete and found.mean <= tolerance
         probes.append(
             Probe(
                 plan.param_ratio,
@@ -151,6 +156,10 @@ def paired_difference(
             mean, error = _weighted_mean(differences)
             if mean - 3 * error > stop_above:
                 return LossDifference(mean, error, len(differences), False)
+    if len(differences) < len(before):
+        raise ValueError(
+            f"{len(before)} items were measured before, but only {len(differences)} after."
+        )
     mean, error = _weighted_mean(differences)
     return LossDifference(mean, error, len(differences), True)
 
@@ -158,6 +167,8 @@ def paired_difference(
 def _weighted_mean(values: Sequence[tuple[float, int]]) -> tuple[float, float]:
     """Mean over positions and its standard error over items (ratio estimator)."""
     positions = sum(count for _, count in values)
+    if not positions:
+        return 0.0, math.inf
     mean = sum(total for total, _ in values) / positions
     size = len(values)
     if size < 2:

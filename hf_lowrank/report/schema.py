@@ -11,7 +11,9 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-_VERSIONED = ("hf-lowrank", "torch", "transformers", "accelerate", "datasets", "safetensors")
+from hf_lowrank.version import __version__
+
+_VERSIONED = ("torch", "transformers", "accelerate", "datasets", "safetensors")
 
 
 @dataclass
@@ -49,6 +51,7 @@ class Report:
         seconds: Wall time by phase.
         probes: Steps of the search for a loss tolerance.
         held_out: The accepted loss difference on the search's own held-out text, or None.
+        recovery: Held-out loss before and after training the factors, and whether that was kept.
         failures: Reason by layer name, for layers kept dense because their decomposition failed.
         untouched: Parameters of matrices inside the blocks that were no targets, by name.
         data: Which text was used for what.
@@ -66,13 +69,14 @@ class Report:
     seconds: dict[str, float] = field(default_factory=dict)
     probes: list[dict[str, Any]] = field(default_factory=list)
     held_out: dict[str, Any] | None = None
+    recovery: dict[str, Any] | None = None
     failures: dict[str, str] = field(default_factory=dict)
     untouched: dict[str, int] = field(default_factory=dict)
     data: dict[str, Any] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON data; numbers that JSON can't hold become null."""
-        data: dict[str, Any] = _jsonable(dataclasses.asdict(self))
+        data: dict[str, Any] = jsonable(dataclasses.asdict(self))
         return data
 
     def save(self, path: Path) -> None:
@@ -82,7 +86,7 @@ class Report:
 
 def versions() -> dict[str, str]:
     """Versions of Python and of the libraries that a result depends on."""
-    found = {"python": platform.python_version()}
+    found = {"python": platform.python_version(), "hf-lowrank": __version__}
     for name in _VERSIONED:
         try:
             found[name] = metadata.version(name)
@@ -91,11 +95,12 @@ def versions() -> dict[str, str]:
     return found
 
 
-def _jsonable(value: Any) -> Any:  # noqa: ANN401
+def jsonable(value: Any) -> Any:  # noqa: ANN401
+    """The value with NaN and infinity, which JSON can't hold, turned into None."""
     if isinstance(value, dict):
-        return {key: _jsonable(item) for key, item in value.items()}
+        return {key: jsonable(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_jsonable(item) for item in value]
+        return [jsonable(item) for item in value]
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return value

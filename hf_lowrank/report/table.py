@@ -34,6 +34,12 @@ def format_report(report: Report) -> str:
         )
     if report.predicted_loss_difference is not None:
         lines.append(f"predicted by the prices: {report.predicted_loss_difference:+.4f}")
+    if report.recovery is not None:
+        recovery = report.recovery
+        lines.append(
+            f"recovery, {recovery['steps']} steps: held-out loss {recovery['loss_before']:.4f} -> "
+            f"{recovery['loss_after']:.4f}, {'kept' if recovery['accepted'] else 'not kept'}"
+        )
     parts = [align(rows), *lines, *_search_lines(report), "", align(_rank_rows(report)), ""]
     parts.append(
         "seconds: " + ", ".join(f"{name} {value:.1f}" for name, value in report.seconds.items())

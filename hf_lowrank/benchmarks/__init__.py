@@ -1,0 +1,1 @@
+"""Comparisons that take minutes: the figures of README and docs come from here."""

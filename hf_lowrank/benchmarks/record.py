@@ -1,0 +1,65 @@
+"""What a benchmark result must carry: where, when and from which code it came."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+import sys
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from hf_lowrank.report.schema import jsonable, versions
+
+
+def provenance() -> dict[str, Any]:
+    """Command, commit, hardware and versions of this process."""
+    return {
+        "command": "python " + " ".join(sys.argv),
+        "commit": _commit(),
+        "date": datetime.now(timezone.utc).date().isoformat(),
+        "hardware": {
+            "processor": _processor(),
+            "threads": torch.get_num_threads(),
+            "cpus": os.cpu_count(),
+        },
+        "versions": versions(),
+    }
+
+
+def write_result(path: Path, result: dict[str, Any]) -> None:
+    """Writes a result with its provenance as JSON, under a temporary name first."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
+    text = json.dumps(jsonable(provenance() | result), indent=2)
+    temporary.write_text(text + "\n", encoding="utf-8")
+    temporary.replace(path)
+
+
+def _commit() -> str:
+    root = Path(__file__).resolve().parents[2]
+    try:
+        found = subprocess.run(
+            ["git", "describe", "--always", "--dirty", "--exclude=*"],
+            cwd=root,
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return found.stdout.strip()
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text("utf-8").split("\n")
+        return next(
+            line.partition(":")[2].strip() for line in lines if line.startswith("model name")
+        )
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()

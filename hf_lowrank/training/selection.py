@@ -1,0 +1,157 @@
+"""Rank selection during training: IJCAI 2025, Algorithms 1 and 2, with their slips mended.
+
+A threshold on all layers' spectra is bisected on the measured task loss; the last feasible point
+is applied (docs/methods.md, section 3). `relative` keeps component i iff
+`sigma_i / sigma_1 >= delta` and bisects delta; `price` bisects the parameter budget.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from hf_lowrank.decomposition.metrics import METRICS, MetricSettings
+from hf_lowrank.decomposition.spectrum import Spectrum, decompose
+from hf_lowrank.decomposition.thin import thin_svd
+from hf_lowrank.errors import ConfigError
+from hf_lowrank.evaluation.perplexity import ItemLoss, iterate_losses
+from hf_lowrank.losses import Batch
+from hf_lowrank.modeling_lowrank import LowRankLinear, linear_shape
+from hf_lowrank.ranks.plan import RankPlan
+from hf_lowrank.ranks.threshold import (
+    plan_for_budget,
+    plan_for_threshold,
+    predicted_rise,
+    smallest_ratio,
+)
+from hf_lowrank.ranks.tolerance import LossDifference, Probe, paired_difference, search_tolerance
+from hf_lowrank.statistics import collect_moments
+from hf_lowrank.training.truncation import get_factors, probed
+
+
+@dataclass(frozen=True)
+class SelectionSettings:
+    """How to select; see the fields of `LowRankTrainingArguments` of similar names.
+
+    With `param_ratio` the selection spends that budget and looks at no loss.
+    """
+
+    rule: str = "relative"
+    tolerance: float = 0.02
+    precision: float = 0.01
+    smallest_ratio: float = 0.02
+    param_ratio: float | None = None
+    damping: MetricSettings = MetricSettings()
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Result of one selection.
+
+    Attributes:
+        plan: Chosen ranks; None where a layer is not cut below break-even.
+        spectra: Spectra that the plan is cut from.
+        probes: Steps of the bisection.
+        loss_passes: Passes over the selection batches, the reference pass not counted.
+        decompositions: Number of spectra computed.
+        seconds: Wall time.
+    """
+
+    plan: RankPlan
+    spectra: Mapping[str, Spectrum]
+    probes: Sequence[Probe]
+    loss_passes: int
+    decompositions: int
+    seconds: float
+
+
+def select_ranks(
+    model: nn.Module,
+    layers: Mapping[str, LowRankLinear],
+    batches: Sequence[Batch],
+    reference: Sequence[ItemLoss],
+    settings: SelectionSettings,
+) -> Selection:
+    """Chooses the smallest ranks that keep the task loss within the tolerance; edits nothing.
+
+    Args:
+        model: The model in training.
+        layers: Its layers in training form.
+        batches: Batches with labels, on which the loss is measured.
+        reference: Losses of the same items under the reference model.
+        settings: Rule and tolerance.
+    """
+    start = time.perf_counter()
+    spectra = layer_spectra(model, layers, batches, settings)
+    shapes = {name: linear_shape(layer) for name, layer in layers.items()}
+
+    def plan_at(share: float) -> RankPlan:
+        if settings.rule == "relative":
+            return plan_for_threshold(shapes, spectra, "relative", 1.0 - share)
+        return plan_for_budget(shapes, spectra, settings.rule, share)
+
+    def predict(plan: RankPlan) -> float:
+        return predicted_rise(spectra, plan) if settings.rule == "price" else math.nan
+
+    def measure(plan: RankPlan, tolerance: float) -> LossDifference:
+        with probed(layers, spectra, plan.ranks):
+            return paired_difference(reference, iterate_losses(model, batches), tolerance)
+
+    floor = smallest_ratio(shapes)
+    if settings.param_ratio is not None:
+        share = max(settings.param_ratio, floor)
+        plan = plan_for_budget(shapes, spectra, settings.rule, share)
+        seconds = time.perf_counter() - start
+        return Selection(plan, spectra, [], int(settings.rule == "price"), len(layers), seconds)
+    plan, probes = search_tolerance(
+        plan_at,
+        predict,
+        measure,
+        settings.tolerance,
+        smallest=max(settings.smallest_ratio, floor) if settings.rule == "price" else 0.0,
+        precision=settings.precision,
+    )
+    passes = len(probes) + (settings.rule == "price")
+    seconds = time.perf_counter() - start
+    return Selection(plan, spectra, probes, passes, len(layers), seconds)
+
+
+def layer_spectra(
+    model: nn.Module,
+    layers: Mapping[str, LowRankLinear],
+    batches: Sequence[Batch],
+    settings: SelectionSettings,
+) -> dict[str, Spectrum]:
+    """Spectra of the layers' products, from their thin factors alone.
+
+    For `price` the second factor `B` is decomposed in the `kfac` metric of its own inputs
+    `z = s * (A x)` and outputs: `B Cov(z) B^T = W Cov(x) W^T`, so the singular values are those of
+    the whole layer, and the k x k sums of z and of `B^T g` are all that has to be collected.
+    """
+    if settings.rule == "relative":
+        return {name: _thin_spectrum(layer) for name, layer in layers.items()}
+    if settings.rule != "price":
+        raise ConfigError(f"The selection rule must be relative or price, got {settings.rule!r}.")
+    kfac = METRICS["kfac"]
+    second_factors: dict[str, nn.Module] = {n: layer.lowrank_B for n, layer in layers.items()}
+    moments = collect_moments(model, second_factors, batches, kfac.needs)
+    spectra = {}
+    for name, layer in layers.items():
+        U, s, V = get_factors(layer)
+        found = decompose(U, kfac.form(moments[name], settings.damping))
+        right = found.right @ (s.float()[:, None] * V.float())
+        spectra[name] = Spectrum(found.left, right, found.sigma, found.price)
+    return spectra
+
+
+@torch.no_grad()
+def _thin_spectrum(layer: LowRankLinear) -> Spectrum:
+    """Plain singular values of the layer's product; see `thin_svd`."""
+    U, s, V = get_factors(layer)
+    left, sigma, right = thin_svd(U * s, V)
+    return Spectrum((left * sigma).float(), right.float(), sigma, None)

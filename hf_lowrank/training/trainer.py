@@ -1,0 +1,314 @@
+"""`LowRankTrainer`: SVD training with ranks chosen by the loss while the model trains."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from accelerate.utils import broadcast_object_list
+from torch import nn
+from torch.utils.data import DataLoader, Subset
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from hf_lowrank.config import LowRankConfig
+from hf_lowrank.errors import ConfigError, DataError, NumericalError
+from hf_lowrank.evaluation.perplexity import ItemLoss, LossMeasurement, measure_loss
+from hf_lowrank.loading import attach_config
+from hf_lowrank.losses import Batch
+from hf_lowrank.modeling_lowrank import LowRankLinear
+from hf_lowrank.surgery import empty_lowrank, factorized_layers, replace_layer_
+from hf_lowrank.training.arguments import LowRankTrainingArguments
+from hf_lowrank.training.forms import (
+    current_ranks,
+    to_inference_form_,
+    to_training_form_,
+)
+from hf_lowrank.training.penalties import orthogonality_penalty, rank_penalty
+from hf_lowrank.training.selection import Selection, SelectionSettings, select_ranks
+from hf_lowrank.training.truncation import cut_factors, make_dense_, truncate_
+
+STATE_FILE = "lowrank_state.json"
+# A target size is reached after this share of the training; the rest trains what is left.
+_SELECTION_SHARE = 2 / 3
+
+
+class LowRankTrainer(Trainer):
+    """Trains `L_T + lambda_O L_O + lambda_R L_R` and cuts ranks at the end of every epoch.
+
+    The target layers are turned into `U diag(s) V` at full rank (or the ranks of the config's
+    `rank_pattern`) when the trainer is made. Everything else is `Trainer`: checkpoints, resuming,
+    evaluation, gradient accumulation, mixed precision and DDP.
+
+    Args:
+        model: Dense or compressed transformers model; changed in place.
+        args: See `LowRankTrainingArguments`.
+        lowrank_config: Target layers and fixed ranks.
+        **kwargs: As for `Trainer`.
+
+    Attributes:
+        selections: What every selection so far did: epoch, probes, ranks, seconds.
+
+    Raises:
+        ConfigError: The arguments are of the wrong class.
+        DataError: There is no training set to select ranks on.
+    """
+
+    args: LowRankTrainingArguments
+    model: nn.Module
+
+    def __init__(
+        self,
+        model: nn.Module,
+        args: LowRankTrainingArguments,
+        *,
+        lowrank_config: LowRankConfig | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if not isinstance(args, LowRankTrainingArguments):
+            raise ConfigError(
+                f"LowRankTrainer needs LowRankTrainingArguments, got {type(args).__name__}."
+            )
+        if kwargs.get("train_dataset") is None:
+            raise DataError("LowRankTrainer needs a train_dataset: ranks are selected on it.")
+        self.lowrank_config = lowrank_config or LowRankConfig()
+        self.lowrank_names = list(to_training_form_(model, self.lowrank_config))
+        self.selections: list[dict[str, Any]] = []
+        self.reference: list[ItemLoss] | None = None
+        self._terms: dict[str, list[float]] = {}
+        super().__init__(model=model, args=args, **kwargs)
+        self._describe_ranks()
+        self.add_callback(_SelectionCallback(self))
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> Any:  # noqa: ANN401
+        """The task loss, in training plus the two penalties; each is logged apart."""
+        found = super().compute_loss(model, inputs, True, num_items_in_batch)
+        loss, outputs = found
+        if model.training:
+            layers = list(factorized_layers(self.model).values())
+            orthogonality = orthogonality_penalty(layers).to(loss.device)
+            rank = rank_penalty(layers, self.args.rank_penalty).to(loss.device)
+            is_scaled = self.model_accepts_loss_kwargs and num_items_in_batch is not None
+            share = 1.0 / self.current_gradient_accumulation_steps if is_scaled else 1.0
+            for name, value in (
+                ("loss_task", loss.detach() / share),
+                ("loss_orthogonality", orthogonality.detach()),
+                ("loss_rank", rank.detach()),
+            ):
+                self._terms.setdefault(name, []).append(float(value))
+            loss = loss + share * (
+                self.args.orthogonality_weight * orthogonality
+                + self.args.rank_penalty_weight * rank
+            )
+        return (loss, outputs) if return_outputs else loss
+
+    def training_step(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> torch.Tensor:
+        """One step on the wrapper in force: DDP is renewed after a cut.
+
+        Raises:
+            NumericalError: The loss is NaN or infinite.
+        """
+        loss = super().training_step(self.model_wrapped, inputs, num_items_in_batch)
+        if not bool(torch.isfinite(loss)):
+            raise NumericalError(
+                f"The training loss is {float(loss)} at step {self.state.global_step + 1}; the "
+                f"last checkpoint in {self.args.output_dir} is as it was. Lower the learning rate "
+                "or the penalties' weights."
+            )
+        return loss
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Adds the mean of each loss term since the last log."""
+        if "loss" in logs:
+            logs |= {name: sum(v) / len(v) for name, v in self._terms.items() if v}
+            self._terms = {}
+        super().log(logs, start_time)
+
+    def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
+        """As in Trainer, but spectra do not decay: their size is the rank penalty's business."""
+        names: list[str] = super().get_decay_parameter_names(model)
+        return [name for name in names if not name.endswith("lowrank_s")]
+
+    def select_ranks(self) -> Selection:
+        """Selects ranks once and cuts the layers; called at every epoch's end.
+
+        The main process decides, the others follow.
+        """
+        batches = self.selection_batches()
+        layers = {n: m for n, m in factorized_layers(self.model).items() if m.lowrank_s is not None}
+        args = self.args
+        settings = SelectionSettings(
+            args.selection_rule, args.selection_tolerance, args.selection_precision,
+            args.smallest_ratio, self._scheduled_ratio(),
+        )  # fmt: skip
+        start = time.perf_counter()
+        now = self._measure(batches)
+        reference = self._update_reference(now)
+        decided: list[Any] = [None]
+        if self.accelerator.is_main_process:
+            decided[0] = select_ranks(self.model, layers, batches, reference, settings)
+        if self.accelerator.num_processes > 1:
+            broadcast_object_list(decided)
+        selection: Selection = decided[0]
+        self._apply(selection, layers)
+        seconds = time.perf_counter() - start
+        record = {
+            "step": self.state.global_step,
+            "epoch": self.state.epoch,
+            "probes": [vars(probe) for probe in selection.probes],
+            "ranks": current_ranks(self.model, dict.fromkeys(self.lowrank_names)),
+            "param_ratio": selection.plan.param_ratio,
+            "loss_before": now.mean,
+            "loss_passes": selection.loss_passes + 1,
+            "decompositions": selection.decompositions,
+            "seconds": seconds,
+        }
+        self.selections.append(record)
+        self.log({"param_ratio": selection.plan.param_ratio, "selection_seconds": seconds})
+        return selection
+
+    def selection_batches(self) -> list[Batch]:
+        """The fixed, seeded subset of the training set that selections are measured on."""
+        size = len(self.train_dataset)  # type: ignore[arg-type]
+        wanted = min(self.args.selection_samples or size, size)
+        generator = torch.Generator().manual_seed(self.args.seed)
+        chosen = sorted(torch.randperm(size, generator=generator)[:wanted].tolist())
+        loader = DataLoader(
+            Subset(cast(Any, self.train_dataset), chosen),
+            batch_size=self.args.per_device_eval_batch_size,
+            collate_fn=self._get_collator_with_removed_columns(self.data_collator),
+        )
+        tensors = ({k: v for k, v in b.items() if isinstance(v, torch.Tensor)} for b in loader)
+        return list(tensors)
+
+    def export(self) -> nn.Module:
+        """Folds the spectra into two factors, in place; the model is then ready to ship."""
+        to_inference_form_(self.model)
+        self._describe_ranks(form="factors")
+        return self.model
+
+    def _apply(self, selection: Selection, layers: dict[str, LowRankLinear]) -> None:
+        changed = False
+        for name, layer in layers.items():
+            rank = selection.plan.ranks[name]
+            if rank is not None and rank < layer.rank:
+                truncate_(layer, cut_factors(selection.spectra[name], rank), self._optimizer())
+                changed = True
+            elif rank is None and self.args.break_even == "dense":
+                make_dense_(self.model, name, layer, self._optimizer())
+                changed = True
+        if changed:
+            self._describe_ranks()
+            self._renew_wrapper()
+
+    def _scheduled_ratio(self) -> float | None:
+        """Where a target size is set: the share of the parameters that is due at this step."""
+        target = self.args.target_param_ratio
+        if target is None:
+            return None
+        every = self.args.selection_steps or self.state.max_steps / self.args.num_train_epochs
+        total = max(1, int(_SELECTION_SHARE * self.state.max_steps / every + 1e-6))
+        return float(target ** min(1.0, round(self.state.global_step / every) / total))
+
+    def _optimizer(self) -> torch.optim.Optimizer | None:
+        return getattr(self.optimizer, "optimizer", self.optimizer)
+
+    def _renew_wrapper(self) -> None:
+        """DDP sorts gradients into buckets of fixed sizes, so it has to be made anew."""
+        if self.model_wrapped is self.model or self.accelerator.num_processes == 1:
+            return
+        models = self.accelerator._models
+        models[:] = [model for model in models if model is not self.model_wrapped]
+        self.model_wrapped = self.accelerator.prepare_model(self.model)
+
+    def _describe_ranks(self, form: str = "usv") -> None:
+        ranks = current_ranks(self.model, dict.fromkeys(self.lowrank_names))
+        attach_config(self.model, self.lowrank_config.replace(ranks=ranks, form=form))
+
+    def _measure(self, batches: Sequence[Batch]) -> LossMeasurement:
+        return measure_loss(self.model, batches)
+
+    def _update_reference(self, now: LossMeasurement) -> list[ItemLoss]:
+        """The losses that the tolerance is measured from; see `tolerance_reference`."""
+        kind = self.args.tolerance_reference
+        if (
+            self.reference is None
+            or kind == "current"
+            or (kind == "best" and now.mean < LossMeasurement(tuple(self.reference)).mean)
+        ):
+            self.reference = list(now.items)
+        return self.reference
+
+    def _save(
+        self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None
+    ) -> None:
+        """Writes the state of the selection beside the weights."""
+        super()._save(output_dir, state_dict)
+        folder = Path(output_dir or str(self.args.output_dir))
+        state = {"reference": self.reference, "selections": self.selections}
+        (folder / STATE_FILE).write_text(json.dumps(state), encoding="utf-8")
+
+    def _load_from_checkpoint(
+        self, resume_from_checkpoint: str, model: nn.Module | None = None
+    ) -> None:
+        """Gives the layers the checkpoint's ranks before its weights are read."""
+        folder = Path(resume_from_checkpoint)
+        config = json.loads((folder / "config.json").read_text("utf-8"))
+        ranks = config.get("quantization_config", {}).get("ranks", {})
+        for name, rank in ranks.items():
+            layer = self.model.get_submodule(name)
+            if isinstance(layer, LowRankLinear) and rank != layer.rank:
+                new = layer.to_dense() if rank is None else empty_lowrank(layer, rank, form="usv")
+                replace_layer_(self.model, name, new)
+        state_file = folder / STATE_FILE
+        if state_file.is_file():
+            state = json.loads(state_file.read_text("utf-8"))
+            items = state["reference"]
+            self.reference = None if items is None else [(a, b) for a, b in items]
+            self.selections = state["selections"]
+        self._describe_ranks()
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+
+class _SelectionCallback(TrainerCallback):
+    """Calls the trainer's selection at the right moments."""
+
+    def __init__(self, trainer: LowRankTrainer) -> None:
+        self.trainer = trainer
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Measures the start, which `tolerance_reference` may refer to."""
+        trainer = self.trainer
+        if trainer.reference is None and trainer.args.tolerance_reference != "current":
+            trainer.reference = list(trainer._measure(trainer.selection_batches()).items)
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Selects every `selection_steps` steps, if set."""
+        every = self.trainer.args.selection_steps
+        if every and state.global_step % every == 0:
+            self.trainer.select_ranks()
+
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Selects at the end of every epoch, unless steps are set."""
+        if not self.trainer.args.selection_steps:
+            self.trainer.select_ranks()

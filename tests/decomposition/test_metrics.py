@@ -1,0 +1,91 @@
+"""What each metric reads from the moments, and the moments' own figures."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from hf_lowrank import LowRankConfig
+from hf_lowrank.decomposition.metrics import METRICS, MetricSettings, QuadraticForm, Side
+from hf_lowrank.decomposition.moments import Moments, SecondMoment
+
+
+def moments():
+    return Moments(
+        input=SecondMoment(2 * torch.eye(3), 6.0, 3),
+        output=SecondMoment(torch.eye(2), 2.0, 2),
+        input_abs=torch.tensor([8.0, 0.0, 4.0]),
+        gradient_rows=torch.tensor([3.0, 0.0]),
+        tokens=4,
+        losses=5,
+    )
+
+
+def test_the_metrics_are_those_of_the_documentation():
+    assert set(METRICS) == {"plain", "fisher-rows", "activation-scale", "whitened", "kfac"}
+
+
+@pytest.mark.parametrize("metric", sorted(METRICS))
+def test_a_metric_needs_what_it_says_and_nothing_else(metric):
+    needs = METRICS[metric].needs
+    assert needs <= {field.name for field in dataclasses.fields(Moments)}
+    some = {name: getattr(moments(), name) for name in needs}
+    METRICS[metric].form(Moments(**some, tokens=4, losses=5), MetricSettings())
+    for missing in needs:
+        with pytest.raises(ValueError, match=r"^The metric needs statistics that were not coll"):
+            METRICS[metric].form(
+                Moments(**(some | {missing: None}), tokens=4, losses=5), MetricSettings()
+            )
+
+
+@pytest.mark.parametrize("field", [field.name for field in dataclasses.fields(MetricSettings)])
+def test_settings_default_to_those_of_the_config(field):
+    assert getattr(MetricSettings(), field) == getattr(LowRankConfig(), field)
+
+
+def test_plain_is_the_identity():
+    assert METRICS["plain"].form(Moments(), MetricSettings()) == QuadraticForm(Side(), Side(), None)
+
+
+def test_fisher_rows_puts_the_row_sums_on_the_output_side():
+    form = METRICS["fisher-rows"].form(moments(), MetricSettings())
+    assert form.input == Side()
+    assert form.price_scale is None
+    assert form.output.diagonal.dtype == torch.float64
+    assert form.output.diagonal.tolist() == pytest.approx([3 + 1.5e-6, 1.5e-6], rel=1e-9)
+
+
+@pytest.mark.parametrize("alpha", [0.5, 1.0])
+def test_activation_scale_puts_the_mean_size_on_the_input_side(alpha):
+    form = METRICS["activation-scale"].form(moments(), MetricSettings(activation_alpha=alpha))
+    assert form.output == Side()
+    assert form.price_scale is None
+    assert form.input.diagonal.dtype == torch.float64
+    # The side's root is the mean to the power of alpha, with a millionth of the average added.
+    wanted = [value ** (2 * alpha) for value in (2 + 1e-6, 1e-6, 1 + 1e-6)]
+    assert form.input.diagonal.tolist() == pytest.approx(wanted, rel=1e-6)
+
+
+def test_whitened_reads_the_input_moment_alone():
+    given = moments()
+    form = METRICS["whitened"].form(given, MetricSettings(input_damping=0.3))
+    assert form.output == Side()
+    assert form.input.moment is given.input
+    assert (form.input.damping, form.input.diagonal) == (0.3, None)
+    assert form.price_scale is None
+
+
+def test_kfac_reads_both_moments_and_prices_a_component():
+    given = moments()
+    form = METRICS["kfac"].form(given, MetricSettings(input_damping=0.3, output_damping=0.7))
+    assert (form.input.moment, form.input.damping) == (given.input, 0.3)
+    assert (form.output.moment, form.output.damping) == (given.output, 0.7)
+    assert form.price_scale == 1 / (2 * 4 * 5)
+
+
+def test_a_projected_moment_keeps_the_mean_diagonal_of_the_vectors_themselves():
+    full = SecondMoment(torch.eye(3), 12.0, 3)
+    projected = SecondMoment(torch.eye(2), 12.0, 3)
+    assert not full.is_projected
+    assert projected.is_projected
+    assert full.mean_diagonal == projected.mean_diagonal == 4.0

@@ -1,0 +1,173 @@
+"""The command line as a user sees it: a tiny checkpoint on disk, and runs of the scripts.
+
+The checkpoint's texts were written by the model itself, so that damage to it raises its loss.
+"""
+
+import importlib.util
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import datasets
+import huggingface_hub
+import pytest
+import torch
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
+from tokenizers.trainers import WordLevelTrainer
+from transformers import PreTrainedTokenizerFast
+
+from tests.tiny_models import VOCABULARY, tiny_llama, written_batches
+
+ROOT = Path(__file__).resolve().parents[2]
+SPECIAL = ("<pad>", "<s>", "</s>")
+WORDS = tuple(f"w{number:02d}" for number in range(VOCABULARY - len(SPECIAL)))
+_PROGRESS = re.compile(r"\d+%\|")
+
+
+def word_tokenizer() -> PreTrainedTokenizerFast:
+    """One token for each of `WORDS`, trained on the fly; ids 0 to 2 are special."""
+    tokenizer = Tokenizer(WordLevel(unk_token="<pad>"))
+    tokenizer.pre_tokenizer = Whitespace()
+    trainer = WordLevelTrainer(vocab_size=VOCABULARY, special_tokens=list(SPECIAL))
+    tokenizer.train_from_iterator([" ".join(WORDS)], trainer)
+    pad, begin, end = SPECIAL
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token=pad, unk_token=pad, bos_token=begin, eos_token=end
+    )
+
+
+def save_checkpoint(folder: Path, model: Any = None, **kwargs: Any) -> Path:
+    """A dense model, by default a tiny Llama, and its tokenizer in a folder."""
+    (model or tiny_llama()).save_pretrained(folder, **kwargs)
+    word_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def written_text(num_tokens: int = 2048, seed: int = 0) -> str:
+    """Text that the default model of `save_checkpoint` wrote, `num_tokens` tokens long."""
+    (batch,) = written_batches(tiny_llama(), 1, num_tokens // 32, 32, seed=seed)
+    return word_tokenizer().decode(batch["input_ids"].flatten())
+
+
+class Inputs(NamedTuple):
+    """Files that a run needs."""
+
+    model: Path
+    calibration: Path
+    evaluation: Path
+
+    def arguments(self, **changes: object) -> list[str]:
+        """Arguments of a run on these files in about 0.1 s; a change to None drops one."""
+        settings: dict[str, object] = {
+            "model": self.model,
+            "calibration": self.calibration,
+            "evaluation": self.evaluation,
+            "calibration_sequences": 16,
+            "evaluation_sequences": 16,
+            "held_out_sequences": 8,
+            "sequence_length": 32,
+            **changes,
+        }
+        given = [(name, value) for name, value in settings.items() if value is not None]
+        return [part for name, value in given for part in (f"--{name}", str(value))]
+
+
+def make_inputs(folder: Path) -> Inputs:
+    """A tiny checkpoint and two texts of 2048 tokens."""
+    inputs = Inputs(
+        save_checkpoint(folder / "model"), folder / "calibration.txt", folder / "evaluation.txt"
+    )
+    inputs.calibration.write_text(written_text(seed=0), encoding="utf-8")
+    inputs.evaluation.write_text(written_text(seed=1), encoding="utf-8")
+    return inputs
+
+
+class Finished(NamedTuple):
+    """How a run ended."""
+
+    code: int
+    out: str
+    err: str
+
+    @property
+    def messages(self) -> list[str]:
+        """Lines on stderr that are no progress bars."""
+        lines = [line.strip() for line in re.split(r"[\r\n]", self.err)]
+        return [line for line in lines if line and not _PROGRESS.search(line)]
+
+    @property
+    def error(self) -> str:
+        """The one message of a refused run."""
+        assert self.code == 2, f"exit code {self.code}\n{self.out}\n{self.err}"
+        assert len(self.messages) == 1, self.err
+        assert self.messages[0].startswith("error: ")
+        return self.messages[0].removeprefix("error: ")
+
+
+def script_module(name: str) -> Any:
+    """A script of this repository as a module."""
+    spec = importlib.util.spec_from_file_location(f"{name}_script", ROOT / "scripts" / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look their module up here
+    spec.loader.exec_module(module)
+    return module
+
+
+class InProcess:
+    """Runs a script's `main` in this process, as `python scripts/NAME.py ARGUMENTS` would."""
+
+    def __init__(
+        self, name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        self.name = name
+        self.module = script_module(name)
+        self.monkeypatch = monkeypatch
+        self.capsys = capsys
+        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+        monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+
+    def __call__(self, *arguments: object) -> Finished:
+        """Exit code and what was printed; exceptions other than SystemExit pass through."""
+        argv = [f"scripts/{self.name}.py", *(str(argument) for argument in arguments)]
+        self.monkeypatch.setattr(sys, "argv", argv)
+        self.capsys.readouterr()
+        code = 0
+        with torch.random.fork_rng(devices=[]):
+            try:
+                self.module.main()
+            except SystemExit as ending:
+                code = ending.code if isinstance(ending.code, int) else int(bool(ending.code))
+        return Finished(code, *self.capsys.readouterr())
+
+
+def run_python(*arguments: object, **environment: str) -> Finished:
+    """Runs a new Python process in the repository, offline."""
+    settings = {
+        "PYTHONPATH": str(ROOT),
+        "PYTHONDONTWRITEBYTECODE": "1",
+        "HF_HUB_OFFLINE": "1",
+        "OMP_NUM_THREADS": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+    }
+    done = subprocess.run(
+        [sys.executable, *(str(argument) for argument in arguments)],
+        cwd=ROOT,
+        env={**os.environ, **settings, **environment},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    return Finished(done.returncode, done.stdout, done.stderr)
+
+
+def leftovers(folder: Path) -> list[str]:
+    """Temporary files and folders anywhere below a folder."""
+    return sorted(str(path) for path in folder.rglob("*") if ".tmp" in path.name)

@@ -1,0 +1,195 @@
+"""`LowRankConfig`: what it refuses, and that it survives JSON."""
+
+import dataclasses
+import json
+import math
+
+import pytest
+
+from hf_lowrank import LowRankConfig
+from hf_lowrank.config import METRIC_NAMES, RULE_NAMES
+from hf_lowrank.decomposition.metrics import METRICS
+from hf_lowrank.errors import CheckpointError, ConfigError, LowRankError
+from hf_lowrank.ranks.rules import RULES
+
+
+@pytest.mark.parametrize("value", [0, -0.5, 1.01, math.nan, math.inf, "0.8", True])
+def test_param_ratio_must_be_a_share(value):
+    with pytest.raises(ConfigError, match=rf"must lie in \(0, 1\], got {value!r}\."):
+        LowRankConfig(param_ratio=value)
+
+
+@pytest.mark.parametrize("value", [-0.1, math.nan, math.inf, "small"])
+def test_loss_tolerance_must_be_finite_and_not_negative(value):
+    with pytest.raises(ConfigError, match=rf"must be a number >= 0 \(nats\), got {value!r}\."):
+        LowRankConfig(loss_tolerance=value)
+
+
+@pytest.mark.parametrize("value", [0, -3, 2.0, True, "4"])
+@pytest.mark.parametrize("name", ["rank", "min_rank"])
+def test_ranks_must_be_whole_numbers(name, value):
+    with pytest.raises(ConfigError, match=rf"^{name} must be an integer >= 1, got {value!r}\."):
+        LowRankConfig(**{name: value})
+
+
+@pytest.mark.parametrize("field", ["rank_pattern", "ranks"])
+def test_ranks_by_layer_are_checked_by_name(field):
+    with pytest.raises(ConfigError, match=rf"{field}\['q_proj'\] must be an integer >= 1, got 0"):
+        LowRankConfig(**{field: {"k_proj": None, "q_proj": 0}})
+
+
+def test_two_goals_are_refused():
+    with pytest.raises(ConfigError, match="one goal, not 2: param_ratio and rank are set"):
+        LowRankConfig(param_ratio=0.5, rank=4)
+
+
+def test_a_goal_of_zero_tolerance_counts_as_a_goal():
+    with pytest.raises(ConfigError, match="param_ratio and loss_tolerance are set"):
+        LowRankConfig(param_ratio=0.5, loss_tolerance=0)
+
+
+@pytest.mark.parametrize("name", ["metric", "rule", "label_source", "form"])
+def test_unknown_choices_are_refused_with_the_known_ones(name):
+    with pytest.raises(ConfigError, match=rf"^{name} must be one of [a-z, -]+; got 'nonsense'\."):
+        LowRankConfig(**{name: "nonsense"})
+
+
+def test_price_needs_the_metric_that_has_prices():
+    with pytest.raises(ConfigError, match=r"rule 'price' needs metric 'kfac'.* 'whitened'"):
+        LowRankConfig(metric="whitened", rule="price")
+
+
+@pytest.mark.parametrize("value", [-1, math.nan, math.inf, "0.1"])
+@pytest.mark.parametrize("name", ["input_damping", "output_damping"])
+def test_damping_must_not_be_negative(name, value):
+    with pytest.raises(ConfigError, match=rf"{name} must be a number >= 0, got {value!r}"):
+        LowRankConfig(**{name: value})
+
+
+@pytest.mark.parametrize("value", [-0.1, 1.5, math.nan])
+def test_activation_alpha_must_be_a_share(value):
+    with pytest.raises(ConfigError, match=rf"activation_alpha must lie in .* got {value!r}"):
+        LowRankConfig(activation_alpha=value)
+
+
+@pytest.mark.parametrize("value", [["q_proj", 3], 5])
+@pytest.mark.parametrize("name", ["target_modules", "exclude_modules"])
+def test_layer_names_must_be_text(name, value):
+    with pytest.raises(ConfigError, match=rf"{name} must be a list of names, got"):
+        LowRankConfig(**{name: value})
+
+
+def test_one_layer_name_becomes_a_list():
+    assert LowRankConfig(target_modules="q_proj").target_modules == ["q_proj"]
+
+
+def test_config_errors_are_value_errors_of_the_package():
+    assert issubclass(ConfigError, ValueError)
+    assert issubclass(ConfigError, LowRankError)
+
+
+def test_default_is_a_small_loss_tolerance_in_the_priced_metric():
+    config = LowRankConfig()
+    assert (config.goal, config.effective_tolerance) == ("loss_tolerance", 0.05)
+    assert (config.metric, config.effective_rule) == ("kfac", "price")
+
+
+@pytest.mark.parametrize(
+    ("settings", "goal"),
+    [
+        ({"param_ratio": 0.5}, "param_ratio"),
+        ({"rank": 3}, "rank"),
+        ({"loss_tolerance": 0.0}, "loss_tolerance"),
+    ],
+)
+def test_goal_names_what_is_set(settings, goal):
+    assert LowRankConfig(**settings).goal == goal
+
+
+def test_explicit_tolerance_of_zero_is_in_force():
+    assert LowRankConfig(loss_tolerance=0).effective_tolerance == 0
+
+
+@pytest.mark.parametrize("metric", [name for name in METRIC_NAMES if name != "kfac"])
+def test_metrics_without_prices_get_uniform_ranks(metric):
+    assert LowRankConfig(metric=metric).effective_rule == "uniform"
+
+
+def test_named_metrics_and_rules_are_those_that_exist():
+    assert set(METRIC_NAMES) == set(METRICS)
+    assert set(RULE_NAMES) == set(RULES)
+
+
+def test_replace_checks_the_result():
+    with pytest.raises(ConfigError, match="one goal"):
+        LowRankConfig(param_ratio=0.5).replace(rank=2)
+
+
+def test_configs_do_not_share_their_defaults():
+    LowRankConfig().rank_pattern["q_proj"] = 3
+    assert LowRankConfig().rank_pattern == {}
+
+
+def test_every_setting_survives_json():
+    config = LowRankConfig(
+        param_ratio=0.7,
+        metric="whitened",
+        rule="energy",
+        target_modules=["q_proj"],
+        exclude_modules=["layers.0.*"],
+        rank_pattern={"q_proj": 4, "k_proj": None},
+        min_rank=2,
+        input_damping=0.5,
+        output_damping=0.25,
+        activation_alpha=0.75,
+        label_source="model",
+        seed=7,
+        ranks={"a": 3, "b": None},
+        form="usv",
+    )
+    changed = [f.name for f in dataclasses.fields(config) if getattr(config, f.name) != f.default]
+    assert len(changed) == len(dataclasses.fields(config)) - len(
+        ["loss_tolerance", "rank", "format_version", "quant_method"]
+    )
+    assert LowRankConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+    assert LowRankConfig.from_dict(json.loads(config.to_json_string())) == config
+
+
+def test_to_dict_is_a_copy():
+    config = LowRankConfig(ranks={"a": 3})
+    config.to_dict()["ranks"]["a"] = 4
+    assert config.ranks == {"a": 3}
+
+
+def test_from_dict_returns_unused_keywords_when_asked():
+    config, unused = LowRankConfig.from_dict(
+        {"format_version": 1, "rank": 2}, return_unused_kwargs=True, other=5
+    )
+    assert (config.rank, unused) == (2, {"other": 5})
+
+
+@pytest.mark.parametrize("version", [0, 2, "1", None])
+def test_other_format_versions_are_refused(version):
+    with pytest.raises(CheckpointError, match=f"format_version {version!r}, .* reads 1"):
+        LowRankConfig.from_dict({"format_version": version})
+
+
+def test_missing_format_version_is_refused():
+    with pytest.raises(CheckpointError, match="format_version None"):
+        LowRankConfig.from_dict({"rank": 3})
+
+
+def test_unknown_settings_are_refused_by_name():
+    with pytest.raises(CheckpointError, match="unknown low-rank settings alpha, beta;"):
+        LowRankConfig.from_dict({"format_version": 1, "beta": 1, "alpha": 2})
+
+
+def test_every_setting_has_a_help_text():
+    for field in dataclasses.fields(LowRankConfig):
+        assert field.metadata["help"].endswith("."), field.name
+
+
+@pytest.mark.parametrize("value", [None, ["q_proj"]])
+def test_rank_pattern_must_map_names_to_ranks(value):
+    with pytest.raises(ConfigError, match="rank_pattern must"):
+        LowRankConfig(rank_pattern=value)

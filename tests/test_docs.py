@@ -1,0 +1,198 @@
+"""What README says is true: its Python runs, its commands, scripts, options and links exist."""
+
+import ast
+import dataclasses
+import importlib
+import re
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+from hf_lowrank.arguments import CompressionArguments
+
+ROOT = Path(__file__).resolve().parents[1]
+README = (ROOT / "README.md").read_text("utf-8")
+NOT_RUN = re.compile(r"<!--\s*not run:\s*(?P<reason>[^>]*?)\s*-->\s*\Z")
+FENCE = re.compile(r"^```(?P<info>[^\n`]*)\n(?P<body>.*?)^```[ \t]*$", re.MULTILINE | re.DOTALL)
+
+
+class Block(NamedTuple):
+    """A fenced block of a Markdown file.
+
+    Attributes:
+        language: First word after the fence.
+        code: The block's text.
+        line: Number of the first line of code.
+        reason: Why the block is not run, or None if it is.
+    """
+
+    language: str
+    code: str
+    line: int
+    reason: str | None
+
+
+def fenced_blocks(text: str) -> list[Block]:
+    blocks = []
+    for match in FENCE.finditer(text):
+        before = NOT_RUN.search(text[: match.start()])
+        words = match["info"].split() or [""]
+        blocks.append(
+            Block(
+                words[0],
+                match["body"],
+                text.count("\n", 0, match.start("body")) + 1,
+                before["reason"] if before else None,
+            )
+        )
+    return blocks
+
+
+def python_blocks(text: str) -> list[Block]:
+    return [block for block in fenced_blocks(text) if block.language == "python"]
+
+
+def run_blocks(blocks: list[Block], name: str) -> dict[str, object]:
+    """Runs blocks in one namespace, as a reader would who copies them in order."""
+    namespace: dict[str, object] = {"__name__": "readme"}
+    for block in blocks:
+        if block.reason is None:
+            padding = "\n" * (block.line - 1)  # errors name the line of the file
+            exec(compile(padding + block.code, name, "exec"), namespace)
+    return namespace
+
+
+def make_targets() -> set[str]:
+    text = (ROOT / "Makefile").read_text("utf-8")
+    return set(re.findall(r"^([a-z]+):", text, re.MULTILINE))
+
+
+def script_calls(text: str) -> list[tuple[str, set[str]]]:
+    """(script, options) of each command line in a text, continued lines joined."""
+    joined = re.sub(r"\\\n\s*", " ", text)
+    calls = re.findall(r"python3? scripts/(\w+)\.py([^\n`]*)", joined)
+    return [(script, set(re.findall(r"--([a-z]\w*)", rest))) for script, rest in calls]
+
+
+# README
+
+
+def test_python_in_readme_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    blocks = python_blocks(README)
+    mentioned = README.count("```python")
+    assert len(blocks) == mentioned, (
+        f"README.md mentions ```python {mentioned} times, but {len(blocks)} complete blocks were "
+        "found; a fence is indented or not closed."
+    )
+    run_blocks(blocks, "README.md")
+
+
+def test_blocks_that_are_not_run_give_a_reason():
+    marks = re.findall(r"<!--\s*not run\b(.*?)-->", README, re.DOTALL)
+    skipped = [block for block in python_blocks(README) if block.reason is not None]
+    assert all(len(block.reason or "") >= 10 for block in skipped)
+    assert len(marks) == len(skipped), "a 'not run' comment does not stand right above a block"
+
+
+@pytest.mark.parametrize("command", ["make demo", "make test"])
+def test_readme_names_the_two_commands(command: str):
+    assert command in README
+
+
+def test_make_targets_in_readme_exist():
+    used = set(re.findall(r"(?:^|[`$;&]|\b&& )\s*make ([a-z]+)", README, re.MULTILINE))
+    assert used <= make_targets(), f"README.md names make targets that do not exist: {used}"
+
+
+def test_scripts_in_readme_exist():
+    named = set(re.findall(r"\bscripts/[\w/]+\.py\b", README))
+    missing = sorted(name for name in named if not (ROOT / name).is_file())
+    assert not missing, f"README.md names scripts that do not exist: {missing}"
+
+
+def test_options_of_scripts_in_readme_exist():
+    common = {field.name for field in dataclasses.fields(CompressionArguments)}
+    for script, options in script_calls(README):
+        own = (ROOT / "scripts" / f"{script}.py").read_text("utf-8")
+        known = common if script == "compress_llm" else common | set(re.findall(r"\w+", own))
+        assert options <= known, f"scripts/{script}.py has no such options: {options - known}"
+
+
+def test_names_that_readme_imports_exist():
+    """Also in blocks that are not run."""
+    for block in python_blocks(README):
+        for node in ast.walk(ast.parse(block.code)):
+            if isinstance(node, ast.ImportFrom) and node.module:
+                owner, names = node.module, [alias.name for alias in node.names]
+            elif isinstance(node, ast.Attribute) and ast.unparse(node.value) == "hf_lowrank":
+                owner, names = "hf_lowrank", [node.attr]
+            else:
+                continue
+            for name in names:
+                assert hasattr(importlib.import_module(owner), name), f"line {block.line}: {name}"
+
+
+def test_no_placeholder_is_left_in_readme():
+    left = re.findall(r"@@\w*@@|\bTODO\b|\bTBD\b|\bXXX\b", README)
+    assert not left
+
+
+def test_relative_links_in_readme_lead_somewhere():
+    targets = re.findall(r"\]\((?!https?:|#|mailto:)([^)#\s]+)", README)
+    missing = sorted(target for target in targets if not (ROOT / target).exists())
+    assert not missing, f"README.md links to files that do not exist: {missing}"
+
+
+# The checks themselves
+
+
+EXAMPLE = """\
+text
+```python
+answer = 6 * 7
+```
+
+<!-- not run: needs the network for a while -->
+```python
+raise AssertionError
+```
+```python
+doubled = answer * 2
+```
+```bash
+make demo
+```
+"""
+
+
+def test_blocks_are_found_with_language_line_and_reason():
+    blocks = fenced_blocks(EXAMPLE)
+    assert [block.language for block in blocks] == ["python", "python", "python", "bash"]
+    assert [block.line for block in blocks] == [3, 8, 11, 14]
+    assert [block.reason for block in blocks] == [
+        None,
+        "needs the network for a while",
+        None,
+        None,
+    ]
+
+
+def test_blocks_share_a_namespace_and_skipped_ones_do_not_run():
+    assert run_blocks(python_blocks(EXAMPLE), "example")["doubled"] == 84
+
+
+def test_calls_of_scripts_are_found_with_their_options():
+    text = (
+        "text `python scripts/a.py --one 1`\n    python scripts/b.py --two-three x \\\n  --four\n"
+    )
+    assert script_calls(text) == [("a", {"one"}), ("b", {"two", "four"})]
+
+
+def test_an_error_in_a_block_names_its_line():
+    broken = EXAMPLE.replace("answer * 2", "answer * nothing")
+    with pytest.raises(NameError, match="nothing") as caught:
+        run_blocks(python_blocks(broken), "example")
+    assert caught.traceback[-1].lineno == 10  # counted from 0

@@ -1,0 +1,162 @@
+"""The one-way flow: who imports whom, and who may edit a model. Read from the source with ast."""
+
+import ast
+import sys
+from pathlib import Path
+
+import pytest
+
+import hf_lowrank
+
+PACKAGE = Path(hf_lowrank.__file__).parent
+# The order of a run. Imports among these point to the left; other modules need only avoid cycles.
+ORDER = (
+    "errors",
+    "modeling_lowrank",
+    "config",
+    "targets",
+    "losses",
+    "decomposition",
+    "statistics",
+    "ranks",
+    "cache",
+    "analysis",
+    "surgery",
+    "loading",
+    "compression",
+    "peft_style",
+)
+MATHS = ("decomposition", "ranks", "theory")
+MODEL_EDITORS = {"modeling_lowrank", "loading", "surgery"}
+
+
+def module_name(path: Path) -> str:
+    parts = path.relative_to(PACKAGE.parent).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+SOURCES = {module_name(path): path for path in sorted(PACKAGE.rglob("*.py"))}
+TREES = {name: ast.parse(path.read_text("utf-8")) for name, path in SOURCES.items()}
+
+
+def imports(name: str) -> set[str]:
+    """Absolute names of everything that a module imports, anywhere in it."""
+    found = set()
+    for node in ast.walk(TREES[name]):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{name}: line {node.lineno} is a relative import"
+            full = {f"{node.module}.{alias.name}" for alias in node.names}
+            found |= {item if item in SOURCES else str(node.module) for item in full}
+    return found
+
+
+def internal(name: str) -> set[str]:
+    return {item for item in imports(name) if item.split(".")[0] == "hf_lowrank"}
+
+
+def unit(name: str) -> str:
+    """The file or folder directly below the package that a module belongs to."""
+    return name.split(".")[1] if "." in name else name
+
+
+def test_there_is_something_to_check():
+    assert {"hf_lowrank.surgery", "hf_lowrank.decomposition.spectrum"} <= set(SOURCES)
+    assert "hf_lowrank.config" in internal("hf_lowrank.compression")
+    assert "transformers" in imports("hf_lowrank.modeling_lowrank") - {""}
+
+
+@pytest.mark.parametrize("name", SOURCES)
+def test_imports_exist(name):
+    assert internal(name) <= set(SOURCES)
+
+
+def test_nothing_imports_the_package_itself():
+    importers = [name for name in SOURCES if "hf_lowrank" in imports(name)]
+    assert importers == []
+
+
+def first_cycle(graph: dict[str, set[str]]) -> list[str]:
+    """Some cycle of a graph as a path, empty if there is none."""
+    finished: set[str] = set()
+
+    def visit(node: str, path: list[str]) -> list[str]:
+        if node in path:
+            return [*path[path.index(node) :], node]
+        if node in finished:
+            return []
+        for following in sorted(graph.get(node, ())):
+            cycle = visit(following, [*path, node])
+            if cycle:
+                return cycle
+        finished.add(node)
+        return []
+
+    return next((cycle for node in sorted(graph) if (cycle := visit(node, []))), [])
+
+
+def test_a_cycle_would_be_found():
+    assert first_cycle({"a": {"b"}, "b": {"c"}, "c": {"b"}}) == ["b", "c", "b"]
+
+
+def test_modules_do_not_import_in_circles():
+    assert first_cycle({name: internal(name) - {name} for name in SOURCES}) == []
+
+
+def test_folders_do_not_import_in_circles():
+    graph: dict[str, set[str]] = {}
+    for name in SOURCES:
+        graph.setdefault(unit(name), set()).update({unit(item) for item in internal(name)})
+    assert first_cycle({name: targets - {name} for name, targets in graph.items()}) == []
+
+
+def test_imports_follow_the_order_of_a_run():
+    backward = [
+        (name, item)
+        for name in SOURCES
+        for item in internal(name)
+        if {unit(name), unit(item)} <= set(ORDER)
+        and ORDER.index(unit(item)) > ORDER.index(unit(name))
+    ]
+    assert backward == []
+
+
+@pytest.mark.parametrize("name", [name for name in SOURCES if unit(name) in MATHS])
+def test_the_maths_knows_no_models(name):
+    allowed = {*MATHS, "errors", "modeling_lowrank", "config"}
+    assert {unit(item) for item in internal(name)} <= allowed
+    assert {item.split(".")[0] for item in imports(name)}.isdisjoint(
+        {"transformers", "accelerate", "datasets", "peft"}
+    )
+
+
+def test_the_code_that_travels_with_a_checkpoint_needs_torch_and_transformers_only():
+    roots = {item.split(".")[0] for item in imports("hf_lowrank.modeling_lowrank")}
+    assert roots - set(sys.stdlib_module_names) == {"torch", "transformers"}
+
+
+def calls_of(name: str, method: str) -> list[int]:
+    """Lines of a module that call a method of this name."""
+    return [
+        node.lineno
+        for node in ast.walk(TREES[name])
+        if isinstance(node, ast.Call)
+        and isinstance(node.func, ast.Attribute)
+        and node.func.attr == method
+    ]
+
+
+@pytest.mark.parametrize("method", ["set_submodule", "add_module", "register_module"])
+def test_few_files_edit_a_model(method):
+    editors = {unit(name) for name in SOURCES if calls_of(name, method)}
+    assert editors <= MODEL_EDITORS
+
+
+def test_surgery_is_where_models_are_edited():
+    assert calls_of("hf_lowrank.surgery", "set_submodule")
+
+
+def test_public_names_are_sorted_and_exist():
+    assert hf_lowrank.__all__ == sorted(hf_lowrank.__all__)
+    assert all(hasattr(hf_lowrank, name) for name in hf_lowrank.__all__)
