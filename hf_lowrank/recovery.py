@@ -15,9 +15,9 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
-from hf_lowrank.errors import NumericalError
+from hf_lowrank.errors import DataError, NumericalError
 from hf_lowrank.evaluation.perplexity import measure_loss
-from hf_lowrank.losses import Batch, distillation_losses, hidden_states
+from hf_lowrank.losses import Batch, distillation_losses, eval_mode, hidden_states
 from hf_lowrank.modeling_lowrank import LowRankLinear
 from hf_lowrank.surgery import factorized_layers, swapped
 
@@ -83,13 +83,16 @@ def recover_(
     Raises:
         NumericalError: The loss is NaN or infinite; the factors are then as before.
     """
+    if not batches:
+        raise DataError("Recovery needs calibration text.")
     factors = [p for layer in factorized_layers(model).values() for p in _weights(layer)]
     start = [parameter.detach().clone() for parameter in factors]
     before = measure_loss(model, held_out).mean
     try:
-        _train(model, originals, batches, factors, settings, progress)
+        with eval_mode(model):
+            _train(model, originals, batches, factors, settings, progress)
         after = measure_loss(model, held_out).mean
-    except NumericalError:
+    except BaseException:
         _restore(factors, start)
         raise
     if after >= before:
@@ -115,7 +118,6 @@ def _train(
     frozen = [p for p in model.parameters() if p.requires_grad]
     device = next(model.parameters()).device
     order = _order(len(batches), settings)
-    model.eval()
     try:
         for parameter in frozen:
             parameter.requires_grad_(False)
@@ -127,9 +129,9 @@ def _train(
                 teacher = hidden_states(model, batch)
             found = distillation_losses(model, batch, teacher, settings.kl_weight)
             loss = found.sums.sum() / found.counts.sum()
-            if not bool(torch.isfinite(loss)):
+            if not bool(torch.isfinite(loss.detach())):
                 raise NumericalError(
-                    f"The recovery loss is {float(loss)}; lower the learning rate."
+                    f"The recovery loss is {float(loss.detach())}; lower the learning rate."
                 )
             loss.backward()
             _step(masters, factors, optimizer, settings.max_grad_norm)

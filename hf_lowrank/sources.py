@@ -14,6 +14,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
 from hf_lowrank.errors import DataError, TargetError
+from hf_lowrank.hub import prefer_offline_if_unreachable
 from hf_lowrank.modeling_lowrank import QUANT_METHOD
 from hf_lowrank.saving import atomic_folder
 
@@ -65,6 +66,8 @@ def load_causal_lm(source: str, dtype: str = "auto", device: str = "cpu") -> tup
 
 
 def _load_pretrained(source: str, **kwargs: Any) -> tuple[Any, Any]:
+    if not Path(source).is_dir():
+        prefer_offline_if_unreachable()
     try:
         tokenizer = AutoTokenizer.from_pretrained(source)
         loaded: Any = AutoModelForCausalLM.from_pretrained(

@@ -217,7 +217,7 @@ class _Collector:
             rows_out, rows_in = linear_shape(layer)
             if rows_out > rows_in:
                 squares = float(rows.float().square().sum())
-                image = rows @ linear_weight(layer)
+                image = rows @ linear_weight(layer).to(rows.dtype)
                 moment.output = _add_outer(moment.output, image, squares, rows_out)
             else:
                 moment.output = _add_outer(moment.output, rows)

@@ -274,6 +274,29 @@ def test_losses_of_a_bfloat16_model_are_summed_in_fp32():
     assert mean_of(result).item() == pytest.approx(wanted.item(), rel=1e-3)
 
 
+@pytest.mark.parametrize(
+    ("labels", "columns"),
+    [(torch.tensor([0.3]), 1), (torch.tensor([2]), 3), (torch.tensor([[1.0, 0.0, 1.0]]), 3)],
+    ids=["regression", "classification", "multi-label"],
+)
+def test_losses_of_bfloat16_sentences_are_computed_in_fp32(labels, columns):
+    logits = torch.tensor([[7.03125, -3.015625, 0.5][:columns]])
+    wanted = item_losses(Logits(), {"logits": logits, "labels": labels}).sums
+    found = item_losses(Logits(), {"logits": logits.bfloat16(), "labels": labels}).sums
+    assert found.dtype == torch.float32
+    assert torch.allclose(found, wanted, rtol=1e-6)
+
+
+def test_distillation_of_a_bfloat16_model_is_computed_in_fp32():
+    model, batch = tiny_llama().bfloat16(), causal_batch("no padding")
+    teacher = hidden_states(model, batch).detach().roll(1, dims=0)
+    student_logs = model(**batch).logits.float()[:, :-1].log_softmax(dim=-1)
+    teacher_logs = model.lm_head(teacher).float()[:, :-1].log_softmax(dim=-1)
+    wanted = F.kl_div(student_logs, teacher_logs, reduction="none", log_target=True).sum((1, 2))
+    found = distillation_losses(model, batch, teacher, 1.0).sums
+    assert torch.allclose(found, wanted, rtol=1e-4)
+
+
 def test_what_is_found_out_about_a_model_is_found_out_once():
     model, batch = tiny_llama(), causal_batch("tokens")
     prepare_losses(model, batch)
@@ -428,6 +451,17 @@ def test_labels_tell_the_task_where_the_config_does_not(labels):
     assert found.item() == pytest.approx(model(**batch).loss.item(), rel=1e-5)
 
 
+@pytest.mark.parametrize("given", ["start_positions", "end_positions", None])
+def test_missing_positions_are_named(given):
+    batch = sentences(**({given: torch.tensor([1, 0, 7, 4])} if given else {}))
+    message = (
+        r"^The batches have no start_positions and end_positions, which BertForQuestionAnswering "
+        r"needs; add them or set label_source='model'\.$"
+    )
+    with pytest.raises(DataError, match=message):
+        item_losses(tiny_bert(BertForQuestionAnswering), batch)
+
+
 def test_a_span_outside_the_text_is_ignored_like_in_the_models_own_loss():
     model = tiny_bert(BertForQuestionAnswering)
     outside = torch.tensor([1, 12, 7, 40])
@@ -541,6 +575,15 @@ def test_sampled_token_labels_leave_padding_out():
     result = item_losses(model, sentences(), label_source="model")
     assert result.counts.tolist() == [12, 12, 12, 9]
     assert (result.sums > 0).all()
+
+
+def test_labels_can_be_sampled_with_and_without_a_mask():
+    batch = {"input_ids": sentences()["input_ids"]}
+    model = tiny_bert(BertForTokenClassification, num_labels=5)
+    assert item_losses(model, batch, label_source="model").counts.tolist() == [12] * 4
+    for given in (batch, sentences()):
+        result = item_losses(tiny_bert_classifier(), given, label_source="model")
+        assert result.counts.tolist() == [1] * 4
 
 
 def test_sampled_translations_keep_their_length():

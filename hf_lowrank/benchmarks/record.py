@@ -20,7 +20,7 @@ def provenance() -> dict[str, Any]:
     """Command, commit, hardware and versions of this process."""
     return {
         "command": "python " + " ".join(sys.argv),
-        "commit": _commit(),
+        "commit": _COMMIT,
         "date": datetime.now(timezone.utc).date().isoformat(),
         "hardware": {
             "processor": _processor(),
@@ -63,3 +63,7 @@ def _processor() -> str:
         )
     except (OSError, StopIteration):
         return platform.processor() or platform.machine()
+
+
+# Read once, when the code is: the working tree may change while a benchmark runs.
+_COMMIT = _commit()

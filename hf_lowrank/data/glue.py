@@ -7,6 +7,7 @@ and newlines only; no CSV reader is involved.
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from typing import Any
 from datasets import Dataset, load_dataset
 
 from hf_lowrank.errors import DataError
+from hf_lowrank.hub import prefer_offline_if_unreachable
 
 
 @dataclass(frozen=True)
@@ -25,6 +27,7 @@ class GlueTask:
         columns: Names of the first sentence, the second (or None) and the label.
         labels: Class names in the order of their ids; empty for regression.
         positions: Column numbers for files without a header, in the order of `columns`.
+        original_columns: Names in the original .tsv files, where they differ.
         hub_columns: Names of the sentences in the Hub's version, where they differ.
     """
 
@@ -33,6 +36,7 @@ class GlueTask:
     labels: tuple[str, ...] = ("0", "1")
     positions: tuple[int, int | None, int] | None = None
     hub_columns: tuple[str, str | None] | None = None
+    original_columns: tuple[str, str | None, str] | None = None
 
     @property
     def num_labels(self) -> int:
@@ -50,7 +54,10 @@ TASKS: dict[str, GlueTask] = {
     "stsb": GlueTask("STS-B", ("sentence1", "sentence2", "score"), labels=()),
     "qqp": GlueTask("QQP", ("question1", "question2", "is_duplicate")),
     "mnli": GlueTask(
-        "MNLI", ("premise", "hypothesis", "label"), ("entailment", "neutral", "contradiction")
+        "MNLI",
+        ("premise", "hypothesis", "label"),
+        ("entailment", "neutral", "contradiction"),
+        original_columns=("sentence1", "sentence2", "gold_label"),
     ),
     "qnli": GlueTask("QNLI", ("question", "sentence", "label"), _ENTAILMENT),
     "rte": GlueTask("RTE", ("sentence1", "sentence2", "label"), _ENTAILMENT),
@@ -84,6 +91,7 @@ def _hub_rows(task: str, split: str) -> list[dict[str, Any]]:
     spec = TASKS[task]
     first, second = spec.hub_columns or spec.columns[:2]
     name = "validation_matched" if task == "mnli" and split == "validation" else split
+    prefer_offline_if_unreachable()
     try:
         data = load_dataset("nyu-mll/glue", task, split=name)
     except Exception as error:  # the datasets library raises many kinds
@@ -98,19 +106,23 @@ def _hub_rows(task: str, split: str) -> list[dict[str, Any]]:
 def _folder_rows(task: str, split: str, folder: Path) -> list[dict[str, Any]]:
     path = _find_file(task, split, folder)
     try:
-        lines = [line for line in path.read_text("utf-8").split("\n") if line.strip()]
+        text = path.read_bytes().decode("utf-8-sig")  # universal newlines would split at a lone \r
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path}: can't be read ({error}).") from error
     spec = TASKS[task]
+    lines = [(i, line.rstrip("\r")) for i, line in enumerate(text.split("\n"), 1) if line.strip()]
+    if not lines:
+        raise DataError(f"{task}: the {split} split is empty ({path}).")
     if path.suffix == ".jsonl":
         names = [name for name in spec.columns if name]
-        cells = [_json_cells(path, number, line, names) for number, line in enumerate(lines, 1)]
+        cells = [(number, _json_cells(path, number, line, names)) for number, line in lines]
         first, second, label = 0, 1 if spec.columns[1] else None, len(names) - 1
     else:
-        cells = [line.split("\t") for line in lines]
-        first, second, label = spec.positions or _header_positions(path, cells.pop(0), spec)
+        cells = [(number, line.split("\t")) for number, line in lines]
+        header = [] if spec.positions else cells.pop(0)[1]
+        first, second, label = spec.positions or _header_positions(path, header, spec)
     rows = []
-    for number, row in enumerate(cells, start=1 if spec.positions else 2):
+    for number, row in cells:
         if len(row) <= max(first, second or 0, label):
             raise DataError(f"{path}: line {number} has {len(row)} columns, which is too few.")
         value = _label(path, number, row[label], spec)
@@ -132,18 +144,23 @@ def _find_file(task: str, split: str, folder: Path) -> Path:
 
 
 def _header_positions(path: Path, header: list[str], spec: GlueTask) -> tuple[int, int | None, int]:
-    missing = [name for name in spec.columns if name and name not in header]
+    columns = spec.columns
+    if spec.original_columns and spec.original_columns[2] in header:
+        columns = spec.original_columns
+    missing = [name for name in columns if name and name not in header]
     if missing:
         raise DataError(
             f"{path}: column {missing[0]!r} is missing; the header has {', '.join(header)}."
         )
-    first, second, label = (header.index(n) if n else None for n in spec.columns)
+    first, second, label = (header.index(n) if n else None for n in columns)
     return int(first or 0), second, int(label or 0)
 
 
 def _json_cells(path: Path, number: int, line: str, names: list[str]) -> list[str]:
     try:
         row = json.loads(line)
+        if any(row[name] is None for name in names):
+            raise KeyError(next(name for name in names if row[name] is None))
         return [str(row[name]) for name in names]
     except (json.JSONDecodeError, KeyError, TypeError) as error:
         raise DataError(f"{path}: line {number} has no usable {error}.") from error
@@ -152,7 +169,10 @@ def _json_cells(path: Path, number: int, line: str, names: list[str]) -> list[st
 def _label(path: Path, number: int, text: str, spec: GlueTask) -> int | float:
     try:
         if not spec.labels:
-            return float(text)
+            value = float(text)
+            if not math.isfinite(value):
+                raise ValueError(text)
+            return value
         return spec.labels.index(text) if text in spec.labels else _class_id(text, spec)
     except ValueError:
         allowed = ", ".join(spec.labels) or "a number"

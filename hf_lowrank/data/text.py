@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from hf_lowrank.errors import DataError
+from hf_lowrank.hub import prefer_offline_if_unreachable
 
 DEMO = "demo"
 ROLES = ("calibration", "held_out", "evaluation")
@@ -161,6 +162,7 @@ def _read_hub(source: str, role: str) -> str:
         raise DataError(f"{source}: no such file.")
     from datasets import load_dataset
 
+    prefer_offline_if_unreachable()
     name, _, rest = source.partition(":")
     config, _, split = rest.partition(":")
     split = split or ("test" if role == "evaluation" else "train")

@@ -33,6 +33,7 @@ from hf_lowrank.config import DEFAULT_LOSS_TOLERANCE, LowRankConfig
 from hf_lowrank.data.glue import TASKS, load_glue
 from hf_lowrank.errors import ConfigError, DataError
 from hf_lowrank.evaluation.glue import MAIN_METRIC, GlueMetric
+from hf_lowrank.hub import prefer_offline_if_unreachable
 from hf_lowrank.losses import Batch
 from hf_lowrank.modeling_lowrank import linear_shape
 from hf_lowrank.ranks.plan import RankPlan
@@ -161,6 +162,8 @@ def run_glue(args: GlueArguments) -> tuple[nn.Module, Any, dict[str, Any]]:
 
 def load_data(args: GlueArguments) -> tuple[Any, GlueData]:
     """The tokenizer and the task's data, split and tokenized."""
+    if not Path(args.model).is_dir():
+        prefer_offline_if_unreachable()
     try:
         tokenizer = AutoTokenizer.from_pretrained(args.model)
     except (OSError, ValueError) as error:
@@ -172,6 +175,8 @@ def load_data(args: GlueArguments) -> tuple[Any, GlueData]:
     train = load_glue(args.task, "train", args.data_dir).shuffle(seed=args.seed)
     if args.train_samples:
         train = train.select(range(min(args.train_samples, len(train))))
+    if len(train) < 2:
+        raise DataError(f"{args.task}: {len(train)} training example is too few; 2 are needed.")
     held_out = max(1, len(train) // 10)
 
     def tokenize(row: dict[str, Any]) -> dict[str, Any]:
@@ -236,10 +241,11 @@ def evaluate_glue(model: nn.Module, args: GlueArguments, data: GlueData) -> dict
     """The task's metrics on the development set."""
     was_training = model.training
     model.eval()
+    device = next(model.parameters()).device
     predictions: list[float] = []
     references: list[float] = []
     for batch in data.batches(data.validation, 64):
-        inputs = {name: value for name, value in batch.items() if name != "labels"}
+        inputs = {n: value.to(device) for n, value in batch.items() if n != "labels"}
         with torch.no_grad():
             logits = model(**inputs).logits
         single = logits.shape[-1] == 1

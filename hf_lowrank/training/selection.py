@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import nn
@@ -38,7 +38,8 @@ from hf_lowrank.training.truncation import get_factors, probed
 class SelectionSettings:
     """How to select; see the fields of `LowRankTrainingArguments` of similar names.
 
-    With `param_ratio` the selection spends that budget and looks at no loss.
+    With `param_ratio` the selection spends that budget and looks at no loss; `dense_shapes` are the
+    target layers that stay dense and count towards it.
     """
 
     rule: str = "relative"
@@ -46,6 +47,7 @@ class SelectionSettings:
     precision: float = 0.01
     smallest_ratio: float = 0.02
     param_ratio: float | None = None
+    dense_shapes: Mapping[str, tuple[int, int]] = field(default_factory=dict)
     damping: MetricSettings = MetricSettings()
 
 
@@ -89,23 +91,27 @@ def select_ranks(
     start = time.perf_counter()
     spectra = layer_spectra(model, layers, batches, settings)
     shapes = {name: linear_shape(layer) for name, layer in layers.items()}
+    shapes |= dict(settings.dense_shapes)
+    fixed: dict[str, int | None] = dict.fromkeys(settings.dense_shapes)
 
     def plan_at(share: float) -> RankPlan:
         if settings.rule == "relative":
-            return plan_for_threshold(shapes, spectra, "relative", 1.0 - share)
-        return plan_for_budget(shapes, spectra, settings.rule, share)
+            return plan_for_threshold(shapes, spectra, "relative", 1.0 - share, fixed=fixed)
+        return plan_for_budget(shapes, spectra, settings.rule, share, fixed=fixed)
 
     def predict(plan: RankPlan) -> float:
         return predicted_rise(spectra, plan) if settings.rule == "price" else math.nan
 
     def measure(plan: RankPlan, tolerance: float) -> LossDifference:
+        if plan.param_ratio < settings.smallest_ratio:
+            return LossDifference(math.inf, 0.0, 0, False)
         with probed(layers, spectra, plan.ranks):
             return paired_difference(reference, iterate_losses(model, batches), tolerance)
 
-    floor = smallest_ratio(shapes)
+    floor = smallest_ratio(shapes, fixed=fixed)
     if settings.param_ratio is not None:
         share = max(settings.param_ratio, floor)
-        plan = plan_for_budget(shapes, spectra, settings.rule, share)
+        plan = plan_for_budget(shapes, spectra, settings.rule, share, fixed=fixed)
         seconds = time.perf_counter() - start
         return Selection(plan, spectra, [], int(settings.rule == "price"), len(layers), seconds)
     plan, probes = search_tolerance(

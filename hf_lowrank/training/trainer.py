@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,8 +19,10 @@ from hf_lowrank.config import LowRankConfig
 from hf_lowrank.errors import ConfigError, DataError, NumericalError
 from hf_lowrank.evaluation.perplexity import ItemLoss, LossMeasurement, measure_loss
 from hf_lowrank.loading import attach_config
-from hf_lowrank.losses import Batch
-from hf_lowrank.modeling_lowrank import LowRankLinear
+from hf_lowrank.losses import Batch, is_causal_lm
+from hf_lowrank.modeling_lowrank import LowRankLinear, linear_shape
+from hf_lowrank.ranks.plan import RankPlan, useful_rank
+from hf_lowrank.ranks.threshold import check_budget
 from hf_lowrank.surgery import empty_lowrank, factorized_layers, replace_layer_
 from hf_lowrank.training.arguments import LowRankTrainingArguments
 from hf_lowrank.training.forms import (
@@ -75,12 +78,18 @@ class LowRankTrainer(Trainer):
         if kwargs.get("train_dataset") is None:
             raise DataError("LowRankTrainer needs a train_dataset: ranks are selected on it.")
         self.lowrank_config = lowrank_config or LowRankConfig()
-        self.lowrank_names = list(to_training_form_(model, self.lowrank_config))
+        layers = to_training_form_(model, self.lowrank_config)
+        self.lowrank_shapes = {name: linear_shape(layer) for name, layer in layers.items()}
         self.selections: list[dict[str, Any]] = []
         self.reference: list[ItemLoss] | None = None
         self._terms: dict[str, list[float]] = {}
+        self._pending: dict[str, float] = {}
         super().__init__(model=model, args=args, **kwargs)
+        if not is_causal_lm(model):
+            # Encoders' heads take **kwargs but do not normalise their loss by num_items_in_batch.
+            self.model_accepts_loss_kwargs = False
         self._describe_ranks()
+        self._check_target()
         self.add_callback(_SelectionCallback(self))
 
     def compute_loss(
@@ -97,8 +106,9 @@ class LowRankTrainer(Trainer):
             layers = list(factorized_layers(self.model).values())
             orthogonality = orthogonality_penalty(layers).to(loss.device)
             rank = rank_penalty(layers, self.args.rank_penalty).to(loss.device)
-            is_scaled = self.model_accepts_loss_kwargs and num_items_in_batch is not None
-            share = 1.0 / self.current_gradient_accumulation_steps if is_scaled else 1.0
+            share = 1.0
+            if self._loss_is_scaled(num_items_in_batch):
+                share = 1.0 / self.current_gradient_accumulation_steps
             for name, value in (
                 ("loss_task", loss.detach() / share),
                 ("loss_orthogonality", orthogonality.detach()),
@@ -110,6 +120,13 @@ class LowRankTrainer(Trainer):
                 + self.args.rank_penalty_weight * rank
             )
         return (loss, outputs) if return_outputs else loss
+
+    def _loss_is_scaled(self, num_items_in_batch: torch.Tensor | int | None) -> bool:
+        """Whether the task loss is divided by the accumulation steps before Trainer does it."""
+        if self.loss_is_scaled_for_ga is not None:
+            return bool(self.loss_is_scaled_for_ga)
+        by_items = self.model_accepts_loss_kwargs and num_items_in_batch is not None
+        return bool(by_items or self.compute_loss_func is not None)
 
     def training_step(
         self,
@@ -135,7 +152,8 @@ class LowRankTrainer(Trainer):
         """Adds the mean of each loss term since the last log."""
         if "loss" in logs:
             logs |= {name: sum(v) / len(v) for name, v in self._terms.items() if v}
-            self._terms = {}
+            logs |= self._pending
+            self._terms, self._pending = {}, {}
         super().log(logs, start_time)
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
@@ -143,18 +161,24 @@ class LowRankTrainer(Trainer):
         names: list[str] = super().get_decay_parameter_names(model)
         return [name for name in names if not name.endswith("lowrank_s")]
 
-    def select_ranks(self) -> Selection:
+    def select_ranks(self) -> Selection | None:
         """Selects ranks once and cuts the layers; called at every epoch's end.
 
-        The main process decides, the others follow.
+        The main process decides, the others follow. None if no layer is factorized any more.
         """
         batches = self.selection_batches()
         layers = {n: m for n, m in factorized_layers(self.model).items() if m.lowrank_s is not None}
+        if not layers:
+            return None
         args = self.args
         settings = SelectionSettings(
-            args.selection_rule, args.selection_tolerance, args.selection_precision,
-            args.smallest_ratio, self._scheduled_ratio(),
-        )  # fmt: skip
+            rule=args.selection_rule,
+            tolerance=args.selection_tolerance,
+            precision=args.selection_precision,
+            smallest_ratio=args.smallest_ratio,
+            param_ratio=self._scheduled_ratio(),
+            dense_shapes={n: s for n, s in self.lowrank_shapes.items() if n not in layers},
+        )
         start = time.perf_counter()
         now = self._measure(batches)
         reference = self._update_reference(now)
@@ -170,16 +194,31 @@ class LowRankTrainer(Trainer):
             "step": self.state.global_step,
             "epoch": self.state.epoch,
             "probes": [vars(probe) for probe in selection.probes],
-            "ranks": current_ranks(self.model, dict.fromkeys(self.lowrank_names)),
-            "param_ratio": selection.plan.param_ratio,
+            "ranks": current_ranks(self.model, self.lowrank_shapes),
+            "param_ratio": self.param_ratio(),
             "loss_before": now.mean,
             "loss_passes": selection.loss_passes + 1,
             "decompositions": selection.decompositions,
             "seconds": seconds,
         }
         self.selections.append(record)
-        self.log({"param_ratio": selection.plan.param_ratio, "selection_seconds": seconds})
+        # Not logged here: Trainer takes a log during a callback for the one that is due.
+        self._pending = {"param_ratio": self.param_ratio(), "selection_seconds": seconds}
         return selection
+
+    def param_ratio(self) -> float:
+        """Kept / dense parameters of the target layers now; at or above break-even counts dense."""
+        ranks = current_ranks(self.model, self.lowrank_shapes)
+        useful = {
+            name: None if rank is None else useful_rank(self.lowrank_shapes[name], rank)
+            for name, rank in ranks.items()
+        }
+        return RankPlan(useful, self.lowrank_shapes).param_ratio
+
+    def _check_target(self) -> None:
+        target = self.args.target_param_ratio
+        if target is not None:
+            check_budget(self.lowrank_shapes, target)
 
     def selection_batches(self) -> list[Batch]:
         """The fixed, seeded subset of the training set that selections are measured on."""
@@ -203,6 +242,7 @@ class LowRankTrainer(Trainer):
 
     def _apply(self, selection: Selection, layers: dict[str, LowRankLinear]) -> None:
         changed = False
+        self._drop_wrapper()
         for name, layer in layers.items():
             rank = selection.plan.ranks[name]
             if rank is not None and rank < layer.rank:
@@ -213,7 +253,7 @@ class LowRankTrainer(Trainer):
                 changed = True
         if changed:
             self._describe_ranks()
-            self._renew_wrapper()
+        self._renew_wrapper()
 
     def _scheduled_ratio(self) -> float | None:
         """Where a target size is set: the share of the parameters that is due at this step."""
@@ -222,10 +262,38 @@ class LowRankTrainer(Trainer):
             return None
         every = self.args.selection_steps or self.state.max_steps / self.args.num_train_epochs
         total = max(1, int(_SELECTION_SHARE * self.state.max_steps / every + 1e-6))
-        return float(target ** min(1.0, round(self.state.global_step / every) / total))
+        done = math.ceil(self.state.global_step / every - 1e-6)
+        return float(target ** min(1.0, done / total))
+
+    def _load_best_model(self) -> None:
+        """Gives the layers the best checkpoint's ranks before its weights are read."""
+        self._reshape_like(Path(str(self.state.best_model_checkpoint)))
+        super()._load_best_model()
+
+    def _reshape_like(self, checkpoint: Path) -> None:
+        """Gives every layer the rank that it has in a checkpoint; the factors come later."""
+        config = json.loads((checkpoint / "config.json").read_text("utf-8"))
+        ranks = config.get("quantization_config", {}).get("ranks", {})
+        for name, rank in ranks.items():
+            layer = self.model.get_submodule(name)
+            now = layer.rank if isinstance(layer, LowRankLinear) else None
+            if rank == now:
+                continue
+            if rank is not None:
+                new: nn.Module = empty_lowrank(layer, rank, form="usv")
+            elif isinstance(layer, LowRankLinear):
+                new = layer.to_dense()
+            replace_layer_(self.model, name, new)
+        self._describe_ranks()
 
     def _optimizer(self) -> torch.optim.Optimizer | None:
         return getattr(self.optimizer, "optimizer", self.optimizer)
+
+    def _drop_wrapper(self) -> None:
+        """Frees DDP's reducer, which holds on to gradients of the old shapes."""
+        if self.model_wrapped is not self.model and self.accelerator.num_processes > 1:
+            wrapper = cast(Any, self.model_wrapped)
+            wrapper.reducer = wrapper.logger = None
 
     def _renew_wrapper(self) -> None:
         """DDP sorts gradients into buckets of fixed sizes, so it has to be made anew."""
@@ -236,7 +304,7 @@ class LowRankTrainer(Trainer):
         self.model_wrapped = self.accelerator.prepare_model(self.model)
 
     def _describe_ranks(self, form: str = "usv") -> None:
-        ranks = current_ranks(self.model, dict.fromkeys(self.lowrank_names))
+        ranks = current_ranks(self.model, self.lowrank_shapes)
         attach_config(self.model, self.lowrank_config.replace(ranks=ranks, form=form))
 
     def _measure(self, batches: Sequence[Batch]) -> LossMeasurement:
@@ -267,13 +335,7 @@ class LowRankTrainer(Trainer):
     ) -> None:
         """Gives the layers the checkpoint's ranks before its weights are read."""
         folder = Path(resume_from_checkpoint)
-        config = json.loads((folder / "config.json").read_text("utf-8"))
-        ranks = config.get("quantization_config", {}).get("ranks", {})
-        for name, rank in ranks.items():
-            layer = self.model.get_submodule(name)
-            if isinstance(layer, LowRankLinear) and rank != layer.rank:
-                new = layer.to_dense() if rank is None else empty_lowrank(layer, rank, form="usv")
-                replace_layer_(self.model, name, new)
+        self._reshape_like(folder)
         state_file = folder / STATE_FILE
         if state_file.is_file():
             state = json.loads(state_file.read_text("utf-8"))
@@ -282,6 +344,12 @@ class LowRankTrainer(Trainer):
             self.selections = state["selections"]
         self._describe_ranks()
         super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+
+def _ends_epoch(state: TrainerState) -> bool:
+    """Whether this step is the last of an epoch, or of the training."""
+    epoch = state.epoch or 0.0
+    return abs(epoch - round(epoch)) < 1e-9 or state.global_step >= state.max_steps
 
 
 class _SelectionCallback(TrainerCallback):
@@ -301,14 +369,12 @@ class _SelectionCallback(TrainerCallback):
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Selects every `selection_steps` steps, if set."""
-        every = self.trainer.args.selection_steps
-        if every and state.global_step % every == 0:
-            self.trainer.select_ranks()
+        """Selects every `selection_steps` steps, or at an epoch's last step.
 
-    def on_epoch_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Selects at the end of every epoch, unless steps are set."""
-        if not self.trainer.args.selection_steps:
-            self.trainer.select_ranks()
+        Not in `on_epoch_end`: a checkpoint of the epoch's last step is saved before that.
+        """
+        trainer = self.trainer
+        every = trainer.args.selection_steps
+        is_due = state.global_step % every == 0 if every else _ends_epoch(state)
+        if is_due:
+            trainer.select_ranks()

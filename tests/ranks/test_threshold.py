@@ -14,6 +14,7 @@ from hf_lowrank.modeling_lowrank import break_even_rank
 from hf_lowrank.ranks.plan import layer_cost, useful_rank
 from hf_lowrank.ranks.rules import RULES
 from hf_lowrank.ranks.threshold import (
+    check_budget,
     plan_for_budget,
     plan_for_threshold,
     predicted_rise,
@@ -451,6 +452,25 @@ def test_a_layer_cut_before_can_be_cut_to_one(rule):
     assert plan_for_budget(shapes, thin, rule, 0.9, min_rank=3).ranks == {"a": 1}
 
 
+def test_a_layer_with_fewer_components_than_the_least_rank_leaves_the_rest_to_others():
+    shapes = {"thin": (12, 12), "whole": (12, 12)}
+    spectra = {
+        "thin": spectrum_of((12, 12), [1.0]),
+        "whole": spectrum_of((12, 12), np.linspace(1, 0.1, 12)),
+    }
+    plan = plan_for_budget(shapes, spectra, "relative", (1 + 4) * 24 / 288, min_rank=2)
+    assert plan.ranks == {"thin": 1, "whole": 4}
+
+
+def test_what_a_budget_leaves_beside_the_smallest_ranks():
+    assert check_budget(SHAPES, 32 / 112) == 0
+    assert check_budget(SHAPES, 0.5) == 56 - 32
+    assert check_budget(SHAPES, 0.6, min_rank=2) == 67 - 64
+    assert check_budget(SHAPES, 0.6, fixed={"wide": None}) == 67 - 64
+    with pytest.raises(ConfigError, match=r"^param_ratio 0\.25 allows 28 .* need 32; raise"):
+        check_budget(SHAPES, 0.25)
+
+
 @pytest.mark.parametrize(
     ("min_rank", "fixed", "cost"),
     [
@@ -465,7 +485,8 @@ def test_a_layer_cut_before_can_be_cut_to_one(rule):
 )
 def test_the_smallest_ratio_by_hand(min_rank, fixed, cost):
     assert smallest_ratio(SHAPES, min_rank=min_rank, fixed=fixed) == cost / 112
-    assert smallest_ratio(SHAPES, min_rank=min_rank, fixed=fixed or None) == cost / 112
+    if min_rank == 1:
+        assert smallest_ratio(SHAPES, fixed=fixed or None) == cost / 112
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ PRECISION = 0.005
 
 
 def plan_at(ratio):
+    assert 0 < ratio <= 1
     rank = int(ratio * SIZE / 2 + 1e-9)
     return RankPlan({"layer": None if rank >= SIZE // 2 else rank}, {"layer": (SIZE, SIZE)})
 
@@ -167,6 +168,20 @@ def test_no_probe_is_spent_on_a_bracket_within_the_precision():
     measure = Measure(line)
     plan, probes = search(measure, smallest=0.996)
     assert (plan, probes, measure.ratios) == (plan_at(1.0), [], [])
+
+
+@pytest.mark.parametrize("border", [0.95, 0.55, 0.05])
+def test_no_plan_is_measured_twice_and_the_dense_one_never(border):
+    """Where steps of ten per cent are all there is, many ratios give the same ranks."""
+
+    def coarse(ratio):
+        return plan_at(math.ceil(ratio * 10 - 1e-9) / 10)
+
+    measure = Measure(lambda ratio: 0.05 + (border - ratio))
+    plan, probes = search_tolerance(coarse, no_prediction, measure, 0.05, smallest=0.001)
+    assert plan.param_ratio == pytest.approx(math.ceil(border * 10) / 10)
+    assert len(probes) == len(measure.ratios) == len(set(measure.ratios))
+    assert 1.0 not in measure.ratios
 
 
 def true_rise(ratio):

@@ -1,0 +1,188 @@
+"""`scripts/run_glue.py` end to end: a tiny encoder, 24 made-up pairs, every kind of method."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import BertConfig, BertModel
+
+import hf_lowrank
+from hf_lowrank.surgery import factorized_layers
+from hf_lowrank.training import glue
+from hf_lowrank.training.glue import METHODS, GlueArguments, run_glue
+from tests.scripts import WORDS, Finished, InProcess, leftovers, word_tokenizer
+from tests.tiny_models import HIDDEN, INTERMEDIATE, MAX_LENGTH, SCALE, VOCABULARY, build
+
+METRICS = {"accuracy", "f1"}
+
+
+def pairs(size: int, seed: int) -> str:
+    """Pairs of sentences in MRPC's format; a paraphrase repeats the words in another order."""
+    generator = torch.Generator().manual_seed(seed)
+    lines = ["Quality\t#1 ID\t#2 ID\t#1 String\t#2 String"]
+    for number in range(size):
+        words = torch.randint(len(WORDS), (6,), generator=generator).tolist()
+        other = torch.randint(len(WORDS), (6,), generator=generator).tolist()
+        label = number % 3 != 0
+        second = words[::-1] if label else other
+        texts = [" ".join(WORDS[i] for i in part) for part in (words, second)]
+        lines.append(f"{int(label)}\t1\t2\t" + "\t".join(texts))
+    return "\n".join(lines) + "\n"
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a model, the data, and room for the dense models that runs share."""
+    folder = tmp_path_factory.mktemp("glue")
+    config = BertConfig(
+        vocab_size=VOCABULARY, hidden_size=HIDDEN, intermediate_size=INTERMEDIATE,
+        num_hidden_layers=2, num_attention_heads=4, max_position_embeddings=MAX_LENGTH,
+        initializer_range=SCALE, pad_token_id=0,
+    )  # fmt: skip
+    build(BertModel, config, 0).save_pretrained(folder / "model")
+    word_tokenizer().save_pretrained(folder / "model")
+    (folder / "MRPC").mkdir()
+    (folder / "MRPC" / "train.tsv").write_text(pairs(24, 0))
+    (folder / "MRPC" / "dev.tsv").write_text(pairs(12, 1))
+    return folder
+
+
+def settings(place: Path, **changes: object) -> dict[str, object]:
+    return {
+        "model": str(place / "model"),
+        "task": "mrpc",
+        "data_dir": str(place),
+        "cache_dir": str(place / "cache"),
+        "dense_epochs": 1,
+        "epochs": 1,
+        "batch_size": 8,
+        "max_length": 32,
+        "bf16": False,
+        **changes,
+    }
+
+
+@pytest.fixture
+def run(place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Any:
+    script = InProcess("run_glue", monkeypatch, capsys)
+
+    def start(**changes: object) -> Finished:
+        given = settings(place, **changes)
+        return script(*(part for n, v in given.items() if v is not None for part in (f"--{n}", v)))
+
+    return start
+
+
+@pytest.mark.parametrize(
+    ("method", "goal"),
+    [
+        ("dense", {}),
+        ("kfac", {"param_ratio": 0.5}),
+        ("svd", {"param_ratio": 0.5, "epochs": 0}),
+        ("kfac", {"loss_tolerance": 0.05, "bf16": True}),
+        ("rank-selection", {"param_ratio": 0.5}),
+        ("rank-selection-price", {"loss_tolerance": 0.05}),
+    ],
+    ids=str,
+)
+@pytest.mark.filterwarnings("ignore:.*pin_memory.*:UserWarning")
+def test_every_kind_of_method_reports_and_saves(
+    run: Any, method: str, goal: dict[str, Any], tmp_path: Path
+):
+    output = tmp_path / "output"
+    done = run(method=method, output_dir=output, **goal)
+    assert done.code == 0, done.err
+    assert f"saved to {output}\n" in done.out
+    report = json.loads((output / "report.json").read_text("utf-8"))
+    assert (report["task"], report["method"], report["seed"]) == ("mrpc", method, 0)
+    assert {"python", "torch", "transformers"} <= set(report["versions"])
+    for name in ("dense_metrics", "metrics"):
+        assert set(report[name]) == METRICS
+        assert all(0 <= score <= 1 for score in report[name].values())
+    kept, dense = (report["parameters"][f"targeted_{name}"] for name in ("kept", "dense"))
+    assert dense == 2 * (4 * HIDDEN**2 + 2 * HIDDEN * INTERMEDIATE)
+    assert f"kept {kept:,} targeted parameters ({kept / dense:.2%})" in done.out
+    assert all(type(value) is float and value >= 0 for value in report["seconds"].values())
+    assert len(report["ranks"]) == 12
+    if method == "dense":
+        assert kept == dense
+        assert report["metrics"] == report["dense_metrics"]
+        assert set(report["ranks"].values()) == {None}
+        return
+    if "param_ratio" in goal:
+        assert 0.4 * dense < kept <= 0.5 * dense
+    assert ("uncured_metrics" in report) == (not method.startswith("rank-selection"))
+    assert ("selections" in report) == method.startswith("rank-selection")
+    if goal.get("epochs") == 0:
+        assert report["metrics"] == report["uncured_metrics"]
+    if any(rank is not None for rank in report["ranks"].values()):
+        model = hf_lowrank.load(output)
+        found = {name: layer.rank for name, layer in factorized_layers(model).items()}
+        assert found == {n: rank for n, rank in report["ranks"].items() if rank is not None}
+        assert all(bool(torch.isfinite(p).all()) for p in model.parameters())
+
+
+def test_the_dense_model_is_trained_once_for_all_methods(
+    run: Any, place: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+):
+    assert run(method="dense", cache_dir=tmp_path / "cache").code == 0
+    (folder,) = (tmp_path / "cache").iterdir()
+    before = (folder / "model.safetensors").read_bytes()
+
+    def fail(*args: Any, **kwargs: Any) -> None:
+        pytest.fail("the dense model was trained again")
+
+    monkeypatch.setattr(glue, "Trainer", fail)
+    done = run(method="svd", param_ratio=0.9, epochs=0, cache_dir=tmp_path / "cache")
+    assert done.code == 0
+    assert list((tmp_path / "cache").iterdir()) == [folder]
+    assert (folder / "model.safetensors").read_bytes() == before
+
+
+def test_no_row_of_the_held_out_tenth_is_trained_on(place: Path):
+    args = GlueArguments(**settings(place))
+    _, data = glue.load_data(args)
+    train, held_out = ({tuple(r["input_ids"]) for r in s} for s in (data.train, data.selection))
+    assert (len(data.train), len(data.selection), len(data.validation)) == (22, 2, 12)
+    assert not train & held_out
+
+
+def test_the_best_epoch_is_kept(place: Path, tmp_path: Path):
+    """A rate that ruins the model leaves the start, which is an epoch like the others."""
+    changes = {"method": "svd", "param_ratio": 0.6, "learning_rate": 10.0}
+    _, _, report = run_glue(GlueArguments(**settings(place, **changes)))
+    assert report["metrics"] == report["uncured_metrics"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"method": "pca"}, f"method must be one of {', '.join(METHODS)}; got 'pca'."),
+        ({"task": "ax"}, "task must be one of cola, "),
+        ({"param_ratio": 1.5}, "param_ratio is the kept share of the parameters and must lie in"),
+        ({"param_ratio": 0.5, "loss_tolerance": 0.1}, "Give one goal, not 2"),
+        ({"method": "rank-selection", "epochs": 0}, "cuts while it trains; epochs must be > 0."),
+        ({"batch_size": 0}, "batch_size must be >= 1, got 0."),
+        ({"model": "nobody/no-such-model"}, "nobody/no-such-model: no such folder"),
+        ({"data_dir": "nowhere"}, "nowhere: has no train file of mrpc"),
+        ({"param_ratio": 0.001}, "raise param_ratio"),
+        ({"method": "rank-selection", "param_ratio": 0.001}, "param_ratio"),
+        ({"train_samples": 1}, "train"),
+    ],
+    ids=str,
+)
+def test_a_mistake_ends_with_one_line(
+    run: Any, changes: dict[str, Any], message: str, tmp_path: Path
+):
+    done = run(output_dir=tmp_path / "output", **changes)
+    assert message in done.error
+    assert not (tmp_path / "output").exists()
+    assert leftovers(tmp_path) == []
+
+
+def test_an_output_folder_that_holds_something(run: Any, tmp_path: Path):
+    (tmp_path / "mine.txt").write_text("keep")
+    assert "exists and is not empty" in run(output_dir=tmp_path).error
+    assert (tmp_path / "mine.txt").read_text() == "keep"

@@ -1,0 +1,102 @@
+"""Tiny training runs: data sets of a few rows, and trainers that train for a second."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from hf_lowrank.decomposition.thin import thin_svd
+from hf_lowrank.modeling_lowrank import LowRankLinear
+from hf_lowrank.training.arguments import LowRankTrainingArguments
+from hf_lowrank.training.trainer import LowRankTrainer
+from tests.tiny_models import (
+    Batch,
+    logits,
+    sentence_batches,
+    tiny_bert_classifier,
+    tiny_llama,
+    written_batches,
+)
+
+Rows = list[dict[str, torch.Tensor]]
+
+
+def rows_of(batches: Sequence[Batch]) -> Rows:
+    """The batches' examples one by one, as a data set."""
+    return [
+        {name: tensor[i] for name, tensor in batch.items()}
+        for batch in batches
+        for i in range(len(batch["input_ids"]))
+    ]
+
+
+def sentence_rows(size: int = 16, seed: int = 0) -> Rows:
+    """Sentences with some padding, labelled by the model itself, so that damage raises its loss."""
+    model = tiny_bert_classifier()
+    batches = [
+        {**batch, "labels": logits(model, {**batch, "labels": None}).argmax(dim=-1)}
+        for batch in sentence_batches(size // 4, seed=seed)
+    ]
+    return rows_of(batches)
+
+
+def text_rows(size: int = 16, seed: int = 0) -> Rows:
+    """Text that a tiny Llama wrote, every other sequence shortened by padding."""
+    rows = rows_of(written_batches(tiny_llama(), 1, size, seed=seed))
+    for row in rows[::2]:
+        row["input_ids"], row["attention_mask"] = (
+            row["input_ids"].clone(),
+            row["attention_mask"].clone(),
+        )
+        row["input_ids"][-6:], row["attention_mask"][-6:] = 0, 0
+    for row in rows:
+        row["labels"] = row["input_ids"].masked_fill(row["attention_mask"] == 0, -100)
+    return rows
+
+
+def arguments(folder: Path, **changes: Any) -> LowRankTrainingArguments:
+    """Two epochs of four steps on 16 rows, on the CPU."""
+    settings: dict[str, Any] = {
+        "output_dir": str(folder),
+        "num_train_epochs": 2,
+        "per_device_train_batch_size": 4,
+        "per_device_eval_batch_size": 4,
+        "learning_rate": 1e-3,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": [],
+        "use_cpu": True,
+        "disable_tqdm": True,
+        **changes,
+    }
+    return LowRankTrainingArguments(**settings)
+
+
+def trainer_for(model: nn.Module, rows: Rows, folder: Path, **changes: Any) -> LowRankTrainer:
+    """A trainer with the arguments of `arguments`; `lowrank_config` and `callbacks` pass on."""
+    extra = {
+        name: changes.pop(name)
+        for name in ("lowrank_config", "callbacks", "eval_dataset", "compute_loss_func")
+        if name in changes
+    }
+    return LowRankTrainer(model, arguments(folder, **changes), train_dataset=rows, **extra)
+
+
+def training_layer(
+    out_features: int = 8, in_features: int = 6, rank: int = 6, seed: int = 0, bias: bool = True
+) -> LowRankLinear:
+    """A layer `U diag(s) V` with orthonormal factors and a falling spectrum."""
+    generator = torch.Generator().manual_seed(seed)
+    layer = LowRankLinear(in_features, out_features, rank, bias=bias, form="usv")
+    left = torch.randn(out_features, rank, generator=generator)
+    right = torch.randn(rank, in_features, generator=generator)
+    U, s, V = thin_svd(left, right)
+    with torch.no_grad():
+        layer.lowrank_B.weight.copy_(U)
+        layer.lowrank_A.weight.copy_(V)
+        layer.lowrank_s.copy_(s)
+        if bias:
+            layer.lowrank_B.bias.copy_(torch.randn(out_features, generator=generator))
+    return layer

@@ -1,0 +1,105 @@
+"""Two processes on the CPU, as `accelerate launch --num_processes 2` starts them."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.scripts import ROOT
+
+WORKER = """
+import json, os, sys
+from pathlib import Path
+import torch
+from hf_lowrank.evaluation.perplexity import measure_loss
+from hf_lowrank.surgery import factorized_layers
+from tests.tiny_models import tiny_bert_classifier
+from tests.training import sentence_rows, trainer_for
+
+folder, batch_size = Path(sys.argv[1]), int(sys.argv[2])
+trainer = trainer_for(
+    tiny_bert_classifier(), sentence_rows(), folder / "run", per_device_train_batch_size=batch_size,
+    save_strategy="epoch", selection_tolerance=0.02, tolerance_reference="start", optim="sgd",
+    learning_rate=0.01, train_sampling_strategy="sequential",
+    ddp_backend="gloo" if "RANK" in os.environ else None,
+)
+trainer.train()
+loss = measure_loss(trainer.model, trainer.selection_batches()).mean
+ranks = {name: layer.rank for name, layer in factorized_layers(trainer.model).items()}
+weights = float(sum(p.detach().double().abs().sum() for p in trainer.model.parameters()))
+found = {"ranks": ranks, "loss": loss, "weights": weights, "world": trainer.args.world_size}
+rank = os.environ.get("RANK", "0")
+(folder / f"result-{rank}.json").write_text(json.dumps(found))
+if torch.distributed.is_initialized():
+    torch.distributed.destroy_process_group()
+"""
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
+
+
+def launch(folder: Path, processes: int, batch_size: int) -> list[dict[str, Any]]:
+    folder.mkdir()
+    script = folder / "worker.py"
+    script.write_text(WORKER)
+    shared = {
+        "PYTHONPATH": str(ROOT),
+        "PYTHONDONTWRITEBYTECODE": "1",
+        "HF_HUB_OFFLINE": "1",
+        "OMP_NUM_THREADS": "1",
+        "CUDA_VISIBLE_DEVICES": "",
+    }
+    port = str(free_port())
+    running = []
+    for rank in range(processes):
+        place = {
+            "RANK": str(rank),
+            "LOCAL_RANK": str(rank),
+            "WORLD_SIZE": str(processes),
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": port,
+            "ACCELERATE_USE_CPU": "true",
+        }
+        environment = {**os.environ, **shared, **(place if processes > 1 else {})}
+        command = [sys.executable, str(script), str(folder), str(batch_size)]
+        running.append(
+            subprocess.Popen(
+                command,
+                cwd=ROOT,
+                env=environment,
+                stderr=subprocess.PIPE,
+                stdout=subprocess.DEVNULL,
+                text=True,
+            )
+        )
+    try:
+        errors = [process.communicate(timeout=120)[1] for process in running]
+    finally:
+        for process in running:
+            process.kill()
+    assert [process.returncode for process in running] == [0] * processes, "\n".join(
+        error[-2000:] for error in errors
+    )
+    return [json.loads((folder / f"result-{rank}.json").read_text()) for rank in range(processes)]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs gloo on the loopback device")
+def test_two_processes_end_as_one_with_the_same_global_batch(tmp_path: Path):
+    (alone,) = launch(tmp_path / "alone", 1, 8)
+    first, second = launch(tmp_path / "both", 2, 4)
+    assert first["world"] == second["world"] == 2
+    assert any(rank < 32 for rank in first["ranks"].values())
+    assert first == second
+    assert first["loss"] == pytest.approx(alone["loss"], abs=1e-3)
+    assert first["ranks"] == alone["ranks"]
+    saved = sorted(path.name for path in (tmp_path / "both" / "run").iterdir())
+    assert saved == ["checkpoint-2", "checkpoint-4"]
+    assert len(list((tmp_path / "both" / "run" / "checkpoint-4").glob("*.safetensors"))) == 1
