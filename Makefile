@@ -13,7 +13,7 @@ PIP_FLAGS ?=
 PYTEST_FLAGS ?= -n 2
 
 BIN := $(VENV)/bin
-PROMPT ?= The three primary colours are
+PROMPT ?= In Python, a list is
 
 .DEFAULT_GOAL := help
 .PHONY: help venv demo test check format clean

@@ -17,6 +17,7 @@ class GenerationArguments:
 
     model: str = argument("outputs/demo", "Folder or Hub id of a compressed model.")
     prompt: str = argument("In Python, a list is", "Text to continue.")
+    repetition_penalty: float = argument(1.3, "Above 1: words are repeated less.")
     max_new_tokens: int = argument(40, "Tokens to add at most.")
 
 
@@ -32,7 +33,12 @@ def main() -> None:
         except (OSError, ValueError) as error:
             raise DataError(f"{args.model}: has no readable tokenizer.") from error
         inputs = tokenizer(args.prompt, return_tensors="pt")
-        output = model.generate(**inputs, max_new_tokens=args.max_new_tokens, do_sample=False)
+        output = model.generate(
+            **inputs,
+            max_new_tokens=args.max_new_tokens,
+            repetition_penalty=args.repetition_penalty,
+            do_sample=False,
+        )
         print(tokenizer.decode(output[0], skip_special_tokens=True))
 
 

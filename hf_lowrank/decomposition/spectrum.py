@@ -90,8 +90,9 @@ def decompose(
     if missing:  # a singular metric: the directions that it does not see cost nothing
         sigma = F.pad(sigma, (0, missing))
         left, right = F.pad(left, (0, missing)), F.pad(right, (0, 0, 0, missing))
+    sigma = sigma.cpu()
     price = None if form.price_scale is None else sigma**2 * form.price_scale
-    return Spectrum(left.to(dtype).contiguous(), right.to(dtype).contiguous(), sigma.cpu(), price)
+    return Spectrum(left.to(dtype).contiguous(), right.to(dtype).contiguous(), sigma, price)
 
 
 def _decompose_tall(

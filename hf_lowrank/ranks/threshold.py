@@ -94,7 +94,7 @@ def plan_for_budget(
     ranks: Ranks = fixed | {
         name: useful_rank(s.shape, min(min_rank, len(s.sigma))) for name, s in free.items()
     }
-    left = check_budget(shapes, param_ratio, min_rank=min_rank, fixed=fixed)
+    left = _left_of_budget(shapes, param_ratio, ranks, min_rank)
     if rule == "price":
         left = _spend(free, {n: _hull_steps(n, s, ranks[n]) for n, s in free.items()}, ranks, left)
     steps = {n: _component_steps(n, s, rule, ranks[n]) for n, s in free.items()}
@@ -115,6 +115,12 @@ def check_budget(
         ConfigError: Even the smallest ranks exceed the budget.
     """
     ranks = {n: useful_rank(s, min(min_rank, *s)) for n, s in shapes.items()} | dict(fixed or {})
+    return _left_of_budget(shapes, param_ratio, ranks, min_rank)
+
+
+def _left_of_budget(
+    shapes: Shapes, param_ratio: float, ranks: Mapping[str, int | None], min_rank: int
+) -> int:
     needed = sum(layer_cost(shape, ranks[name]) for name, shape in shapes.items())
     budget = int(param_ratio * sum(layer_cost(shape, None) for shape in shapes.values()) + 1e-6)
     if needed > budget:
