@@ -50,7 +50,7 @@ demo: venv ## Compress a small language model on the CPU and let it write.
 	$(BIN)/python scripts/generate.py --model outputs/demo --prompt "$(PROMPT)"
 
 test: venv ## Run the tests, offline.
-	HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest $(PYTEST_FLAGS) tests
+	HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_FLAGS) tests
 
 check: venv ## Lint, check the formatting and the types.
 	$(BIN)/python -m ruff check .
