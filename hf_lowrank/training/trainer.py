@@ -326,6 +326,8 @@ class LowRankTrainer(Trainer):
     ) -> None:
         """Writes the state of the selection beside the weights."""
         super()._save(output_dir, state_dict)
+        if not self.args.should_save:  # every process comes here, one writes
+            return
         folder = Path(output_dir or str(self.args.output_dir))
         state = {"reference": self.reference, "selections": self.selections}
         (folder / STATE_FILE).write_text(json.dumps(state), encoding="utf-8")
