@@ -24,6 +24,7 @@ from hf_lowrank.statistics import collect_moments
 from hf_lowrank.targets import find_targets, fixed_ranks, linear_weight
 
 BYTES_PER_MOMENT = 4
+SECOND_MOMENTS = frozenset({"input", "input_centred", "output"})
 DEFAULT_MOMENT_GIB = 8.0
 
 
@@ -215,7 +216,7 @@ def _groups(
     for name, layer in targets.items():
         rows, columns = linear_shape(layer)
         size = BYTES_PER_MOMENT * (
-            (("input" in needs) + ("output" in needs)) * min(rows, columns) ** 2
+            len(needs & SECOND_MOMENTS) * min(rows, columns) ** 2
             + ("gradient" in needs) * rows * columns
         )
         if groups[-1] and used + size > limit:

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 from transformers import HfArgumentParser
 
-from hf_lowrank.config import LowRankConfig
+from hf_lowrank.config import SEARCH_NAMES, LowRankConfig
 from hf_lowrank.errors import ConfigError, DataError, LowRankError
 
 Parsed = TypeVar("Parsed")
@@ -79,6 +79,7 @@ class CompressionArguments:
     loss_tolerance: float | None = config_option("loss_tolerance")
     metric: str = config_option("metric")
     rule: str | None = config_option("rule")
+    search_trials: int = config_option("search_trials")
     target_modules: list[str] | None = config_option("target_modules")
     exclude_modules: list[str] | None = config_option("exclude_modules")
     label_source: str = config_option("label_source")
@@ -95,8 +96,8 @@ class CompressionArguments:
     evaluation_sequences: int = argument(32, "Token windows for evaluation.")
     held_out_sequences: int = argument(
         32,
-        "Token windows on which a loss tolerance is tested and a recovery judged; from the end of "
-        "the calibration text.",
+        "Token windows on which a loss tolerance is tested, ranks are searched for and a recovery "
+        "is judged; from the end of the calibration text.",
     )
     recover_steps: int = argument(
         0, "Steps of training the factors after the cut, towards the dense model."
@@ -139,9 +140,9 @@ class CompressionArguments:
         return LowRankConfig(**(values | {"param_ratio": ratios[0] if ratios else None}))
 
     def text_roles(self) -> dict[str, int]:
-        """Token windows by role: a tolerance and a recovery need held-out text, too."""
+        """Token windows by role: tolerances, searches and recovery need held-out text, too."""
         wanted = {"calibration": self.calibration_sequences}
-        if self.param_ratio is None or self.recover_steps > 0:
+        if self.param_ratio is None or self.rule in SEARCH_NAMES or self.recover_steps > 0:
             wanted["held_out"] = self.held_out_sequences
         if self.evaluation != "none":
             wanted["evaluation"] = self.evaluation_sequences

@@ -150,14 +150,16 @@ class _Collector:
                 "or use data that reaches them."
             )
         for name, moment in self.moments.items():
-            for part in ("input", "input_abs"):
+            for part in ("input", "input_centred", "input_abs"):
                 leader = self.leaders.get((part, name), name)
                 setattr(moment, part, getattr(self.moments[leader], part))
             moment.losses = losses
             if moment.output is not None:
                 _mirror_(moment.output.matrix)
-            if moment.input is not None and self.leaders.get(("input", name), name) == name:
-                _mirror_(moment.input.matrix)
+            for part in ("input", "input_centred"):
+                found = getattr(moment, part)
+                if found is not None and self.leaders.get((part, name), name) == name:
+                    _mirror_(found.matrix)
         return self.moments
 
     def _on_forward(
@@ -191,16 +193,22 @@ class _Collector:
         mask: torch.Tensor | None,
     ) -> None:
         moment = self.moments[name]
-        rows = _rows(inputs.detach(), mask)
         rows_out, rows_in = linear_shape(layer)
-        if "input" in self.needs and rows_in > rows_out:
-            bias = layer.bias
-            image = output if bias is None else output - bias  # type: ignore[operator]
-            squares = float(rows.float().square().sum())
-            moment.input = _add_outer(moment.input, _rows(image, mask), squares, rows_in)
-        elif "input" in self.needs and self._leads("input", name, inputs):
-            moment.input = _add_outer(moment.input, rows)
+        for part in self.needs & {"input", "input_centred"}:
+            vectors, image = inputs.detach(), output
+            if part == "input_centred":
+                vectors, image = _centred(vectors, mask), _centred(image, mask)
+            elif rows_in > rows_out and layer.bias is not None:
+                image = output - layer.bias  # type: ignore[operator]
+            total = getattr(moment, part)
+            if rows_in > rows_out:
+                squares = float(_rows(vectors, mask).float().square().sum())
+                total = _add_outer(total, _rows(image, mask), squares, rows_in)
+            elif self._leads(part, name, inputs):
+                total = _add_outer(total, _rows(vectors, mask))
+            setattr(moment, part, total)
         if "input_abs" in self.needs and self._leads("input_abs", name, inputs):
+            rows = _rows(inputs.detach(), mask)
             moment.input_abs = _add(moment.input_abs, rows.float().abs().sum(dim=0))
 
     def _on_gradient(
@@ -263,6 +271,16 @@ def _rows(tensor: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
     if mask is not None and not bool(mask.all()):
         return tensor[mask]
     return tensor.reshape(-1, tensor.shape[-1])
+
+
+def _centred(tensor: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    """The vectors less their mean over the unmasked positions of each sequence, in fp32."""
+    vectors = tensor.float()
+    if vectors.ndim < 3:
+        return vectors - _rows(vectors, mask).mean(dim=0)
+    weights = vectors.new_ones(vectors.shape[:-1]) if mask is None else mask.to(vectors)
+    total = (vectors * weights[..., None]).sum(dim=-2, keepdim=True)
+    return vectors - total / weights.sum(dim=-1)[..., None, None].clamp_min(1)
 
 
 def _add(total: torch.Tensor | None, part: torch.Tensor) -> torch.Tensor:
