@@ -150,7 +150,7 @@ def decompose_layers(
     Frees each layer's moments as soon as they are used.
     """
     metric = METRICS[config.metric]
-    settings = MetricSettings(config.input_damping, config.output_damping, config.activation_alpha)
+    settings = metric_settings(config)
     spectra: dict[str, Spectrum] = {}
     failures: dict[str, str] = {}
     bar = tqdm(layers.items(), desc="decompose", disable=None if progress else True, leave=False)
@@ -162,6 +162,11 @@ def decompose_layers(
         except NumericalError as error:
             failures[name] = str(error)
     return spectra, failures
+
+
+def metric_settings(config: LowRankConfig) -> MetricSettings:
+    """The numbers that metrics read, from the config."""
+    return MetricSettings(config.input_damping, config.output_damping, config.activation_alpha)
 
 
 def _moments(

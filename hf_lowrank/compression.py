@@ -17,7 +17,7 @@ from hf_lowrank.cache import RunCache
 from hf_lowrank.config import LowRankConfig
 from hf_lowrank.errors import ConfigError, DataError
 from hf_lowrank.evaluation.perplexity import LossMeasurement, measure_loss
-from hf_lowrank.held_out import HeldOutLoss
+from hf_lowrank.held_out import HeldOutLoss, check_fixed_ranks
 from hf_lowrank.loading import attach_config
 from hf_lowrank.losses import Batch, LossFunction
 from hf_lowrank.modeling_lowrank import linear_shape
@@ -105,7 +105,7 @@ def compress(
     """
     config, chosen = config or LowRankConfig(), RunOptions(**options)
     texts = split_texts(config, Texts(calibration, held_out, evaluation), chosen.recover_steps)
-    run = _Run(model, config, texts, chosen)
+    run = CompressionRun(model, config, texts, chosen)
     return run.apply(*run.choose())
 
 
@@ -146,7 +146,7 @@ def sweep(
         check_goal(targets, each)
     chosen = RunOptions(**options)
     texts = split_texts(configs[0], Texts(calibration, held_out, evaluation), chosen.recover_steps)
-    run = _Run(model, configs[0], texts, chosen)
+    run = CompressionRun(model, configs[0], texts, chosen)
     for each in configs:
         run.use(each)
         originals = {name: model.get_submodule(name) for name in run.analysis.shapes}
@@ -180,7 +180,7 @@ def split_texts(config: LowRankConfig, texts: Texts, recover_steps: int = 0) -> 
     return dataclasses.replace(texts, calibration=batches[:-size], held_out=batches[-size:])
 
 
-class _Run:
+class CompressionRun:
     """One compression in progress: the analysis, and what was measured on the dense model."""
 
     def __init__(
@@ -290,7 +290,8 @@ class _Run:
                 self.options.progress,
             )
 
-    def _held_out(self) -> HeldOutLoss:
+    def held_out_loss(self) -> HeldOutLoss:
+        """Measures plans on the held-out batches."""
         return HeldOutLoss(
             self.model,
             self.texts.held_out or [],
@@ -300,7 +301,7 @@ class _Run:
 
     def _search_ranks(self, param_ratio: float) -> RankPlan:
         """Ranks by one of the searches of `SEARCHES`."""
-        held_out, analysis = self._held_out(), self.analysis
+        held_out, analysis = self.held_out_loss(), self.analysis
         return search_plan(
             self.config.effective_rule,
             analysis.shapes,
@@ -314,7 +315,7 @@ class _Run:
         )
 
     def _search(self) -> tuple[RankPlan, list[Probe], LossDifference | None]:
-        held_out = self._held_out()
+        held_out = self.held_out_loss()
         differences: dict[float, LossDifference] = {}
 
         def measure(plan: RankPlan, tolerance: float) -> LossDifference:
@@ -324,13 +325,7 @@ class _Run:
 
         tolerance = self.config.effective_tolerance
         largest = self.analysis.plan_for_ratio(1.0)
-        if any(rank is not None for rank in largest.ranks.values()):
-            rise = measure(largest, tolerance)
-            if rise.mean > tolerance:
-                raise ConfigError(
-                    f"The ranks fixed by rank_pattern alone raise the held-out loss by "
-                    f"{rise.mean:.4f} nats, more than loss_tolerance {tolerance}; raise either."
-                )
+        check_fixed_ranks(held_out, self.analysis.spectra, largest, tolerance)
         smallest = smallest_ratio(
             self.analysis.shapes, min_rank=self.config.min_rank, fixed=self.analysis.fixed
         )

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from functools import cached_property
 
 from torch import nn
 
 from hf_lowrank.decomposition.spectrum import Spectrum
+from hf_lowrank.errors import ConfigError
 from hf_lowrank.evaluation.perplexity import LossMeasurement, iterate_losses, measure_loss
 from hf_lowrank.losses import Batch, LossFunction
 from hf_lowrank.ranks.plan import RankPlan
@@ -56,12 +58,42 @@ class HeldOutLoss:
         Raises:
             NumericalError: A loss is NaN or infinite.
         """
+        label = f"held-out data, ratio {plan.param_ratio:.3f}"
+        return self.compare(factorized(self.model, spectra, plan), stop_above, label)
+
+    def compare(
+        self,
+        edited: AbstractContextManager[nn.Module],
+        stop_above: float = math.inf,
+        label: str = "held-out data",
+    ) -> LossDifference:
+        """Rise of the mean loss inside a context in which the model is another."""
         reference = self.dense.items
-        with factorized(self.model, spectra, plan):
+        with edited:
             losses = iterate_losses(
                 self.model,
                 self.batches,
                 loss_function=self.loss_function,
-                progress=f"held-out data, ratio {plan.param_ratio:.3f}" if self.progress else None,
+                progress=label if self.progress else None,
             )
             return paired_difference(reference, losses, stop_above=stop_above)
+
+
+def check_fixed_ranks(
+    held_out: HeldOutLoss,
+    spectra: Mapping[str, Spectrum],
+    largest: RankPlan,
+    tolerance: float,
+) -> None:
+    """Refuses a tolerance that even the largest plan exceeds, where ranks are fixed by hand.
+
+    Raises:
+        ConfigError: With the measured rise.
+    """
+    if any(rank is not None for rank in largest.ranks.values()):
+        rise = held_out.difference(spectra, largest, tolerance)
+        if rise.mean > tolerance:
+            raise ConfigError(
+                f"The ranks fixed by rank_pattern alone raise the held-out loss by "
+                f"{rise.mean:.4f} nats, more than loss_tolerance {tolerance}; raise either."
+            )

@@ -22,8 +22,10 @@ ORDER = (
     "cache",
     "analysis",
     "surgery",
+    "held_out",
     "loading",
     "compression",
+    "joint",
     "peft_style",
 )
 MATHS = ("decomposition", "ranks", "theory")
