@@ -8,14 +8,13 @@ import torch
 
 from hf_lowrank import LowRankLinear
 from hf_lowrank.benchmarks import systems
+from hf_lowrank.benchmarks.catalogue import SYSTEMS, select_systems
 from hf_lowrank.benchmarks.cost import Cost, counted
 from hf_lowrank.benchmarks.systems import (
-    SYSTEMS,
     BenchmarkOptions,
     BenchmarkTexts,
     compare_systems,
     format_systems,
-    select_systems,
 )
 from hf_lowrank.decomposition.metrics import METRICS
 from hf_lowrank.errors import ConfigError, DataError, NumericalError

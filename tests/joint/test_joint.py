@@ -15,6 +15,7 @@ from hf_lowrank.decomposition.moments import SecondMoment
 from hf_lowrank.decomposition.spectrum import decompose
 from hf_lowrank.errors import ConfigError, DataError, TargetError
 from hf_lowrank.evaluation.perplexity import measure_loss
+from hf_lowrank.joint.candidates import JointSettings, mean_gradients
 from hf_lowrank.joint.disjoint import check_disjoint
 from hf_lowrank.joint.first_order import (
     corrected_spectrum,
@@ -23,7 +24,7 @@ from hf_lowrank.joint.first_order import (
     trusted_tails,
 )
 from hf_lowrank.joint.perturbation import format_range, linear_range, measure_range
-from hf_lowrank.joint.system import JointSettings, compress_jointly, mean_gradients
+from hf_lowrank.joint.system import compress_jointly
 from hf_lowrank.losses import ItemLosses
 from hf_lowrank.ranks.plan import RankPlan
 from hf_lowrank.ranks.threshold import plan_for_budget, plan_for_scores
