@@ -99,6 +99,11 @@ class CompressionArguments:
         "Token windows on which a loss tolerance is tested, ranks are searched for and a recovery "
         "is judged; from the end of the calibration text.",
     )
+    joint: bool = argument(
+        False,
+        "Also try ranks and factors steered along the loss gradient, and keep what held-out text "
+        "confirms; for one size or a loss_tolerance (0: no rise).",
+    )
     recover_steps: int = argument(
         0, "Steps of training the factors after the cut, towards the dense model."
     )
@@ -122,6 +127,8 @@ class CompressionArguments:
         ratios = self.param_ratio or []
         for ratio in ratios[1:]:
             LowRankConfig(param_ratio=ratio)
+        if self.joint and len(ratios) > 1:
+            raise ConfigError("joint works on one param_ratio at a time.")
         if len(set(ratios)) < len(ratios):
             raise ConfigError(f"param_ratio names a size twice: {' '.join(map(str, ratios))}.")
         for name in _COUNTS:
@@ -142,7 +149,8 @@ class CompressionArguments:
     def text_roles(self) -> dict[str, int]:
         """Token windows by role: tolerances, searches and recovery need held-out text, too."""
         wanted = {"calibration": self.calibration_sequences}
-        if self.param_ratio is None or self.rule in SEARCH_NAMES or self.recover_steps > 0:
+        searches = self.param_ratio is None or self.rule in SEARCH_NAMES
+        if searches or self.joint or self.recover_steps > 0:
             wanted["held_out"] = self.held_out_sequences
         if self.evaluation != "none":
             wanted["evaluation"] = self.evaluation_sequences

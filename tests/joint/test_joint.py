@@ -1,12 +1,15 @@
 """The joint system: its formulas against explicit ones, its data discipline, and its guarantees."""
 
 import itertools
+import json
+import math
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+import hf_lowrank
 from hf_lowrank import LowRankConfig, LowRankLinear
 from hf_lowrank.analysis import decompose_layers
 from hf_lowrank.convolutions import LinearConv2d, linearize_convolutions_
@@ -29,6 +32,7 @@ from hf_lowrank.losses import ItemLosses
 from hf_lowrank.ranks.plan import RankPlan
 from hf_lowrank.ranks.threshold import plan_for_budget, plan_for_scores
 from hf_lowrank.targets import find_targets
+from tests.scripts import InProcess, make_inputs
 from tests.tiny_models import (
     sentence_batches,
     tiny_bert_classifier,
@@ -396,3 +400,28 @@ def test_gradients_are_those_of_the_mean_loss():
     (total / count).backward()
     for name, layer in targets.items():
         assert torch.allclose(found[name], layer.weight.grad, atol=1e-5), name
+
+
+# The command
+
+
+@pytest.mark.parametrize("goal", [{"param_ratio": 0.6}, {"loss_tolerance": 0}])
+def test_the_command_saves_what_it_measured(tmp_path, monkeypatch, capsys, goal):
+    inputs = make_inputs(tmp_path)
+    run = InProcess("compress_llm", monkeypatch, capsys)
+    output = tmp_path / "output"
+    finished = run(*inputs.arguments(output_dir=output, **goal), "--joint")
+    assert finished.code == 0, finished.err
+    report = json.loads((output / "report.json").read_text())
+    assert report["held_out"]["mean"] <= goal.get("loss_tolerance", math.inf)
+    model = hf_lowrank.load(output)
+    assert (
+        sum(parameter.numel() for parameter in model.parameters()) == (report["parameters"]["kept"])
+    )
+
+
+def test_the_command_takes_one_size(tmp_path, monkeypatch, capsys):
+    inputs = make_inputs(tmp_path)
+    run = InProcess("compress_llm", monkeypatch, capsys)
+    error = run(*inputs.arguments(), "--param_ratio", "0.6", "0.5", "--joint").error
+    assert error == "joint works on one param_ratio at a time."
