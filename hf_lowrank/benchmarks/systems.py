@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -26,10 +27,14 @@ from hf_lowrank.joint.system import compress_jointly
 from hf_lowrank.loading import attach_config
 from hf_lowrank.losses import Batch
 from hf_lowrank.modeling_lowrank import linear_shape
-from hf_lowrank.ranks.plan import layer_cost
+from hf_lowrank.ranks.plan import RankPlan, layer_cost
 from hf_lowrank.ranks.search import search_plan
 from hf_lowrank.surgery import factorized, factorized_layers, restore_
 from hf_lowrank.targets import find_targets
+
+Ranks = tuple[tuple[str, int | None], ...]
+# The sensitivity search cuts every layer at every size by itself; all held-out text takes hours.
+SENSITIVITY_BATCHES = 1
 
 
 @dataclass(frozen=True)
@@ -110,6 +115,7 @@ class _Bench:
         self.texts = texts
         self.options = options
         self._analysis: tuple[Analysis, Cost] | None = None
+        self._known: dict[tuple[str, int], dict[Ranks, tuple[float, Cost]]] = {}
 
     @cached_property
     def dense(self) -> dict[str, LossMeasurement]:
@@ -131,18 +137,37 @@ class _Bench:
 
     def _ranked(self, system: System, param_ratio: float) -> dict[str, Any]:
         analysis, cost = self._analyze(system.metric)
+        batches = self.texts.held_out
+        if system.rule == "sensitivity":
+            batches = batches[:SENSITIVITY_BATCHES]
+        known = self._known.setdefault((system.metric, len(batches)), {})
+        saved = Cost()
         with counted(self.model) as search:
-            held_out = HeldOutLoss(self.model, self.texts.held_out)
+            held_out = HeldOutLoss(self.model, batches)
+
+            def measure(plan: RankPlan) -> float:
+                nonlocal saved
+                key = tuple(plan.ranks.items())
+                if key in known:  # by another row: its cost counts for this one, too
+                    saved += known[key][1]
+                    return known[key][0]
+                start, forwards = time.perf_counter(), search.forwards
+                loss = held_out.difference(analysis.spectra, plan).mean
+                spent = Cost(time.perf_counter() - start, search.forwards - forwards)
+                known[key] = loss, spent
+                return loss
+
             plan = search_plan(
                 system.rule,
                 analysis.shapes,
                 analysis.spectra,
                 param_ratio,
-                measure=lambda plan: held_out.difference(analysis.spectra, plan).mean,
+                measure=measure,
                 trials=self.options.trials,
                 seed=self.options.seed,
                 fixed=analysis.fixed,
             )
+        search += saved
         found = _cost_fields(cost + search) | {"search_seconds": search.seconds}
         found["decompositions"] = len(analysis.spectra)
         with factorized(self.model, analysis.spectra, plan):
@@ -161,6 +186,7 @@ class _Bench:
             )
             found = _cost_fields(cost) | {"search_seconds": cost.seconds - analysis_seconds}
             found |= {"decompositions": result.decompositions, "method": result.method}
+            found["trials"] = result.trials
             return found | self._quality({n: linear_shape(m) for n, m in originals.items()})
         finally:
             restore_(self.model, originals)

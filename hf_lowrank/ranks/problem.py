@@ -40,7 +40,9 @@ class RankProblem:
     seed: int = 0
     min_rank: int = 1
     fixed: Mapping[str, int | None] = field(default_factory=dict)
-    _known: dict[tuple[tuple[str, int | None], ...], float] = field(default_factory=dict)
+    _known: dict[tuple[tuple[str, int | None], ...], float] = field(
+        default_factory=dict, init=False, repr=False
+    )
 
     @property
     def free(self) -> list[str]:

@@ -88,6 +88,14 @@ def test_rows_that_are_there_are_not_measured_again(texts, tmp_path: Path, monke
     ]
 
 
+def test_what_another_row_measured_costs_the_same_again(texts, tmp_path: Path):
+    """Layers cut one by one lose the same whatever the size wanted in the end."""
+    rows = compare(texts, tmp_path, ["asvd"], (0.5, 0.7))
+    assert rows[0]["forwards"] == rows[1]["forwards"] == 12 + 4 * (1 + 14 * 4)
+    assert rows[1]["search_seconds"] > 0.5 * rows[0]["search_seconds"]
+    assert rows[0]["kept_parameters"] < rows[1]["kept_parameters"]
+
+
 def test_rows_of_other_settings_are_refused(texts, tmp_path: Path):
     compare(texts, tmp_path, ["svd"], model_name="one")
     with pytest.raises(ConfigError, match=r"holds rows of other settings \(see settings\.json\)"):
