@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from hf_lowrank.compression import CompressionRun
 from hf_lowrank.decomposition.metrics import METRICS
 from hf_lowrank.decomposition.moments import Moments
 from hf_lowrank.decomposition.spectrum import Spectrum
+from hf_lowrank.errors import NumericalError
 from hf_lowrank.held_out import check_fixed_ranks
 from hf_lowrank.joint.first_order import (
     corrected_spectrum,
@@ -62,6 +64,15 @@ class Candidate:
     difference: LossDifference
 
 
+@dataclass(frozen=True)
+class Trial:
+    """What is remembered of a measured candidate: its name, kept share and rise of the loss."""
+
+    name: str
+    param_ratio: float
+    difference: LossDifference
+
+
 class Candidates:
     """What can be made of one model, and what was measured of it.
 
@@ -76,7 +87,7 @@ class Candidates:
         self.analysis = run.analysis
         self.held_out = run.held_out_loss()
         self.decompositions = len(run.analysis.spectra)
-        self.known: dict[tuple[float, tuple[int | None, ...]], Candidate] = {}
+        self.known: dict[tuple[float, tuple[int | None, ...]], Trial] = {}
         layers = {name: run.model.get_submodule(name) for name in run.analysis.spectra}
         with run.stopwatch.phase("gradient"):
             self.gradients, moments = mean_gradients(
@@ -178,9 +189,14 @@ class Candidates:
         """A candidate with its measured rise; what was measured before is not measured again."""
         key = (step, _key(plan))
         if key not in self.known:
-            difference = self.held_out.difference(spectra, plan, stop_above)
-            self.known[key] = Candidate(name, plan, spectra, difference)
-        return self.known[key]
+            try:
+                difference = self.held_out.difference(spectra, plan, stop_above)
+            except NumericalError:
+                if name == "price":
+                    raise
+                difference = LossDifference(math.inf, math.inf, 0, False)  # merely refused
+            self.known[key] = Trial(name, plan.param_ratio, difference)
+        return Candidate(name, plan, spectra, self.known[key].difference)
 
     def _trusted_plan(self, param_ratio: float, trust: float) -> RankPlan:
         analysis = self.analysis
@@ -203,16 +219,17 @@ class Candidates:
         found = {}
         for name, rank in plan.ranks.items():
             if rank is not None:
-                corrected = corrected_spectrum(
-                    linear_weight(self.run.model.get_submodule(name)),
-                    self.analysis.spectra[name],
-                    rank,
-                    self.gradients[name],
-                    self.forms[name],
-                    largest_step,
-                )
-                if corrected is not None:
-                    found[name] = corrected
+                with contextlib.suppress(NumericalError):  # the layer keeps its plain factors
+                    corrected = corrected_spectrum(
+                        linear_weight(self.run.model.get_submodule(name)),
+                        self.analysis.spectra[name],
+                        rank,
+                        self.gradients[name],
+                        self.forms[name],
+                        largest_step,
+                    )
+                    if corrected is not None:
+                        found[name] = corrected
         self.decompositions += len(found)
         return found
 

@@ -108,7 +108,7 @@ def compress_jointly(
         baseline.difference,
         baseline.plan.param_ratio,
         [
-            {"name": each.name, "param_ratio": each.plan.param_ratio}
+            {"name": each.name, "param_ratio": each.param_ratio}
             | dataclasses.asdict(each.difference)
             for each in candidates.known.values()
         ],

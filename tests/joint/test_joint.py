@@ -16,8 +16,9 @@ from hf_lowrank.convolutions import LinearConv2d, linearize_convolutions_
 from hf_lowrank.decomposition.metrics import QuadraticForm, Side
 from hf_lowrank.decomposition.moments import SecondMoment
 from hf_lowrank.decomposition.spectrum import decompose
-from hf_lowrank.errors import ConfigError, DataError, TargetError
+from hf_lowrank.errors import ConfigError, DataError, NumericalError, TargetError
 from hf_lowrank.evaluation.perplexity import measure_loss
+from hf_lowrank.held_out import HeldOutLoss
 from hf_lowrank.joint.candidates import JointSettings, mean_gradients
 from hf_lowrank.joint.disjoint import check_disjoint
 from hf_lowrank.joint.first_order import (
@@ -258,6 +259,22 @@ def test_nothing_tried_is_price_alone(text):
     assert result.method == "price"
     assert result.report.held_out["mean"] == result.baseline.mean
     assert len(result.trials) == 1
+
+
+def test_candidates_without_a_finite_loss_are_refused(text, monkeypatch):
+    measure, calls = HeldOutLoss.difference, []
+
+    def fail_later(self, *args):
+        calls.append(args)
+        if len(calls) > 1:
+            raise NumericalError("NaN")
+        return measure(self, *args)
+
+    monkeypatch.setattr(HeldOutLoss, "difference", fail_later)
+    config = LowRankConfig(param_ratio=0.6)
+    result = compress_jointly(tiny_llama(), config, text[:4], text[4:6], progress=False)
+    assert result.method == "price"
+    assert len(calls) >= 3
 
 
 @pytest.mark.parametrize("tolerance", [0.0, 0.05])
