@@ -20,7 +20,7 @@ from hf_lowrank.joint.candidates import Candidates, JointSettings
 from hf_lowrank.joint.disjoint import check_disjoint
 from hf_lowrank.losses import Batch
 from hf_lowrank.ranks.tolerance import LossDifference, Probe
-from hf_lowrank.report.schema import Report, jsonable
+from hf_lowrank.report.schema import Report
 
 
 @dataclass
@@ -45,11 +45,6 @@ class JointResult:
     baseline_ratio: float
     trials: list[dict[str, Any]]
     decompositions: int
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain JSON data."""
-        data: dict[str, Any] = jsonable(dataclasses.asdict(self))
-        return data
 
 
 def compress_jointly(
@@ -102,15 +97,22 @@ def compress_jointly(
         else:
             baseline, accepted, probes = candidates.smallest_within(config.effective_tolerance)
     run.analysis = dataclasses.replace(run.analysis, spectra=dict(accepted.spectra))
+    report = run.apply(accepted.plan, probes, accepted.difference)
+    trials = [
+        {"name": each.name, "param_ratio": each.param_ratio} | dataclasses.asdict(each.difference)
+        for each in candidates.known.values()
+    ]
+    report.joint = {
+        "method": accepted.name,
+        "baseline": dataclasses.asdict(baseline.difference),
+        "baseline_ratio": baseline.plan.param_ratio,
+        "trials": trials,
+    }
     return JointResult(
-        run.apply(accepted.plan, probes, accepted.difference),
+        report,
         accepted.name,
         baseline.difference,
         baseline.plan.param_ratio,
-        [
-            {"name": each.name, "param_ratio": each.param_ratio}
-            | dataclasses.asdict(each.difference)
-            for each in candidates.known.values()
-        ],
+        trials,
         candidates.decompositions,
     )

@@ -32,6 +32,7 @@ from hf_lowrank.joint.system import compress_jointly
 from hf_lowrank.losses import ItemLosses
 from hf_lowrank.ranks.plan import RankPlan
 from hf_lowrank.ranks.threshold import plan_for_budget, plan_for_scores
+from hf_lowrank.report.table import format_report
 from hf_lowrank.targets import find_targets
 from tests.scripts import InProcess, make_inputs
 from tests.tiny_models import (
@@ -248,7 +249,8 @@ def test_a_given_size_is_kept_and_never_worse_than_price_alone(text):
     reported = measure_loss(model, text[9:]).mean - measure_loss(tiny_llama(), text[9:]).mean
     assert report.evaluation.loss_difference == pytest.approx(reported, abs=1e-5)
     assert model.config.quantization_config.ranks == report.ranks
-    assert result.to_dict()["method"] == result.method
+    assert report.to_dict()["joint"]["method"] == result.method
+    assert f"joint: accepted {result.method!r} at" in format_report(report)
 
 
 def test_nothing_tried_is_price_alone(text):
