@@ -158,7 +158,9 @@ def _head_is_last(model: nn.Module, batch: Batch) -> bool:
             known = False
         else:
             probe = {"input_ids": batch["input_ids"][:1, :4]}
-            expected = model(**probe, use_cache=False).logits.float()
+            # Accelerate wraps `forward` for mixed precision, which rounds the logits.
+            forward = getattr(model, "_original_forward", model)
+            expected = forward(**probe, use_cache=False).logits.float()
             found = head(_hidden_states(model, probe)).float()
             known = torch.equal(expected, found)  # the same head on the same states
         _HEAD_IS_LAST[model] = known

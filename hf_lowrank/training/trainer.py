@@ -164,11 +164,13 @@ class LowRankTrainer(Trainer):
     def select_ranks(self) -> Selection | None:
         """Selects ranks once and cuts the layers; called at every epoch's end.
 
-        The main process decides, the others follow. None if no layer is factorized any more.
+        The main process decides, the others follow. None if no layer is factorized any more, or
+        the size that is due is reached.
         """
         batches = self.selection_batches()
         layers = {n: m for n, m in factorized_layers(self.model).items() if m.lowrank_s is not None}
-        if not layers:
+        scheduled = self._scheduled_ratio()
+        if not layers or (scheduled is not None and self.param_ratio() <= scheduled):
             return None
         args = self.args
         settings = SelectionSettings(
@@ -176,7 +178,7 @@ class LowRankTrainer(Trainer):
             tolerance=args.selection_tolerance,
             precision=args.selection_precision,
             smallest_ratio=args.smallest_ratio,
-            param_ratio=self._scheduled_ratio(),
+            param_ratio=scheduled,
             dense_shapes={n: s for n, s in self.lowrank_shapes.items() if n not in layers},
         )
         start = time.perf_counter()
