@@ -15,6 +15,7 @@ from torch import nn
 from hf_lowrank.analysis import DEFAULT_MOMENT_GIB, Analysis, Stopwatch, analyze
 from hf_lowrank.cache import RunCache
 from hf_lowrank.config import LowRankConfig
+from hf_lowrank.distributed import current_processes
 from hf_lowrank.errors import ConfigError, DataError
 from hf_lowrank.evaluation.perplexity import LossMeasurement, iterate_losses, measure_loss
 from hf_lowrank.loading import attach_config
@@ -80,7 +81,9 @@ def compress(
     """Factorizes a model's linear layers in place, with ranks chosen by their effect on the loss.
 
     Afterwards `model.save_pretrained` writes a checkpoint that `from_pretrained` loads once
-    hf_lowrank is imported.
+    hf_lowrank is imported. Under `accelerate launch` every process calls this with the same model
+    and the same batches: calibration and decomposition are shared out, and all end with the same
+    model. Call it before `Accelerator.prepare`.
 
     Args:
         model: The dense model; a transformers model, or any module with a `loss_function`.
@@ -186,6 +189,7 @@ class _Run:
         self.texts = texts
         self.options = options
         self.stopwatch = Stopwatch()
+        self.processes = current_processes()
         targets = find_targets(model, config)
         check_goal(targets, config)
         self.untouched = untouched_weights(model, targets)
@@ -208,6 +212,7 @@ class _Run:
             stopwatch=self.stopwatch,
             moment_gib=options.moment_gib,
             progress=options.progress,
+            processes=self.processes,
         )
         self.before: LossMeasurement | None = None
         if texts.evaluation is not None:
@@ -230,7 +235,7 @@ class _Run:
             if config.rank is not None:
                 return self.analysis.plan_for_rank(config.rank), [], None
         with self.stopwatch.phase("search"):
-            return self._search()
+            return self.processes.decide(self._search())
 
     def apply(self, plan: RankPlan, probes: list[Probe], held_out: LossDifference | None) -> Report:
         """Puts the plan into the model, measures it and reports."""

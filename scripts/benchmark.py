@@ -1,21 +1,25 @@
 """Comparisons whose figures stand in README and docs; each writes a JSON with its provenance.
 
 python scripts/benchmark.py metrics --calibration FILE --evaluation FILE --output result.json
+python scripts/benchmark.py glue --model FOLDER --data_dir GLUE --tasks mrpc rte --output glue.json
 """
 
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 from transformers import HfArgumentParser
 
 from hf_lowrank.arguments import argument, user_errors
+from hf_lowrank.benchmarks.glue import Grid, format_glue_table, read_rows, run_rows
 from hf_lowrank.benchmarks.metrics import compare_metrics, format_metrics
 from hf_lowrank.benchmarks.record import write_result
 from hf_lowrank.data.text import token_batches
 from hf_lowrank.sources import load_causal_lm
+from hf_lowrank.tasks.arguments import METHOD_NAMES
+from hf_lowrank.tasks.glue import GlueArguments
 
 
 @dataclass
@@ -51,7 +55,39 @@ def compare_all_metrics(args: MetricsArguments) -> None:
     write_result(Path(args.output), {"arguments": vars(args)} | result)
 
 
-COMMANDS = {"metrics": (MetricsArguments, compare_all_metrics)}
+@dataclass
+class GlueTableArguments(GlueArguments):
+    """Arguments of the GLUE table; those of one run apply to all rows."""
+
+    tasks: list[str] | None = argument(None, "Tasks; default mrpc.")
+    methods: list[str] | None = argument(None, "Methods; default all.")
+    param_ratios: list[float] | None = argument(None, "Sizes; default 0.25.")
+    seeds: list[int] | None = argument(None, "Seeds; default 0.")
+    folder: str = argument("outputs/glue", "Folder with a JSON file for each finished row.")
+    workers: int = argument(1, "Rows that run side by side.")
+    output: str = argument("outputs/glue.json", "JSON file with all finished rows.")
+
+
+def fill_glue_table(args: GlueTableArguments) -> None:
+    """Runs the rows that are missing, then prints all rows of the folder."""
+    folder = Path(args.folder)
+    grid = Grid(
+        args.tasks or ["mrpc"],
+        args.methods or METHOD_NAMES,
+        args.param_ratios or [0.25],
+        args.seeds or [0],
+    )
+    settings = {field.name: getattr(args, field.name) for field in fields(GlueArguments)}
+    run_rows(grid.rows(GlueArguments(**settings)), folder, args.workers)
+    rows = read_rows(folder)
+    print(format_glue_table(rows))
+    write_result(Path(args.output), {"arguments": vars(args), "rows": rows})
+
+
+COMMANDS = {
+    "metrics": (MetricsArguments, compare_all_metrics),
+    "glue": (GlueTableArguments, fill_glue_table),
+}
 
 
 def main() -> None:

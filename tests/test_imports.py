@@ -17,6 +17,7 @@ ORDER = (
     "targets",
     "losses",
     "decomposition",
+    "distributed",
     "statistics",
     "ranks",
     "cache",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -85,6 +86,7 @@ def training_settings(
         "eval_strategy": "epoch",
         "save_strategy": "no",
         "report_to": [],
+        "disable_tqdm": not sys.stderr.isatty(),
         "seed": args.seed,
         "logging_steps": 50,
     }
