@@ -14,11 +14,12 @@ from transformers import HfArgumentParser
 
 from hf_lowrank.arguments import argument, user_errors
 from hf_lowrank.benchmarks.glue import Grid, format_glue_table, read_rows, run_rows
+from hf_lowrank.benchmarks.glue_size import smallest_sizes
 from hf_lowrank.benchmarks.metrics import compare_metrics, format_metrics
 from hf_lowrank.benchmarks.record import write_result
 from hf_lowrank.data.text import token_batches
 from hf_lowrank.sources import load_causal_lm
-from hf_lowrank.tasks.arguments import METHOD_NAMES
+from hf_lowrank.tasks.arguments import CUT_METRICS, METHOD_NAMES
 from hf_lowrank.tasks.glue import GlueArguments
 
 
@@ -84,9 +85,28 @@ def fill_glue_table(args: GlueTableArguments) -> None:
     write_result(Path(args.output), {"arguments": vars(args), "rows": rows})
 
 
+@dataclass
+class GlueSizeArguments(GlueTableArguments):
+    """Arguments of the search for the smallest size; `epochs` 0 judges the cut itself."""
+
+    share: float = argument(0.99, "Share of the dense score to keep on the held-out examples.")
+
+
+def find_smallest_sizes(args: GlueSizeArguments) -> None:
+    """The smallest size of each method on each task."""
+    settings = {field.name: getattr(args, field.name) for field in fields(GlueArguments)}
+    rows = []
+    for task in args.tasks or ["mrpc"]:
+        one = GlueArguments(**(settings | {"task": task}))
+        methods = args.methods or list(CUT_METRICS)
+        rows += smallest_sizes(one, methods, args.share, Path(args.folder))
+        write_result(Path(args.output), {"arguments": vars(args), "rows": rows})
+
+
 COMMANDS = {
     "metrics": (MetricsArguments, compare_all_metrics),
     "glue": (GlueTableArguments, fill_glue_table),
+    "glue-size": (GlueSizeArguments, find_smallest_sizes),
 }
 
 

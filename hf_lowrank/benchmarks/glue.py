@@ -76,7 +76,7 @@ def run_rows(rows: Iterable[GlueArguments], folder: Path, workers: int) -> None:
     with ProcessPoolExecutor(workers, context, torch.set_num_threads, (threads,)) as pool:
         firsts = {(row.task, row.seed): row for row in missing}.values()
         list(pool.map(_prepare, firsts))
-        jobs = {pool.submit(_run_row, row, folder): row for row in missing}
+        jobs = {pool.submit(_run_and_tell, row, folder): row for row in missing}
         for number, done in enumerate(as_completed(jobs), 1):
             print(f"[{number}/{len(jobs)}] {done.result()}", flush=True)
 
@@ -154,14 +154,26 @@ def _prepare(row: GlueArguments) -> None:
     dense_model(load_glue_task(row), row)
 
 
-def _run_row(row: GlueArguments, folder: Path) -> str:
-    """Runs and writes one row; returns a line about it."""
+def run_row(row: GlueArguments, folder: Path) -> dict[str, Any]:
+    """The report of a row: from its file, or run and written there.
+
+    Raises:
+        ConfigError: The file is of other settings.
+    """
     path = _path(row, folder)
-    try:
+    if not _is_done(row, folder):
         _, report = run_task(load_glue_task(row), row)
+        write_result(path, report)
+    found: dict[str, Any] = json.loads(path.read_text("utf-8"))
+    return found
+
+
+def _run_and_tell(row: GlueArguments, folder: Path) -> str:
+    """Runs a row in a worker; returns a line about it."""
+    name = _path(row, folder).stem
+    try:
+        report = run_row(row, folder)
     except LowRankError as error:
-        return f"{path.stem}: failed: {error}"
-    write_result(path, report)
+        return f"{name}: failed: {error}"
     score = report["metrics"][MAIN_METRIC[row.task]]
-    seconds = sum(report["seconds"].values())
-    return f"{path.stem}: {score:.4f} in {seconds:.0f} s"
+    return f"{name}: {score:.4f} in {sum(report['seconds'].values()):.0f} s"

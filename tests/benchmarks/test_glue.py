@@ -8,6 +8,7 @@ import pytest
 
 from hf_lowrank.benchmarks import glue
 from hf_lowrank.benchmarks.glue import Grid, format_glue_table, read_rows, run_rows
+from hf_lowrank.benchmarks.glue_size import bisect_size
 from hf_lowrank.errors import ConfigError
 from hf_lowrank.tasks.glue import GlueArguments
 
@@ -75,3 +76,15 @@ def test_finished_rows_are_not_run_again(tmp_path: Path, monkeypatch: pytest.Mon
     other = GlueArguments(method="svd", param_ratio=0.5, epochs=1)
     with pytest.raises(ConfigError, match="was run with epochs 3, not 1"):
         run_rows([other], tmp_path, 1)
+
+
+def test_bisection_finds_the_smallest_size_that_is_good_enough():
+    found, probes = bisect_size(lambda ratio: ratio, 0.3, 0.02, precision=1.01)
+    assert 0.3 <= found <= 0.3 * 1.01
+    assert all(probe["feasible"] == (probe["param_ratio"] >= 0.3) for probe in probes)
+
+
+def test_a_size_that_nothing_reaches_is_dense():
+    found, probes = bisect_size(lambda ratio: 0.0, 0.5, 0.02)
+    assert found == 1.0
+    assert not any(probe["feasible"] for probe in probes)
