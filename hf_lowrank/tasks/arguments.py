@@ -34,7 +34,9 @@ class TaskArguments:
         None, "Goal: largest rise of the loss on a held-out part of the training set, nats."
     )
     output_dir: str | None = argument(None, "Folder for the model and report.json.")
-    cache_dir: str = argument("outputs/dense", "Folder for dense fine-tuned models.")
+    cache_dir: str = argument(
+        "outputs/dense", "Folder for dense fine-tuned models and their spectra."
+    )
     dense_epochs: float = argument(3, "Epochs of the dense fine-tuning that all methods share.")
     dense_learning_rate: float = argument(1e-4, "Its learning rate.")
     epochs: float = argument(3, "Epochs of fine-tuning with or after the cut; 0 for none.")

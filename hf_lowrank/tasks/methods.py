@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import sys
 import tempfile
 import time
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -45,6 +47,8 @@ def cut_then_train(
         config,
         task.batches(task.train, args.batch_size, args.calibration_samples),
         held_out=task.batches(task.held_out, args.batch_size),
+        cache_dir=Path(args.cache_dir) / "spectra",  # the other sizes are cut from the same spectra
+        progress=sys.stderr.isatty(),
     )
     seconds = {"compress": time.perf_counter() - start}
     report = _then_fine_tune(model, task, args)
