@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 from dataclasses import dataclass, fields
+from functools import partial
 from pathlib import Path
 
 from transformers import HfArgumentParser
@@ -17,7 +18,9 @@ from hf_lowrank.benchmarks.glue import Grid, format_glue_table, read_rows, run_r
 from hf_lowrank.benchmarks.glue_size import smallest_sizes
 from hf_lowrank.benchmarks.metrics import compare_metrics, format_metrics
 from hf_lowrank.benchmarks.record import write_result
+from hf_lowrank.benchmarks.recovery import measure_recovery
 from hf_lowrank.data.text import token_batches
+from hf_lowrank.recovery import RecoverySettings
 from hf_lowrank.sources import load_causal_lm
 from hf_lowrank.tasks.arguments import CUT_METRICS, METHOD_NAMES
 from hf_lowrank.tasks.glue import GlueArguments
@@ -53,6 +56,45 @@ def compare_all_metrics(args: MetricsArguments) -> None:
     result = compare_metrics(model, args.param_ratio or [0.9, 0.8, 0.6, 0.4], *texts)
     print(format_metrics(result))
     print(", ".join(f"{name} {value:.1f} s" for name, value in result["seconds"].items()))
+    write_result(Path(args.output), {"arguments": vars(args)} | result)
+
+
+@dataclass
+class RecoveryArguments:
+    """Arguments of the measurement of recovery."""
+
+    model: str = argument("demo", "Dense model, as in compress_llm.py.")
+    param_ratio: list[float] | None = argument(None, "Sizes; default 0.6 0.4.")
+    recover_steps: int = argument(60, "Steps of training the factors.")
+    calibration: str = argument("demo", "Text for the moments and the training.")
+    calibration_sequences: int = argument(48, "Its token windows.")
+    held_out_sequences: int = argument(16, "Windows from its end on which the training is judged.")
+    evaluation: list[str] | None = argument(None, "Evaluation texts; default 'demo'.")
+    evaluation_sequences: int = argument(32, "Token windows of each.")
+    sequence_length: int = argument(256, "Tokens in each window.")
+    dtype: str = argument("auto", "Data type of the model.")
+    output: str = argument("outputs/recovery.json", "JSON file with the result.")
+
+
+def measure_recoveries(args: RecoveryArguments) -> None:
+    """Perplexity before and after recovery on each evaluation text."""
+    model, tokenizer = load_causal_lm(args.model, args.dtype)
+    read = partial(token_batches, tokenizer=tokenizer, sequence_length=args.sequence_length)
+    calibration = read(args.calibration, sequences=args.calibration_sequences, part=(0.0, 0.75))
+    held_out = read(
+        args.calibration, sequences=args.held_out_sequences, role="held_out", part=(0.75, 1.0)
+    )
+    evaluations = {
+        Path(source).name: read(source, sequences=args.evaluation_sequences, role="evaluation")
+        for source in args.evaluation or ["demo"]
+    }
+    result = measure_recovery(
+        model,
+        args.param_ratio or [0.6, 0.4],
+        RecoverySettings(args.recover_steps),
+        (calibration, held_out),
+        evaluations,
+    )
     write_result(Path(args.output), {"arguments": vars(args)} | result)
 
 
@@ -104,6 +146,7 @@ def find_smallest_sizes(args: GlueSizeArguments) -> None:
 
 
 COMMANDS = {
+    "recovery": (RecoveryArguments, measure_recoveries),
     "metrics": (MetricsArguments, compare_all_metrics),
     "glue": (GlueTableArguments, fill_glue_table),
     "glue-size": (GlueSizeArguments, find_smallest_sizes),
