@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 import time
 from collections.abc import Sequence
@@ -34,6 +35,7 @@ from hf_lowrank.training.penalties import orthogonality_penalty, rank_penalty
 from hf_lowrank.training.selection import Selection, SelectionSettings, select_ranks
 from hf_lowrank.training.truncation import cut_factors, make_dense_, truncate_
 
+_LOGGER = logging.getLogger(__name__)
 STATE_FILE = "lowrank_state.json"
 # A target size is reached after this share of the training; the rest trains what is left.
 _SELECTION_SHARE = 2 / 3
@@ -367,6 +369,12 @@ class _SelectionCallback(TrainerCallback):
     ) -> None:
         """Measures the start, which `tolerance_reference` may refer to."""
         trainer = self.trainer
+        if trainer.args.selection_steps > state.max_steps:
+            _LOGGER.warning(
+                "selection_steps %d is more than the training's %d steps: no rank is selected.",
+                trainer.args.selection_steps,
+                state.max_steps,
+            )
         if trainer.reference is None and trainer.args.tolerance_reference != "current":
             trainer.reference = list(trainer._measure(trainer.selection_batches()).items)
 
