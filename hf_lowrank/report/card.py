@@ -52,7 +52,7 @@ def model_card(report: Report, repo_id: str, page: bool = False) -> ModelCard:
         ranks=_markdown(rank_rows(report)),
         measured=_measured(report),
         limits=_limits(report),
-        page_note=", and in `report.html`, with figures" if page else "",
+        page_note="; `report.html` shows it with figures" if page else "",
         versions=", ".join(f"{name} {version}" for name, version in report.versions.items()),
     )
     return card
@@ -120,7 +120,7 @@ def _hub_dataset(source: Any) -> str | None:  # noqa: ANN401
 
 def _described(source: str) -> str:
     if source == "demo":
-        return "the demo text of hf_lowrank (topics of Python's own help)"
+        return "the demo text of hf_lowrank (Python's own help, split by topic)"
     return _shown(source) or "text whose source was not recorded"
 
 
@@ -178,6 +178,11 @@ def _limits(report: Report) -> list[str]:
         "Biases and other faults of the dense model are still there; its license applies.",
         "Fewer parameters are not always less time: each low-rank layer is two matrix products.",
     ]
+    if report.model == "demo" or report.model.endswith(".gguf"):
+        lines.append(
+            "The dense weights were read from a quantized .gguf file, so the figures of the dense "
+            "model are not those of its original."
+        )
     if report.evaluation is None:
         lines[0] = "The quality of this model was not measured."
     return [*lines, *(f"{line[0].upper()}{line[1:]}." for line in warnings(report))]

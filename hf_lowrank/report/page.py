@@ -156,6 +156,7 @@ def _ranks(report: Report) -> list[str]:
 def _shade(share: float) -> str:
     """Background from white (nothing kept) to dark (all kept), with text that can be read on it."""
     light, dark = (255, 255, 255), (38, 78, 112)
+    share = min(share, 1.0)  # a rank that was asked for can cost more than the matrix
     mixed = [round(a + (b - a) * share) for a, b in zip(light, dark, strict=True)]
     text = "#fff" if share > 0.72 else "#1d2329"
     return f"background:rgb({mixed[0]},{mixed[1]},{mixed[2]});color:{text}"

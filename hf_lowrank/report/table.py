@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 
-from hf_lowrank.report.schema import Report
+from hf_lowrank.report.schema import Evaluation, Report
 
 
 def format_report(report: Report) -> str:
@@ -71,30 +71,28 @@ def comparison_rows(reports: Mapping[str, Report]) -> list[list[str]]:
     Args:
         reports: Report by the name of its run.
     """
-    header = ["run", "ranks by", "param_ratio", "MB dense", "MB", "perplexity dense"]
-    rows = [[*header, "perplexity", "loss difference", "+-", "seconds"]]
+    header = ["run", "MB", "perplexity", "loss difference", "+-", "param_ratio"]
+    rows = [[*header, "MB dense", "perplexity dense", "ranks by", "seconds"]]
     for name, report in reports.items():
-        kept, found, config = report.parameters, report.evaluation, report.config
-        quality = ["-"] * 4
-        if found is not None:
-            quality = [
-                number(found.perplexity_before, ".2f"),
-                number(found.perplexity_after, ".2f"),
-                number(found.loss_difference, "+.4f"),
-                number(found.standard_error, ".4f"),
-            ]
+        parameters, found, config = report.parameters, report.evaluation, report.config
+        before, after = ("-", ["-"] * 3) if found is None else _quality(found)
+        kept = parameters["targeted_kept"] / parameters["targeted_dense"]
+        sizes = {side: f"{count / 1e6:.1f}" for side, count in report.bytes.items()}
+        how = ", ".join(str(config[key]) for key in ("metric", "rule") if config.get(key))
+        seconds = f"{sum(report.seconds.values()):.1f}"
         rows.append(
-            [
-                name,
-                ", ".join(str(config[key]) for key in ("metric", "rule") if config.get(key)) or "-",
-                f"{kept['targeted_kept'] / kept['targeted_dense']:.4f}",
-                f"{report.bytes['dense'] / 1e6:.1f}",
-                f"{report.bytes['kept'] / 1e6:.1f}",
-                *quality,
-                f"{sum(report.seconds.values()):.1f}",
-            ]
+            [name, sizes["kept"], *after, f"{kept:.4f}", sizes["dense"], before, how, seconds]
         )
     return rows
+
+
+def _quality(found: Evaluation) -> tuple[str, list[str]]:
+    """Dense perplexity; perplexity, loss difference and its standard error after compression."""
+    return number(found.perplexity_before, ".2f"), [
+        number(found.perplexity_after, ".2f"),
+        number(found.loss_difference, "+.4f"),
+        number(found.standard_error, ".4f"),
+    ]
 
 
 def differences(reports: Mapping[str, Report]) -> list[str]:
