@@ -153,6 +153,10 @@ class CompressionArguments:
             )
         if self.push_to_hub and not self.output_dir:
             raise ConfigError("push_to_hub publishes the saved folder; give --output_dir as well.")
+        if self.private and not self.push_to_hub:
+            raise ConfigError("private is about the repository; give --push_to_hub as well.")
+        if self.prompts() and self.sample_prompt and not self.output_dir:
+            raise ConfigError("sample_prompt is for the report; give --output_dir as well.")
         return LowRankConfig(**(values | {"param_ratio": ratios[0] if ratios else None}))
 
     def sizes(self) -> dict[str, str]:

@@ -6,6 +6,7 @@ python scripts/compare_reports.py outputs/0.8 outputs/0.6 other/report.json --ou
 from __future__ import annotations
 
 import argparse
+import os
 from pathlib import Path
 
 from hf_lowrank import Report
@@ -15,6 +16,13 @@ from hf_lowrank.report.page import comparison_page
 from hf_lowrank.report.plots import require_matplotlib
 from hf_lowrank.report.table import format_comparison
 from hf_lowrank.saving import write_text
+
+
+def short_names(paths: list[str]) -> dict[str, Path]:
+    """The paths by what tells them apart: their part below the folder that all of them share."""
+    full = [os.path.abspath(path) for path in paths]
+    shared = os.path.commonpath([os.path.dirname(path) for path in full])
+    return {os.path.relpath(path, shared): Path(path) for path in full}
 
 
 def main() -> None:
@@ -28,7 +36,7 @@ def main() -> None:
     with user_errors():
         if args.output:
             require_matplotlib()
-        reports = {name: Report.load(Path(name)) for name in args.reports}
+        reports = {name: Report.load(path) for name, path in short_names(args.reports).items()}
         if len(reports) < len(args.reports):
             raise ConfigError(f"a report is named twice: {' '.join(args.reports)}.")
         print(format_comparison(reports))

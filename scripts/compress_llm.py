@@ -36,23 +36,8 @@ def main() -> None:
 
 def run(args: CompressionArguments) -> None:
     """The whole job; see the fields of `CompressionArguments`."""
-    config = args.to_config()
-    folder = Path(args.output_dir) if args.output_dir else None
-    if folder:
-        check_output_folder(folder, args.overwrite_output_dir, source=Path(args.model))
-    if args.cache_dir:
-        check_cache_folder(Path(args.cache_dir))
-    for role in args.text_roles():
-        check_local_text(args.text_source(role), role)
-    sizes = {
-        name: check_repository(repo_id, args.private) if repo_id else None
-        for name, repo_id in args.sizes().items()
-    }
-    if folder and args.html_report and not can_draw():
-        print(
-            "report.html is left out: it needs matplotlib (pip install 'hf-lowrank[plots]')",
-            file=sys.stderr,
-        )
+    config, folder = args.to_config(), Path(args.output_dir) if args.output_dir else None
+    sizes = check_before_loading(args, folder)
     model, tokenizer = load_causal_lm(args.model, args.dtype, args.device)
     targets = find_targets(model, config)
     for ratio in args.param_ratio or []:
@@ -87,9 +72,29 @@ def run(args: CompressionArguments) -> None:
         if folder and repo_id:
             print(f"published as {publish(folder / name, repo_id, args.private)}\n", flush=True)
     if len(reports) > 1:
-        print(format_sweep(list(reports.values())))
         if folder and args.html_report and can_draw():
             write_text(folder / "compare.html", comparison_page(reports))
+            print(f"side by side: {folder / 'compare.html'}\n")
+        print(format_sweep(list(reports.values())))
+
+
+def check_before_loading(args: CompressionArguments, folder: Path | None) -> dict[str, str | None]:
+    """All that can be known at once; the repository of each size by its folder's name."""
+    if folder:
+        check_output_folder(folder, args.overwrite_output_dir, source=Path(args.model))
+    if args.cache_dir:
+        check_cache_folder(Path(args.cache_dir))
+    for role in args.text_roles():
+        check_local_text(args.text_source(role), role)
+    if folder and args.html_report and not can_draw():
+        print(
+            "report.html is left out: it needs matplotlib (pip install 'hf-lowrank[plots]')",
+            file=sys.stderr,
+        )
+    return {
+        name: check_repository(repo_id, args.private) if repo_id else None
+        for name, repo_id in args.sizes().items()
+    }
 
 
 def compressed(

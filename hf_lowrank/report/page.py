@@ -43,7 +43,7 @@ def report_page(report: Report) -> str:
     """
     require_matplotlib()
     kept = report.parameters["kept"] / report.parameters["dense"]
-    title = f"{report.model}, compressed to {kept:.1%} of its parameters"
+    title = f"{report.base_model or report.model}, compressed to {kept:.1%} of its parameters"
     return document(
         title,
         [

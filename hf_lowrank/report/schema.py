@@ -85,7 +85,7 @@ class Report:
     data: dict[str, Any] = field(default_factory=dict)
     architecture: str = ""
     base_model: str | None = None
-    spectra: dict[str, dict[str, Any]] = field(default_factory=dict)
+    spectra: dict[str, dict[str, Any]] = field(default_factory=dict, repr=False)
     samples: list[dict[str, str]] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
