@@ -16,6 +16,7 @@ from hf_lowrank.report.page import comparison_page, report_page
 from tests.report.test_report import probe, report
 from tests.scripts import InProcess
 
+SVG = "{http://www.w3.org/2000/svg}"
 VOID = {"meta", "img", "link", "br"}
 SHAPES = {"a.0.up": (40, 20), "a.1.up": (40, 20), "a.0.down": (20, 40), "a.1.down": (20, 40)}
 
@@ -78,7 +79,7 @@ def full_report(**changes: Any) -> Report:
 
 
 def svg_text(figure: ElementTree.Element) -> set[str]:
-    return {element.text or "" for element in figure.iter("{http://www.w3.org/2000/svg}text")}
+    return {element.text or "" for element in figure.iter(f"{SVG}text")}
 
 
 def test_a_page_is_well_formed_and_fetches_nothing():
@@ -126,10 +127,14 @@ def test_ranks_form_a_table_of_blocks_by_types_darker_where_more_is_kept():
     assert brightness("3") > brightness("5") > brightness("8") > brightness("dense")
 
 
-def test_each_layer_type_has_a_figure_of_its_spectra():
-    titles = [svg_text(figure) for figure in Page(report_page(full_report())).figures]
-    assert any("up: price (nats)" in texts for texts in titles)
-    assert any("down: price (nats)" in texts for texts in titles)
+def test_each_layer_type_has_a_figure_with_a_dot_on_each_layer_that_is_cut():
+    cuts = {}
+    for figure in Page(report_page(full_report())).figures:
+        kind = next((text for text in svg_text(figure) if "price" in text), None)
+        marks = [element.get("style") or "" for element in figure.iter(f"{SVG}use")]
+        cuts[kind] = sum("fill: #2f5d82" in mark for mark in marks)
+    assert cuts["up: price (nats)"] == 2
+    assert cuts["down: price (nats)"] == 1
 
 
 def test_a_metric_without_prices_shows_singular_values():
