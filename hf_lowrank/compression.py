@@ -31,6 +31,7 @@ from hf_lowrank.ranks.tolerance import (
 )
 from hf_lowrank.recovery import RecoveryResult, RecoverySettings, recover_
 from hf_lowrank.report.schema import Evaluation, Report, versions
+from hf_lowrank.report.spectra import compact_spectra
 from hf_lowrank.surgery import factorize_, factorized, restore_
 from hf_lowrank.targets import find_targets, fixed_ranks, untouched_weights
 
@@ -274,6 +275,8 @@ class _Run:
             failures=self.analysis.failures,
             untouched=self.untouched,
             data={"calibration_tokens": self.analysis.tokens},
+            architecture=type(self.model).__name__,
+            spectra=compact_spectra(self.analysis.spectra),
         )
 
     def _recover(self, originals: dict[str, nn.Module]) -> RecoveryResult:

@@ -122,6 +122,11 @@ def test_the_same_ratio_twice(refused: Refusal):
     assert "0.8" in refused("--param_ratio", "0.8", "0.6", "0.80")
 
 
+@pytest.mark.usefixtures("no_calibration")
+def test_a_sample_prompt_without_tokens(refused: Refusal):
+    assert refused(sample_prompt=" ") == "sample_prompt ' ' has no tokens; give another one."
+
+
 @pytest.mark.usefixtures("no_model")
 def test_both_goals_at_once(refused: Refusal):
     assert refused("--loss_tolerance", "0.1") == (
@@ -699,6 +704,7 @@ SAVE_STEPS = [
     ("transformers.modeling_utils.safe_save_file", "the weights"),
     ("transformers.PreTrainedTokenizerFast.save_pretrained", "the tokenizer"),
     ("hf_lowrank.report.schema.Report.save", "the report"),
+    ("huggingface_hub.ModelCard.save", "the card"),
     ("pathlib.Path.rename", "the final name"),
 ]
 
