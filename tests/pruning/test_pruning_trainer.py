@@ -209,22 +209,19 @@ def test_a_loss_that_is_no_number_ends_the_run(tmp_path: Path):
         trainer.train()
 
 
-@pytest.mark.parametrize(
-    ("changes", "text"),
-    [
+def test_wrong_arguments_are_refused(tmp_path: Path):
+    best = {"load_best_model_at_end": True, "eval_strategy": "epoch", "save_strategy": "epoch"}
+    for changes, text in (
         ({"final_density": 0.0}, r"final_density must lie in \(0, 1\], got 0.0"),
         ({"pruning_warmup": 1.0}, r"pruning_warmup must lie in \[0, 1\), got 1.0"),
         ({"pruning_warmup": 0.6, "pruning_cooldown": 0.4}, "0.6 and pruning_cooldown 0.4 leave"),
         ({"pruning_criterion": "size"}, "must be one of movement, magnitude; got 'size'"),
         ({"pruning_scope": "all"}, "must be one of layer, global; got 'all'"),
         ({"mask_interval": 0}, "mask_interval must be >= 1, got 0"),
-        ({"load_best_model_at_end": True, "eval_strategy": "epoch", "save_strategy": "epoch"},
-         "load_best_model_at_end would bring back"),
-    ],
-)  # fmt: skip
-def test_wrong_arguments_are_refused(tmp_path: Path, changes, text: str):
-    with pytest.raises(ConfigError, match=text):
-        PruningArguments(**settings(tmp_path, **changes))
+        (best, "load_best_model_at_end would bring back"),
+    ):
+        with pytest.raises(ConfigError, match=text):
+            PruningArguments(**settings(tmp_path, **changes))
 
 
 def test_other_arguments_are_refused(tmp_path: Path):

@@ -46,25 +46,25 @@ def test_the_global_scope_compares_over_the_matrices():
 
 
 @pytest.mark.parametrize("scope", ["layer", "global"])
-@pytest.mark.parametrize("density", [0.01, 0.3, 0.77, 1.0])
-def test_the_number_of_survivors_is_exact_among_equal_scores(scope, density):
+def test_the_number_of_survivors_is_exact_among_equal_scores(scope):
     values = {"a": torch.zeros(10, 10), "b": torch.zeros(5, 20)}
     values["a"][3, 4] = 1.0
-    masks = choose_masks(values, density, scope)
-    assert masks["a"][3, 4]
-    assert sum(int(mask.sum()) for mask in masks.values()) == round(200 * density)
+    for density in (0.01, 0.3, 0.77, 1.0):
+        masks = choose_masks(values, density, scope)
+        assert masks["a"][3, 4]
+        assert sum(int(mask.sum()) for mask in masks.values()) == round(200 * density)
 
 
 def test_one_weight_is_always_left():
     assert choose_masks({"a": torch.randn(3, 3)}, 1e-6, "layer")["a"].sum() == 1
 
 
-@pytest.mark.parametrize("bad", [math.nan, math.inf])
-def test_scores_that_are_no_numbers_are_refused(bad):
-    values = scores()
-    values["b"][0, 0] = bad
-    with pytest.raises(NumericalError, match=r"^b: its pruning scores hold NaN or infinity\.$"):
-        choose_masks(values, 0.5, "layer")
+def test_scores_that_are_no_numbers_are_refused():
+    for bad in (math.nan, math.inf):
+        values = scores()
+        values["b"][0, 0] = bad
+        with pytest.raises(NumericalError, match=r"^b: its pruning scores hold NaN or infinity\.$"):
+            choose_masks(values, 0.5, "layer")
 
 
 def test_the_density_falls_with_the_cube_between_warm_up_and_cool_down():
