@@ -14,7 +14,7 @@ from collections.abc import Mapping
 import torch
 from torch import nn
 
-from hf_lowrank.errors import CheckpointError
+from hf_lowrank.errors import CheckpointError, TargetError
 from hf_lowrank.pruning.scores import add_movement_, choose_masks
 
 
@@ -62,10 +62,20 @@ class MaskedWeights:
 
     @torch.no_grad()
     def before_step(self) -> None:
-        """Adds the gradients to the scores and gives the optimizer the dense weights."""
+        """Adds the gradients to the scores and gives the optimizer the dense weights.
+
+        Raises:
+            TargetError: A weight is to be scored and has no gradient.
+        """
+        for name, scores in self.scores.items():
+            gradient = self.parameters[name].grad
+            if gradient is None:
+                raise TargetError(
+                    f"{name}: its weight gets no gradient, so it has no movement; unfreeze it, "
+                    "exclude the layer, or prune by magnitude."
+                )
+            add_movement_(scores, gradient, self.dense[name])
         for name, parameter in self.parameters.items():
-            if self.scores and parameter.grad is not None:
-                add_movement_(self.scores[name], parameter.grad, self.dense[name])
             self._masked[name] = parameter.data
             parameter.data = self.dense[name]
 

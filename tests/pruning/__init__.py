@@ -10,23 +10,7 @@ from hf_lowrank.pruning.arguments import MixedRankArguments, PruningArguments
 from hf_lowrank.pruning.mixed_trainer import MixedRankTrainer
 from hf_lowrank.pruning.trainer import PruningTrainer
 from hf_lowrank.targets import find_targets
-from tests.training import Rows
-
-
-def settings(folder: Path, **changes: Any) -> dict[str, Any]:
-    """Two epochs of four steps on 16 rows, on the CPU."""
-    return {
-        "output_dir": str(folder),
-        "num_train_epochs": 2,
-        "per_device_train_batch_size": 4,
-        "learning_rate": 1e-3,
-        "logging_steps": 1,
-        "save_strategy": "no",
-        "report_to": [],
-        "use_cpu": True,
-        "disable_tqdm": True,
-        **changes,
-    }
+from tests.training import Rows, settings
 
 
 def pruning_trainer(model: nn.Module, rows: Rows, folder: Path, **changes: Any) -> PruningTrainer:

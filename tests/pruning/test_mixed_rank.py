@@ -8,7 +8,11 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from transformers import TrainingArguments
+from transformers import (
+    BertForQuestionAnswering,
+    BertForSequenceClassification,
+    TrainingArguments,
+)
 
 import hf_lowrank
 from hf_lowrank.errors import ConfigError, TargetError
@@ -19,9 +23,16 @@ from hf_lowrank.pruning.mixed_rank import draw_gates_, mix_, mixed_layers, unmix
 from hf_lowrank.pruning.mixed_trainer import MixedRankTrainer
 from hf_lowrank.surgery import factorized_layers
 from hf_lowrank.targets import linear_weight
-from tests.pruning import factorized, mixed_trainer, settings
-from tests.tiny_models import logits, sentence_batches, tiny_bert_classifier, tiny_gpt2, tiny_llama
-from tests.training import arguments, sentence_rows
+from tests.pruning import factorized, mixed_trainer
+from tests.tiny_models import (
+    build,
+    logits,
+    sentence_batches,
+    tiny_bert_classifier,
+    tiny_gpt2,
+    tiny_llama,
+)
+from tests.training import arguments, sentence_rows, settings
 from tests.training.test_trainer import StopAt
 
 # Renamed in the course of transformers 5.
@@ -42,10 +53,10 @@ def batch() -> dict[str, torch.Tensor]:
 # The layer
 
 
-@pytest.mark.parametrize("build", [tiny_bert_classifier, tiny_gpt2])
-def test_with_all_sparse_matrices_the_model_is_the_one_before_the_cut(build: Any):
+@pytest.mark.parametrize("make", [tiny_bert_classifier, tiny_gpt2])
+def test_with_all_sparse_matrices_the_model_is_the_one_before_the_cut(make: Any):
     inputs = {n: t for n, t in batch().items() if n != "labels"}
-    model = build()
+    model = make()
     before = logits(model, inputs)
     sparse = factorized(model)
     cut = logits(model, inputs)
@@ -216,6 +227,29 @@ def test_a_run_ends_low_rank_with_the_sparse_matrices_freed(tmp_path: Path):
     inputs = {n: t for n, t in batch().items() if n != "labels"}
     loaded = hf_lowrank.load(tmp_path / "saved")
     assert torch.equal(logits(loaded, inputs), logits(model.eval(), inputs))
+
+
+def test_spans_and_numbers_train_too(tmp_path: Path):
+    config = tiny_bert_classifier().config
+    rows = sentence_rows(8)
+    spans = [{n: t for n, t in row.items() if n != "labels"} for row in rows]
+    for i, row in enumerate(spans):
+        row["start_positions"], row["end_positions"] = torch.tensor(i), torch.tensor(i + 1)
+    numbers = [{**row, "labels": row["labels"].float()} for row in rows]
+    for model_class, outputs, data in (
+        (BertForQuestionAnswering, 2, spans),
+        (BertForSequenceClassification, 1, numbers),
+    ):
+        config.num_labels = outputs
+        model = build(model_class, config, 0)
+        sparse = factorized(model)
+        trainer = mixed_trainer(
+            model, sparse, data, tmp_path, teacher=build(model_class, config, 1),
+            distillation_weight=0.5,
+        )  # fmt: skip
+        trainer.train()
+        losses = [log["loss"] for log in trainer.state.log_history if "loss" in log]
+        assert losses[-1] < losses[0]
 
 
 def test_sparse_matrices_stay_as_they_are_while_factors_train(tmp_path: Path):

@@ -8,14 +8,14 @@ import torch
 from torch import nn
 
 from hf_lowrank import LowRankConfig
-from hf_lowrank.errors import CheckpointError, ConfigError, NumericalError
+from hf_lowrank.errors import CheckpointError, ConfigError, NumericalError, TargetError
 from hf_lowrank.pruning.arguments import PruningArguments
 from hf_lowrank.pruning.masked import MaskedWeights
 from hf_lowrank.pruning.trainer import STATE_FILE, PruningTrainer
 from hf_lowrank.targets import find_targets, linear_weight
-from tests.pruning import pruning_trainer, settings
+from tests.pruning import pruning_trainer
 from tests.tiny_models import tiny_bert_classifier, tiny_gpt2
-from tests.training import arguments, sentence_rows, text_rows
+from tests.training import arguments, sentence_rows, settings, text_rows
 from tests.training.test_trainer import PoisonAt, StopAt
 
 
@@ -199,6 +199,16 @@ def test_a_checkpoint_without_its_pruning_state_is_refused(tmp_path: Path, damag
     wanted = "does not fit" if damage == "other" else "can't be read"
     with pytest.raises(CheckpointError, match=wanted):
         again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+
+
+def test_a_frozen_layer_has_no_movement(tmp_path: Path):
+    model = tiny_bert_classifier()
+    model.bert.encoder.layer[1].output.dense.weight.requires_grad_(False)
+    with pytest.raises(TargetError, match=r"layer\.1\.output\.dense: its weight gets no gradient"):
+        pruning_trainer(model, sentence_rows(), tmp_path).train()
+    trainer = pruning_trainer(model, sentence_rows(), tmp_path, pruning_criterion="magnitude")
+    trainer.train()
+    assert density(model) == pytest.approx(0.25, abs=1e-3)
 
 
 def test_a_loss_that_is_no_number_ends_the_run(tmp_path: Path):
