@@ -18,7 +18,15 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from hf_lowrank.errors import CheckpointError, ConfigError
 from hf_lowrank.modeling_lowrank import FORMAT_VERSION, FORMS, QUANT_METHOD
 
-METRIC_NAMES = ("plain", "fisher-rows", "activation-scale", "whitened", "kfac")
+METRIC_NAMES = (
+    "plain",
+    "fisher-rows",
+    "activation-scale",
+    "whitened",
+    "kfac",
+    "sparsity",
+    "sparsity-whitened",
+)
 RULE_NAMES = ("uniform", "relative", "energy", "price")
 LABEL_SOURCES = ("data", "model")
 DEFAULT_LOSS_TOLERANCE = 0.05

@@ -1,7 +1,8 @@
-"""Folders that are either whole or not there: written under a temporary name, then renamed."""
+"""Folders and files that are either whole or not there: written under a temporary name first."""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 from collections.abc import Iterator
@@ -103,6 +104,19 @@ def atomic_folder(folder: Path, overwrite: bool = False) -> Iterator[Path]:
             previous.rename(folder)
         shutil.rmtree(temporary, ignore_errors=True)
         shutil.rmtree(previous, ignore_errors=True)
+
+
+@contextmanager
+def atomic_file(path: Path) -> Iterator[Path]:
+    """A temporary name beside `path`; the file takes its own name when the block ends well."""
+    temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield temporary
+        temporary.replace(path)
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
 
 
 def save_compressed(

@@ -25,6 +25,7 @@ ORDER = (
     "surgery",
     "loading",
     "compression",
+    "pruning",
     "peft_style",
 )
 MATHS = ("decomposition", "ranks", "theory")

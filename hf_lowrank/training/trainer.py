@@ -8,24 +8,25 @@ import math
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import torch
 from accelerate.utils import broadcast_object_list
 from torch import nn
 from torch.utils.data import DataLoader, Subset
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from hf_lowrank.config import LowRankConfig
-from hf_lowrank.errors import ConfigError, DataError, NumericalError
+from hf_lowrank.errors import ConfigError, DataError
 from hf_lowrank.evaluation.perplexity import ItemLoss, LossMeasurement, measure_loss
 from hf_lowrank.loading import attach_config
-from hf_lowrank.losses import Batch, is_causal_lm
+from hf_lowrank.losses import Batch
 from hf_lowrank.modeling_lowrank import LowRankLinear, linear_shape
 from hf_lowrank.ranks.plan import RankPlan, useful_rank
 from hf_lowrank.ranks.threshold import check_budget
 from hf_lowrank.surgery import empty_lowrank, factorized_layers, replace_layer_
 from hf_lowrank.training.arguments import LowRankTrainingArguments
+from hf_lowrank.training.base import CheckedTrainer
 from hf_lowrank.training.forms import (
     current_ranks,
     to_inference_form_,
@@ -41,7 +42,7 @@ STATE_FILE = "lowrank_state.json"
 _SELECTION_SHARE = 2 / 3
 
 
-class LowRankTrainer(Trainer):
+class LowRankTrainer(CheckedTrainer):
     """Trains `L_T + lambda_O L_O + lambda_R L_R` and cuts ranks at the end of every epoch.
 
     The target layers are turned into `U diag(s) V` at full rank (or the ranks of the config's
@@ -63,7 +64,7 @@ class LowRankTrainer(Trainer):
     """
 
     args: LowRankTrainingArguments
-    model: nn.Module
+    advice: ClassVar[str] = "Lower the learning rate or the penalties' weights."
 
     def __init__(
         self,
@@ -87,9 +88,6 @@ class LowRankTrainer(Trainer):
         self._terms: dict[str, list[float]] = {}
         self._pending: dict[str, float] = {}
         super().__init__(model=model, args=args, **kwargs)
-        if not is_causal_lm(model):
-            # Encoders' heads take **kwargs but do not normalise their loss by num_items_in_batch.
-            self.model_accepts_loss_kwargs = False
         self._describe_ranks()
         self._check_target()
         self.add_callback(_SelectionCallback(self))
@@ -108,9 +106,7 @@ class LowRankTrainer(Trainer):
             layers = list(factorized_layers(self.model).values())
             orthogonality = orthogonality_penalty(layers).to(loss.device)
             rank = rank_penalty(layers, self.args.rank_penalty).to(loss.device)
-            share = 1.0
-            if self._loss_is_scaled(num_items_in_batch):
-                share = 1.0 / self.current_gradient_accumulation_steps
+            share = self.penalty_share(num_items_in_batch)
             for name, value in (
                 ("loss_task", loss.detach() / share),
                 ("loss_orthogonality", orthogonality.detach()),
@@ -123,32 +119,14 @@ class LowRankTrainer(Trainer):
             )
         return (loss, outputs) if return_outputs else loss
 
-    def _loss_is_scaled(self, num_items_in_batch: torch.Tensor | int | None) -> bool:
-        """Whether the task loss is divided by the accumulation steps before Trainer does it."""
-        if self.loss_is_scaled_for_ga is not None:
-            return bool(self.loss_is_scaled_for_ga)
-        by_items = self.model_accepts_loss_kwargs and num_items_in_batch is not None
-        return bool(by_items or self.compute_loss_func is not None)
-
     def training_step(
         self,
         model: nn.Module,
         inputs: dict[str, Any],
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> torch.Tensor:
-        """One step on the wrapper in force: DDP is renewed after a cut.
-
-        Raises:
-            NumericalError: The loss is NaN or infinite.
-        """
-        loss = super().training_step(self.model_wrapped, inputs, num_items_in_batch)
-        if not bool(torch.isfinite(loss)):
-            raise NumericalError(
-                f"The training loss is {float(loss)} at step {self.state.global_step + 1}; the "
-                f"last checkpoint in {self.args.output_dir} is as it was. Lower the learning rate "
-                "or the penalties' weights."
-            )
-        return loss
+        """One step on the wrapper in force: DDP is renewed after a cut."""
+        return super().training_step(self.model_wrapped, inputs, num_items_in_batch)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds the mean of each loss term since the last log."""
