@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 
 from torch import nn
 from tqdm.auto import tqdm
@@ -15,6 +16,7 @@ from hf_lowrank.config import LowRankConfig
 from hf_lowrank.decomposition.metrics import METRICS, MetricSettings
 from hf_lowrank.decomposition.moments import Moments
 from hf_lowrank.decomposition.spectrum import Spectrum, decompose
+from hf_lowrank.distributed import ALONE, Processes
 from hf_lowrank.errors import DataError, NumericalError
 from hf_lowrank.losses import Batch, LossFunction
 from hf_lowrank.modeling_lowrank import linear_shape
@@ -91,6 +93,7 @@ def analyze(
     stopwatch: Stopwatch | None = None,
     moment_gib: float = DEFAULT_MOMENT_GIB,
     progress: bool = True,
+    processes: Processes = ALONE,
 ) -> Analysis:
     """Collects the moments that the config's metric needs and decomposes every target layer.
 
@@ -106,6 +109,8 @@ def analyze(
         stopwatch: Adds up the phases "statistics" and "decomposition".
         moment_gib: Memory for moments, GiB.
         progress: Whether to show progress bars.
+        processes: Those that share the calibration batches and the layers out among them; the main
+            one alone reads and writes the cache.
 
     Raises:
         DataError: The metric needs calibration data and there is none.
@@ -119,16 +124,19 @@ def analyze(
         )
     stopwatch = stopwatch or Stopwatch()
     result = Analysis(config, {n: linear_shape(m) for n, m in targets.items()}, {})
+    progress, cache = progress and processes.is_main, cache if processes.is_main else None
     for group in _groups(targets, metric.needs, moment_gib):
         names = list(group)
-        cached = cache.read_spectra(names) if cache else None
+        cached = processes.decide(cache.read_spectra(names) if cache else None)
         if cached is None:
             with stopwatch.phase("statistics"):
                 moments = _moments(
-                    model, group, calibration, config, loss_function, cache, progress
+                    model, group, calibration, config, loss_function, cache, progress, processes
                 )
             with stopwatch.phase("decomposition"):
-                cached = decompose_layers(group, moments, config, progress)
+                mine = dict(processes.share(list(group.items())))
+                spectra, failures = decompose_layers(mine, moments, config, progress)
+                cached = processes.merge(spectra), processes.merge(failures)
             if cache:
                 with stopwatch.phase("cache"):
                     cache.write_spectra(names, *cached)
@@ -177,12 +185,13 @@ def _moments(
     loss_function: LossFunction | None,
     cache: RunCache | None,
     progress: bool,
+    processes: Processes,
 ) -> dict[str, Moments]:
     """Moments of a group of layers, from the cache or by a pass over the calibration data."""
     names, needs = list(group), METRICS[config.metric].needs
     if not needs or calibration is None:
         return {name: Moments() for name in group}
-    cached = cache.read_moments(names, needs) if cache else None
+    cached = processes.decide(cache.read_moments(names, needs) if cache else None)
     if cached is not None:
         return cached
     description = f"calibrate ... {names[-1]}"
@@ -197,7 +206,8 @@ def _moments(
             loss_function=loss_function,
             label_source=config.label_source,
             seed=config.seed,
-            on_batch=bar.update,
+            on_batch=partial(bar.update, processes.count),
+            processes=processes,
         )
     if cache:
         cache.write_moments(names, needs, moments)

@@ -56,6 +56,7 @@ def user_errors() -> Iterator[None]:
         raise SystemExit(130) from None
 
 
+SAMPLE_PROMPTS = ("The capital of France is", "In Python, a list is")
 _COUNTS = (
     "calibration_sequences",
     "evaluation_sequences",
@@ -112,6 +113,20 @@ class CompressionArguments:
     device: str = argument("cpu", "Device of the model.")
     output_dir: str | None = argument(None, "Folder for the compressed model and report.json.")
     overwrite_output_dir: bool = argument(False, "Replace an output folder that is not empty.")
+    html_report: bool = argument(
+        True, "Write report.html, with figures, into the output folder; needs matplotlib."
+    )
+    sample_prompt: list[str] | None = argument(
+        None,
+        "Texts that the dense and the compressed model continue in the report; 'none' skips this. "
+        f"Default: {' / '.join(SAMPLE_PROMPTS)}",
+    )
+    push_to_hub: str | None = argument(
+        None,
+        "Repository on the Hub (namespace/name) that the output folder is published to, in one "
+        "commit; each of several sizes goes to a repository of its own, NAME-SIZE.",
+    )
+    private: bool = argument(False, "Make the repository on the Hub private.")
     seed: int = config_option("seed")
     cache_dir: str | None = argument(
         None, "Folder for moments and spectra, so that a killed or repeated run goes on from there."
@@ -144,7 +159,27 @@ class CompressionArguments:
                 f"{self.calibration}: is both calibration and evaluation text; the result would "
                 "look better than it is. Give two files."
             )
+        if self.push_to_hub and not self.output_dir:
+            raise ConfigError("push_to_hub publishes the saved folder; give --output_dir as well.")
+        if self.private and not self.push_to_hub:
+            raise ConfigError("private is about the repository; give --push_to_hub as well.")
+        if self.prompts() and self.sample_prompt and not self.output_dir:
+            raise ConfigError("sample_prompt is for the report; give --output_dir as well.")
         return LowRankConfig(**(values | {"param_ratio": ratios[0] if ratios else None}))
+
+    def sizes(self) -> dict[str, str]:
+        """Name of each size's folder below the output folder, and its repository or ""."""
+        ratios = [str(ratio) for ratio in self.param_ratio or []]
+        if len(ratios) < 2:
+            return {"": self.push_to_hub or ""}
+        return {
+            ratio: f"{self.push_to_hub}-{ratio}" if self.push_to_hub else "" for ratio in ratios
+        }
+
+    def prompts(self) -> list[str]:
+        """The sample prompts, defaults filled in."""
+        chosen = self.sample_prompt or list(SAMPLE_PROMPTS)
+        return [] if chosen == ["none"] else chosen
 
     def text_roles(self) -> dict[str, int]:
         """Token windows by role: tolerances, searches and recovery need held-out text, too."""

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -20,6 +18,7 @@ from hf_lowrank.decomposition.moments import Moments, SecondMoment
 from hf_lowrank.decomposition.spectrum import Spectrum
 from hf_lowrank.errors import StorageError
 from hf_lowrank.losses import Batch, LossFunction
+from hf_lowrank.saving import atomic_file
 
 # Which settings the cached results depend on, beside the model and the calibration data.
 _MOMENT_SETTINGS = ("label_source", "seed")
@@ -66,10 +65,10 @@ class RunCache:
         )
         digest.update(f"{named.__module__}.{named.__qualname__}".encode())
         for name, tensor in model.state_dict().items():
-            _update(digest, name, tensor)
+            update_digest(digest, name, tensor)
         for batch in calibration:
             for name in sorted(batch):
-                _update(digest, name, batch[name])
+                update_digest(digest, name, batch[name])
         self.inputs_digest = digest.hexdigest()
 
     def read_spectra(self, names: list[str]) -> tuple[dict[str, Spectrum], dict[str, str]] | None:
@@ -181,17 +180,11 @@ def _read(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]] | None:
 
 def _write(path: Path, tensors: dict[str, torch.Tensor], layout: dict[str, Any]) -> None:
     """Writes under a temporary name and renames, so no half-written file is ever read."""
-    temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        cpu = _unshared(tensors)
-        save_file(cpu, temporary, metadata={"layout": json.dumps(layout)})
-        temporary.replace(path)
+        with atomic_file(path) as temporary:
+            save_file(_unshared(tensors), temporary, metadata={"layout": json.dumps(layout)})
     except (OSError, SafetensorError) as error:
         raise StorageError(f"Could not write to the cache folder {path.parent}: {error}") from error
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
 
 
 def _unshared(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -205,7 +198,8 @@ def _unshared(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return result
 
 
-def _update(digest: hashlib.blake2b, name: str, tensor: torch.Tensor) -> None:
+def update_digest(digest: hashlib.blake2b, name: str, tensor: torch.Tensor) -> None:
+    """Adds a tensor to a hash: name, dtype, shape and bytes."""
     digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
     flat = tensor.detach().cpu().contiguous().view(-1)
     digest.update(flat.view(torch.uint8).numpy().tobytes())

@@ -15,6 +15,7 @@ from torch import nn
 from hf_lowrank.analysis import DEFAULT_MOMENT_GIB, Analysis, Stopwatch, analyze
 from hf_lowrank.cache import RunCache
 from hf_lowrank.config import LowRankConfig
+from hf_lowrank.distributed import current_processes
 from hf_lowrank.errors import ConfigError, DataError
 from hf_lowrank.evaluation.perplexity import LossMeasurement, measure_loss
 from hf_lowrank.held_out import HeldOutLoss, check_fixed_ranks
@@ -33,6 +34,7 @@ from hf_lowrank.ranks.tolerance import (
 )
 from hf_lowrank.recovery import RecoveryResult, RecoverySettings, recover_
 from hf_lowrank.report.schema import Evaluation, Report, versions
+from hf_lowrank.report.spectra import compact_spectra
 from hf_lowrank.surgery import factorize_, restore_
 from hf_lowrank.targets import find_targets, fixed_ranks, untouched_weights
 
@@ -83,7 +85,9 @@ def compress(
     """Factorizes a model's linear layers in place, with ranks chosen by their effect on the loss.
 
     Afterwards `model.save_pretrained` writes a checkpoint that `from_pretrained` loads once
-    hf_lowrank is imported.
+    hf_lowrank is imported. Under `accelerate launch` every process calls this with the same model
+    and the same batches: calibration and decomposition are shared out, and all end with the same
+    model. Call it before `Accelerator.prepare`.
 
     Args:
         model: The dense model; a transformers model, or any module with a `loss_function`.
@@ -191,6 +195,7 @@ class CompressionRun:
         self.texts = texts
         self.options = options
         self.stopwatch = Stopwatch()
+        self.processes = current_processes()
         targets = find_targets(model, config)
         check_goal(targets, config)
         self.untouched = untouched_weights(model, targets)
@@ -213,6 +218,7 @@ class CompressionRun:
             stopwatch=self.stopwatch,
             moment_gib=options.moment_gib,
             progress=options.progress,
+            processes=self.processes,
         )
         self.before: LossMeasurement | None = None
         if texts.evaluation is not None:
@@ -236,8 +242,8 @@ class CompressionRun:
                 return self.analysis.plan_for_rank(config.rank), [], None
         with self.stopwatch.phase("search"):
             if config.param_ratio is not None:
-                return self._search_ranks(config.param_ratio), [], None
-            return self._search()
+                return self.processes.decide((self._search_ranks(config.param_ratio), [], None))
+            return self.processes.decide(self._search())
 
     def apply(self, plan: RankPlan, probes: list[Probe], held_out: LossDifference | None) -> Report:
         """Puts the plan into the model, measures it and reports."""
@@ -276,6 +282,8 @@ class CompressionRun:
             failures=self.analysis.failures,
             untouched=self.untouched,
             data={"calibration_tokens": self.analysis.tokens},
+            architecture=type(self.model).__name__,
+            spectra=compact_spectra(self.analysis.spectra),
         )
 
     def _recover(self, originals: dict[str, nn.Module]) -> RecoveryResult:

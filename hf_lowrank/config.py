@@ -18,7 +18,16 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from hf_lowrank.errors import CheckpointError, ConfigError
 from hf_lowrank.modeling_lowrank import FORMAT_VERSION, FORMS, QUANT_METHOD
 
-METRIC_NAMES = ("plain", "fisher-rows", "activation-scale", "whitened", "pooled", "kfac")
+METRIC_NAMES = (
+    "plain",
+    "fisher-rows",
+    "activation-scale",
+    "whitened",
+    "pooled",
+    "kfac",
+    "sparsity",
+    "sparsity-whitened",
+)
 RULE_NAMES = ("uniform", "relative", "energy", "energy-share", "stable-rank", "price")
 SEARCH_NAMES = (
     "sensitivity",

@@ -33,3 +33,7 @@ class NumericalError(LowRankError, RuntimeError):
 
 class StorageError(LowRankError, RuntimeError):
     """A file or folder could not be written."""
+
+
+class PublishError(LowRankError, RuntimeError):
+    """The Hub can't be reached, or does not accept a model; nothing was published."""

@@ -20,6 +20,7 @@ from transformers.utils import cached_file
 
 from hf_lowrank.analysis import analyze
 from hf_lowrank.config import LowRankConfig
+from hf_lowrank.decomposition.metrics import METRICS
 from hf_lowrank.errors import CheckpointError, ConfigError
 from hf_lowrank.modeling_lowrank import (
     QUANT_METHOD,
@@ -37,7 +38,7 @@ class LowRankHfQuantizer(LowRankQuantizer):
     """Rebuilds low-rank checkpoints, and compresses dense ones while they are loaded.
 
     `from_pretrained("gpt2", quantization_config=LowRankConfig(param_ratio=0.8, metric="plain"))`
-    needs no data, so the metric must be "plain" and the goal a size.
+    has no data, so the metric must be one that needs none and the goal a size.
     """
 
     requires_calibration = False
@@ -52,7 +53,7 @@ class LowRankHfQuantizer(LowRankQuantizer):
                     "config.json names quant_method 'lowrank' but holds no ranks; the checkpoint "
                     "is incomplete."
                 )
-        elif config.metric != "plain":
+        elif METRICS[config.metric].needs:
             raise ConfigError(
                 f"from_pretrained has no calibration data, which metric {config.metric!r} needs; "
                 "use LowRankConfig(metric='plain', param_ratio=...), or load the dense model and "

@@ -158,7 +158,9 @@ def _head_is_last(model: nn.Module, batch: Batch) -> bool:
             known = False
         else:
             probe = {"input_ids": batch["input_ids"][:1, :4]}
-            expected = model(**probe, use_cache=False).logits.float()
+            # Accelerate wraps `forward` for mixed precision, which rounds the logits.
+            forward = getattr(model, "_original_forward", model)
+            expected = forward(**probe, use_cache=False).logits.float()
             found = head(_hidden_states(model, probe)).float()
             known = torch.equal(expected, found)  # the same head on the same states
         _HEAD_IS_LAST[model] = known
@@ -299,7 +301,7 @@ def _sentence_losses(
     model: nn.Module, logits: torch.Tensor, labels: torch.Tensor, sample: bool
 ) -> torch.Tensor:
     logits = logits.float()
-    problem = _problem_type(model, logits, labels)
+    problem = problem_type(model, logits, labels)
     if problem == "regression":
         if sample:
             # Variance k/2 of k averaged values: the expected squared gradient is the curvature.
@@ -314,7 +316,7 @@ def _sentence_losses(
     return _cross_entropy(logits, labels.view(-1).long(), sample)
 
 
-def _problem_type(model: nn.Module, logits: torch.Tensor, labels: torch.Tensor) -> str:
+def problem_type(model: nn.Module, logits: torch.Tensor, labels: torch.Tensor) -> str:
     """The sentence-level task, found out as transformers' own heads do."""
     known: str | None = getattr(_config(model), "problem_type", None)
     if known is not None:

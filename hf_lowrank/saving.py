@@ -1,7 +1,8 @@
-"""Folders that are either whole or not there: written under a temporary name, then renamed."""
+"""Folders and files that are either whole or not there: written under a temporary name first."""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 from collections.abc import Iterator
@@ -13,6 +14,9 @@ from safetensors import SafetensorError
 from torch import nn
 
 from hf_lowrank.errors import StorageError
+from hf_lowrank.report.card import model_card
+from hf_lowrank.report.page import report_page
+from hf_lowrank.report.plots import can_draw
 from hf_lowrank.report.schema import Report
 
 _MARGIN = 1.05
@@ -102,6 +106,19 @@ def atomic_folder(folder: Path, overwrite: bool = False) -> Iterator[Path]:
         shutil.rmtree(previous, ignore_errors=True)
 
 
+@contextmanager
+def atomic_file(path: Path) -> Iterator[Path]:
+    """A temporary name beside `path`; the file takes its own name when the block ends well."""
+    temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield temporary
+        temporary.replace(path)
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+
+
 def save_compressed(
     model: nn.Module,
     tokenizer: Any,  # noqa: ANN401
@@ -109,8 +126,19 @@ def save_compressed(
     folder: Path,
     *,
     overwrite: bool = False,
+    repo_id: str | None = None,
+    page: bool = True,
 ) -> None:
-    """Writes model, tokenizer and `report.json` into a folder, all or nothing.
+    """Writes model, tokenizer, report and model card into a folder, all or nothing.
+
+    Args:
+        model: The compressed model.
+        tokenizer: Its tokenizer, or None.
+        report: Becomes `report.json`, `README.md` (the model card) and `report.html`.
+        folder: Where to.
+        overwrite: Whether an existing folder is replaced.
+        repo_id: The model's id on the Hub, for the card; by default the folder.
+        page: Whether to write `report.html`, which needs matplotlib; without it there is none.
 
     Raises:
         StorageError: Writing failed; nothing is left.
@@ -120,3 +148,25 @@ def save_compressed(
         if tokenizer is not None:
             tokenizer.save_pretrained(temporary)
         report.save(temporary / "report.json")
+        has_page = page and can_draw()
+        place = folder.name if folder.is_absolute() else folder.as_posix()
+        model_card(report, repo_id or place, has_page).save(temporary / "README.md")
+        if has_page:
+            (temporary / "report.html").write_text(report_page(report), encoding="utf-8")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a text file under a temporary name, then renames it.
+
+    Raises:
+        StorageError: Writing failed; a previous file is still there.
+    """
+    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_text(text, encoding="utf-8")
+        temporary.replace(path)
+    except OSError as error:
+        raise StorageError(f"{path}: could not be written ({error.strerror or error}).") from error
+    finally:
+        temporary.unlink(missing_ok=True)

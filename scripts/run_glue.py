@@ -14,7 +14,8 @@ from hf_lowrank.benchmarks.record import provenance
 from hf_lowrank.report.schema import jsonable
 from hf_lowrank.report.table import align
 from hf_lowrank.saving import atomic_folder, check_output_folder
-from hf_lowrank.training.glue import GlueArguments, run_glue
+from hf_lowrank.tasks.glue import GlueArguments, load_glue_task
+from hf_lowrank.tasks.run import run_task
 
 
 def main() -> None:
@@ -25,12 +26,13 @@ def main() -> None:
         folder = Path(args.output_dir) if args.output_dir else None
         if folder:
             check_output_folder(folder, overwrite=False)
-        model, tokenizer, report = run_glue(args)
+        task = load_glue_task(args)
+        model, report = run_task(task, args)
         print(format_glue(report))
         if folder:
             with atomic_folder(folder) as temporary:
                 model.save_pretrained(temporary)
-                tokenizer.save_pretrained(temporary)
+                task.tokenizer.save_pretrained(temporary)
                 text = json.dumps(jsonable(provenance() | report), indent=2)
                 (temporary / "report.json").write_text(text + "\n", encoding="utf-8")
             print(f"saved to {folder}")

@@ -11,7 +11,13 @@ import pytest
 from transformers import HfArgumentParser
 
 from hf_lowrank import errors
-from hf_lowrank.arguments import CompressionArguments, argument, config_option, user_errors
+from hf_lowrank.arguments import (
+    SAMPLE_PROMPTS,
+    CompressionArguments,
+    argument,
+    config_option,
+    user_errors,
+)
 from hf_lowrank.config import LowRankConfig
 from hf_lowrank.errors import ConfigError, LowRankError
 
@@ -157,6 +163,29 @@ def test_texts_that_were_chosen():
     assert chosen.text_source("calibration") == "a.txt"
     assert chosen.text_source("held_out") == "a.txt"
     assert chosen.text_source("evaluation") == "b.txt"
+
+
+# sizes, prompts
+
+
+def test_each_size_has_a_folder_and_a_repository():
+    assert parse("--param_ratio", "0.5").sizes() == {"": ""}
+    assert parse("--param_ratio", "0.5", "--push_to_hub", "a/b").sizes() == {"": "a/b"}
+    assert parse("--param_ratio", "0.5", "0.25").sizes() == {"0.5": "", "0.25": ""}
+    several = parse("--param_ratio", "0.5", "0.25", "--push_to_hub", "a/b")
+    assert several.sizes() == {"0.5": "a/b-0.5", "0.25": "a/b-0.25"}
+
+
+def test_prompts_that_were_chosen_left_out_or_neither():
+    assert parse().prompts() == list(SAMPLE_PROMPTS)
+    assert parse("--sample_prompt", "one", "two").prompts() == ["one", "two"]
+    assert parse("--sample_prompt", "none").prompts() == []
+
+
+@pytest.mark.parametrize("given", ["--push_to_hub a/b", "--sample_prompt x", "--private"])
+def test_what_would_not_be_read_is_refused(given: str):
+    with pytest.raises(ConfigError, match="as well"):
+        parse(*given.split()).to_config()
 
 
 # user_errors

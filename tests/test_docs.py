@@ -13,6 +13,7 @@ from hf_lowrank.arguments import CompressionArguments
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text("utf-8")
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 NOT_RUN = re.compile(r"<!--\s*not run:\s*(?P<reason>[^>]*?)\s*-->\s*\Z")
 FENCE = re.compile(r"^```(?P<info>[^\n`]*)\n(?P<body>.*?)^```[ \t]*$", re.MULTILINE | re.DOTALL)
 
@@ -78,16 +79,19 @@ def script_calls(text: str) -> list[tuple[str, set[str]]]:
 # README
 
 
-def test_python_in_readme_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.filterwarnings("ignore:.*pin_memory.*:UserWarning")
+def test_python_in_the_pages_runs(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    blocks = python_blocks(README)
-    mentioned = README.count("```python")
+    text = page.read_text("utf-8")
+    blocks = python_blocks(text)
+    mentioned = text.count("```python")
     assert len(blocks) == mentioned, (
-        f"README.md mentions ```python {mentioned} times, but {len(blocks)} complete blocks were "
+        f"{page.name} mentions ```python {mentioned} times, but {len(blocks)} complete blocks were "
         "found; a fence is indented or not closed."
     )
-    run_blocks(blocks, "README.md")
+    run_blocks(blocks, page.name)
 
 
 def test_blocks_that_are_not_run_give_a_reason():
@@ -140,10 +144,11 @@ def test_no_placeholder_is_left_in_readme():
     assert not left
 
 
-def test_relative_links_in_readme_lead_somewhere():
-    targets = re.findall(r"\]\((?!https?:|#|mailto:)([^)#\s]+)", README)
-    missing = sorted(target for target in targets if not (ROOT / target).exists())
-    assert not missing, f"README.md links to files that do not exist: {missing}"
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_relative_links_lead_somewhere(page: Path):
+    targets = re.findall(r"\]\((?!https?:|#|mailto:)([^)#\s]+)", page.read_text("utf-8"))
+    missing = sorted(target for target in targets if not (page.parent / target).exists())
+    assert not missing, f"{page.name} links to files that do not exist: {missing}"
 
 
 # The checks themselves

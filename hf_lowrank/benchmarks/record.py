@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from hf_lowrank.report.schema import jsonable, versions
+from hf_lowrank.saving import write_text
 
 
 def provenance() -> dict[str, Any]:
@@ -33,11 +34,7 @@ def provenance() -> dict[str, Any]:
 
 def write_result(path: Path, result: dict[str, Any]) -> None:
     """Writes a result with its provenance as JSON, under a temporary name first."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
-    text = json.dumps(jsonable(provenance() | result), indent=2)
-    temporary.write_text(text + "\n", encoding="utf-8")
-    temporary.replace(path)
+    write_text(path, json.dumps(jsonable(provenance() | result), indent=2) + "\n")
 
 
 def _commit() -> str:

@@ -27,11 +27,14 @@ class Side:
         diagonal: Shape of the side's vectors, fp64.
         moment: A second moment.
         damping: Share of the moment's mean diagonal that is added to its diagonal.
+        survivors: Whether the diagonal is the number of non-zero weights of each of the side's
+            units, at least 1. `decompose` counts them, so no data is needed.
     """
 
     diagonal: torch.Tensor | None = None
     moment: SecondMoment | None = None
     damping: float = 0.0
+    survivors: bool = False
 
 
 @dataclass(frozen=True)
@@ -125,6 +128,16 @@ def _kfac(moments: Moments, settings: MetricSettings) -> QuadraticForm:
     )
 
 
+def _sparsity(moments: Moments, settings: MetricSettings) -> QuadraticForm:
+    """Surviving weights of each row on the output side: LPAF (Ren and Zhu 2023, 2306.14152)."""
+    return QuadraticForm(output=Side(survivors=True))
+
+
+def _sparsity_whitened(moments: Moments, settings: MetricSettings) -> QuadraticForm:
+    """Surviving weights on the output side, second moment on the input side."""
+    return QuadraticForm(Side(survivors=True), _whitened(moments, settings).input)
+
+
 def _required(value: Value | None) -> Value:
     if value is None:
         raise ValueError("The metric needs statistics that were not collected.")
@@ -143,4 +156,6 @@ METRICS: dict[str, Metric] = {
     "whitened": Metric(frozenset({"input"}), _whitened),
     "pooled": Metric(frozenset({"input_centred"}), _pooled),
     "kfac": Metric(frozenset({"input", "output"}), _kfac),
+    "sparsity": Metric(frozenset(), _sparsity),
+    "sparsity-whitened": Metric(frozenset({"input"}), _sparsity_whitened),
 }

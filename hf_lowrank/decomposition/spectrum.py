@@ -81,10 +81,11 @@ def decompose(
     _check_finite("weight", weight)
     matrix = weight.double()
     is_tall = matrix.shape[0] >= matrix.shape[1]
+    output, inputs = _counted(form.output, matrix), _counted(form.input, matrix.T)
     if is_tall:
-        left, right, sigma = _decompose_tall(matrix, form.output, form.input)
+        left, right, sigma = _decompose_tall(matrix, output, inputs)
     else:
-        left, right, sigma = _decompose_tall(matrix.T, form.input, form.output)
+        left, right, sigma = _decompose_tall(matrix.T, inputs, output)
         left, right = right.T, left.T
     missing = min(weight.shape) - len(sigma)
     if missing:  # a singular metric: the directions that it does not see cost nothing
@@ -117,6 +118,17 @@ def _decompose_tall(
     else:
         right = basis.T @ torch.linalg.pinv(root)
     return matrix @ (root @ basis), right, sigma
+
+
+def _counted(side: Side, matrix: torch.Tensor) -> Side:
+    """The side with its survivors counted: non-zero entries of the matrix's rows, at least 1.
+
+    A row without survivors is zero, and so it stays in every approximation; the 1 only keeps the
+    form invertible.
+    """
+    if not side.survivors:
+        return side
+    return Side(diagonal=(matrix != 0).sum(dim=1).to(matrix).clamp_min(1.0))
 
 
 def _image(matrix: torch.Tensor, side: Side) -> torch.Tensor:

@@ -15,6 +15,7 @@ from torch import nn
 
 from hf_lowrank.compression import CompressionRun, RunOptions, Texts
 from hf_lowrank.config import LowRankConfig
+from hf_lowrank.distributed import current_processes
 from hf_lowrank.errors import ConfigError, DataError
 from hf_lowrank.joint.candidates import Candidates, JointSettings
 from hf_lowrank.joint.disjoint import check_disjoint
@@ -75,13 +76,16 @@ def compress_jointly(
         The report and what was tried. The model itself is changed in place.
 
     Raises:
-        ConfigError: The goal is `rank`, or the metric or rule is another.
+        ConfigError: The goal is `rank`, the metric or rule is another, or there are several
+            processes.
         DataError: Two of the sets share an item, or a needed one is empty.
     """
     if config.metric != "kfac" or config.rule not in (None, "price"):
         raise ConfigError("Joint compression works with metric 'kfac' and rule 'price' only.")
     if config.goal == "rank" or config.ranks is not None:
         raise ConfigError("Joint compression chooses the ranks: set param_ratio or loss_tolerance.")
+    if current_processes().count > 1:
+        raise ConfigError("Joint compression runs in one process.")
     if not gradient or not acceptance:
         raise DataError("Joint compression needs batches for the gradient and for acceptance.")
     check_disjoint(gradient=gradient, acceptance=acceptance, reported=reported)

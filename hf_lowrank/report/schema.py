@@ -6,14 +6,18 @@ import dataclasses
 import json
 import math
 import platform
+import re
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from hf_lowrank.errors import DataError
 from hf_lowrank.version import __version__
 
 _VERSIONED = ("torch", "transformers", "accelerate", "datasets", "safetensors")
+# A list of numbers, one to a line; a string in JSON holds no line break.
+_NUMBERS = re.compile(r"\[\n\s+(-?\d[-+.\deE,\s]*?)\n\s+\]")
 
 
 @dataclass
@@ -57,6 +61,12 @@ class Report:
         failures: Reason by layer name, for layers kept dense because their decomposition failed.
         untouched: Parameters of matrices inside the blocks that were no targets, by name.
         data: Which text was used for what.
+        architecture: Class of the model.
+        base_model: Hub id of the dense model, or None where it has none.
+        spectra: By layer name: `shape` (out, in), `sigma` at a few components in the metric (see
+            `compact_spectra`), and `price_scale`: nats per squared sigma, or None.
+        samples: What the dense and the compressed model wrote after a `prompt`: `dense`,
+            `compressed`.
     """
 
     model: str
@@ -76,6 +86,10 @@ class Report:
     failures: dict[str, str] = field(default_factory=dict)
     untouched: dict[str, int] = field(default_factory=dict)
     data: dict[str, Any] = field(default_factory=dict)
+    architecture: str = ""
+    base_model: str | None = None
+    spectra: dict[str, dict[str, Any]] = field(default_factory=dict, repr=False)
+    samples: list[dict[str, str]] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON data; numbers that JSON can't hold become null."""
@@ -83,8 +97,39 @@ class Report:
         return data
 
     def save(self, path: Path) -> None:
-        """Writes the report as JSON."""
-        path.write_text(json.dumps(self.to_dict(), indent=2) + "\n", encoding="utf-8")
+        """Writes the report as JSON, each list of numbers on one line."""
+        text = json.dumps(self.to_dict(), indent=2) + "\n"
+        path.write_text(
+            _NUMBERS.sub(lambda match: f"[{' '.join(match[1].split())}]", text), encoding="utf-8"
+        )
+
+    @classmethod
+    def load(cls, path: Path) -> Report:
+        """Reads a report, or the `report.json` of a folder; fields it does not know are left out.
+
+        Raises:
+            DataError: There is no such file, or it is no report.
+        """
+        path = path / "report.json" if path.is_dir() else path
+        try:
+            data = json.loads(path.read_text("utf-8"))
+            values = {
+                each.name: data[each.name] for each in dataclasses.fields(cls) if each.name in data
+            }
+            if values.get("evaluation") is not None:
+                values["evaluation"] = Evaluation(**values["evaluation"])
+            report = cls(**values)
+            counts = [*report.parameters.values(), *report.bytes.values()]
+            fits = {"dense", "kept", "targeted_dense", "targeted_kept"} <= set(report.parameters)
+        except OSError as error:
+            raise DataError(f"{path}: can't be read ({error.strerror or error}).") from error
+        except (ValueError, TypeError, AttributeError) as error:
+            raise DataError(f"{path}: is not a report of hf_lowrank ({error}).") from error
+        if not (fits and {"dense", "kept"} <= set(report.bytes)) or not all(
+            isinstance(count, int) and count > 0 for count in counts
+        ):
+            raise DataError(f"{path}: is not a report of hf_lowrank (its sizes are not counts).")
+        return report
 
 
 def versions() -> dict[str, str]:

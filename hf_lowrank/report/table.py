@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 
-from hf_lowrank.report.schema import Report
+from hf_lowrank.report.schema import Evaluation, Report
 
 
 def format_report(report: Report) -> str:
@@ -47,11 +48,11 @@ def format_report(report: Report) -> str:
             f"acceptance set; price alone {baseline['mean']:+.4f}, keeping "
             f"{report.joint['baseline_ratio']:.2%}"
         )
-    parts = [align(rows), *lines, *_search_lines(report), "", align(_rank_rows(report)), ""]
+    parts = [align(rows), *lines, *_search_lines(report), "", align(rank_rows(report)), ""]
     parts.append(
         "seconds: " + ", ".join(f"{name} {value:.1f}" for name, value in report.seconds.items())
     )
-    return "\n".join(parts + _warnings(report))
+    return "\n".join(parts + warnings(report))
 
 
 def format_sweep(reports: Sequence[Report]) -> str:
@@ -69,6 +70,74 @@ def format_sweep(reports: Sequence[Report]) -> str:
             ]
         )
     return align(rows)
+
+
+def comparison_rows(reports: Mapping[str, Report]) -> list[list[str]]:
+    """Runs side by side, a line for each, with a header.
+
+    Args:
+        reports: Report by the name of its run.
+    """
+    header = ["run", "MB", "perplexity", "loss difference", "+-", "param_ratio"]
+    rows = [[*header, "MB dense", "perplexity dense", "ranks by", "seconds"]]
+    for name, report in reports.items():
+        parameters, found, config = report.parameters, report.evaluation, report.config
+        before, after = ("-", ["-"] * 3) if found is None else _quality(found)
+        kept = parameters["targeted_kept"] / parameters["targeted_dense"]
+        sizes = {side: f"{count / 1e6:.1f}" for side, count in report.bytes.items()}
+        how = ", ".join(str(config[key]) for key in ("metric", "rule") if config.get(key))
+        seconds = f"{sum(report.seconds.values()):.1f}"
+        rows.append(
+            [name, sizes["kept"], *after, f"{kept:.4f}", sizes["dense"], before, how, seconds]
+        )
+    return rows
+
+
+def _quality(found: Evaluation) -> tuple[str, list[str]]:
+    """Dense perplexity; perplexity, loss difference and its standard error after compression."""
+    return number(found.perplexity_before, ".2f"), [
+        number(found.perplexity_after, ".2f"),
+        number(found.loss_difference, "+.4f"),
+        number(found.standard_error, ".4f"),
+    ]
+
+
+def differences(reports: Mapping[str, Report]) -> list[str]:
+    """Reasons why figures of these runs can't be compared directly."""
+    found = []
+    for what, values in (
+        ("dense models", {report.model for report in reports.values()}),
+        ("evaluation texts", {str(report.data.get("evaluation")) for report in reports.values()}),
+        (
+            "numbers of evaluation tokens",
+            {str(r.evaluation and r.evaluation.tokens) for r in reports.values()},
+        ),
+    ):
+        if len(values) > 1:
+            found.append(f"different {what} ({', '.join(sorted(values))})")
+    return found
+
+
+def format_comparison(reports: Mapping[str, Report]) -> str:
+    """Runs side by side as text, with what makes them hard to compare."""
+    notes = [f"not comparable at sight: {each}" for each in differences(reports)]
+    return "\n".join([align(comparison_rows(reports)), *notes])
+
+
+def describe_run(report: Report) -> str:
+    """Goal, metric and rule in a sentence."""
+    config = report.config
+    goals = {
+        "param_ratio": "at most {:.1%} of the targeted layers' weights kept",
+        "loss_tolerance": "the smallest model within {} nats per token of the dense one",
+        "rank": "rank {} everywhere",
+    }
+    found = [
+        text.format(config[name]) for name, text in goals.items() if config.get(name) is not None
+    ]
+    rule = config.get("rule")
+    how = f"metric {config.get('metric')}" + (f", rule {rule}" if rule else "")
+    return f"Goal: {found[0] if found else 'a loss tolerance'}. Ranks by {how}; seed {report.seed}."
 
 
 def align(rows: Sequence[Sequence[str]]) -> str:
@@ -89,27 +158,38 @@ def _share(counts: dict[str, int]) -> str:
 def _search_lines(report: Report) -> list[str]:
     if not report.probes:
         return []
-    rows = [["probe: param_ratio", "predicted", "measured", "+-", "within"]]
-    for probe in report.probes:
-        rows.append(
-            [
-                f"{probe['param_ratio']:.4f}",
-                f"{probe['predicted']:+.4f}",
-                f"{probe['measured']:+.4f}",
-                f"{probe['standard_error']:.4f}",
-                ("yes" if probe["feasible"] else "no") + ("" if probe["complete"] else " (early)"),
-            ]
-        )
     accepted = report.held_out or {"mean": 0.0, "standard_error": 0.0}
     return [
         "",
-        align(rows),
+        align(probe_rows(report)),
         f"accepted: {accepted['mean']:+.4f} +- {accepted['standard_error']:.4f} nats per token on "
         "held-out calibration text",
     ]
 
 
-def _rank_rows(report: Report) -> list[list[str]]:
+def probe_rows(report: Report) -> list[list[str]]:
+    """The steps of the search for a loss tolerance, with a header."""
+    rows = [["probe: param_ratio", "predicted", "measured", "+-", "within"]]
+    for probe in report.probes:
+        rows.append(
+            [
+                f"{probe['param_ratio']:.4f}",
+                number(probe["predicted"], "+.4f"),
+                number(probe["measured"], "+.4f"),
+                number(probe["standard_error"], ".4f"),
+                ("yes" if probe["feasible"] else "no") + ("" if probe["complete"] else " (early)"),
+            ]
+        )
+    return rows
+
+
+def number(value: float | None, spec: str) -> str:
+    """A number in a format, or "-" where there is none."""
+    return "-" if value is None or math.isnan(value) else format(value, spec)
+
+
+def rank_rows(report: Report) -> list[list[str]]:
+    """Ranks by layer type, with a header."""
     by_type: dict[str, list[int | None]] = {}
     for name, rank in report.ranks.items():
         by_type.setdefault(name.rsplit(".", 1)[-1], []).append(rank)
@@ -125,7 +205,8 @@ def _rank_rows(report: Report) -> list[list[str]]:
     return rows
 
 
-def _warnings(report: Report) -> list[str]:
+def warnings(report: Report) -> list[str]:
+    """What a reader must know: layers that failed, matrices that were no targets."""
     lines = [f"kept dense: {name}: {reason}" for name, reason in report.failures.items()]
     untouched = sum(report.untouched.values())
     if untouched:

@@ -3,28 +3,30 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import torch
 from accelerate.utils import broadcast_object_list
 from torch import nn
 from torch.utils.data import DataLoader, Subset
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from hf_lowrank.config import LowRankConfig
-from hf_lowrank.errors import ConfigError, DataError, NumericalError
+from hf_lowrank.errors import ConfigError, DataError
 from hf_lowrank.evaluation.perplexity import ItemLoss, LossMeasurement, measure_loss
 from hf_lowrank.loading import attach_config
-from hf_lowrank.losses import Batch, is_causal_lm
+from hf_lowrank.losses import Batch
 from hf_lowrank.modeling_lowrank import LowRankLinear, linear_shape
 from hf_lowrank.ranks.plan import RankPlan, useful_rank
 from hf_lowrank.ranks.threshold import check_budget
 from hf_lowrank.surgery import empty_lowrank, factorized_layers, replace_layer_
 from hf_lowrank.training.arguments import LowRankTrainingArguments
+from hf_lowrank.training.base import CheckedTrainer
 from hf_lowrank.training.forms import (
     current_ranks,
     to_inference_form_,
@@ -34,12 +36,13 @@ from hf_lowrank.training.penalties import orthogonality_penalty, rank_penalty
 from hf_lowrank.training.selection import Selection, SelectionSettings, select_ranks
 from hf_lowrank.training.truncation import cut_factors, make_dense_, truncate_
 
+_LOGGER = logging.getLogger(__name__)
 STATE_FILE = "lowrank_state.json"
 # A target size is reached after this share of the training; the rest trains what is left.
 _SELECTION_SHARE = 2 / 3
 
 
-class LowRankTrainer(Trainer):
+class LowRankTrainer(CheckedTrainer):
     """Trains `L_T + lambda_O L_O + lambda_R L_R` and cuts ranks at the end of every epoch.
 
     The target layers are turned into `U diag(s) V` at full rank (or the ranks of the config's
@@ -61,7 +64,7 @@ class LowRankTrainer(Trainer):
     """
 
     args: LowRankTrainingArguments
-    model: nn.Module
+    advice: ClassVar[str] = "Lower the learning rate or the penalties' weights."
 
     def __init__(
         self,
@@ -85,9 +88,6 @@ class LowRankTrainer(Trainer):
         self._terms: dict[str, list[float]] = {}
         self._pending: dict[str, float] = {}
         super().__init__(model=model, args=args, **kwargs)
-        if not is_causal_lm(model):
-            # Encoders' heads take **kwargs but do not normalise their loss by num_items_in_batch.
-            self.model_accepts_loss_kwargs = False
         self._describe_ranks()
         self._check_target()
         self.add_callback(_SelectionCallback(self))
@@ -106,9 +106,7 @@ class LowRankTrainer(Trainer):
             layers = list(factorized_layers(self.model).values())
             orthogonality = orthogonality_penalty(layers).to(loss.device)
             rank = rank_penalty(layers, self.args.rank_penalty).to(loss.device)
-            share = 1.0
-            if self._loss_is_scaled(num_items_in_batch):
-                share = 1.0 / self.current_gradient_accumulation_steps
+            share = self.penalty_share(num_items_in_batch)
             for name, value in (
                 ("loss_task", loss.detach() / share),
                 ("loss_orthogonality", orthogonality.detach()),
@@ -121,32 +119,14 @@ class LowRankTrainer(Trainer):
             )
         return (loss, outputs) if return_outputs else loss
 
-    def _loss_is_scaled(self, num_items_in_batch: torch.Tensor | int | None) -> bool:
-        """Whether the task loss is divided by the accumulation steps before Trainer does it."""
-        if self.loss_is_scaled_for_ga is not None:
-            return bool(self.loss_is_scaled_for_ga)
-        by_items = self.model_accepts_loss_kwargs and num_items_in_batch is not None
-        return bool(by_items or self.compute_loss_func is not None)
-
     def training_step(
         self,
         model: nn.Module,
         inputs: dict[str, Any],
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> torch.Tensor:
-        """One step on the wrapper in force: DDP is renewed after a cut.
-
-        Raises:
-            NumericalError: The loss is NaN or infinite.
-        """
-        loss = super().training_step(self.model_wrapped, inputs, num_items_in_batch)
-        if not bool(torch.isfinite(loss)):
-            raise NumericalError(
-                f"The training loss is {float(loss)} at step {self.state.global_step + 1}; the "
-                f"last checkpoint in {self.args.output_dir} is as it was. Lower the learning rate "
-                "or the penalties' weights."
-            )
-        return loss
+        """One step on the wrapper in force: DDP is renewed after a cut."""
+        return super().training_step(self.model_wrapped, inputs, num_items_in_batch)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds the mean of each loss term since the last log."""
@@ -164,11 +144,13 @@ class LowRankTrainer(Trainer):
     def select_ranks(self) -> Selection | None:
         """Selects ranks once and cuts the layers; called at every epoch's end.
 
-        The main process decides, the others follow. None if no layer is factorized any more.
+        The main process decides, the others follow. None if no layer is factorized any more, or
+        the size that is due is reached.
         """
         batches = self.selection_batches()
         layers = {n: m for n, m in factorized_layers(self.model).items() if m.lowrank_s is not None}
-        if not layers:
+        scheduled = self._scheduled_ratio()
+        if not layers or (scheduled is not None and self.param_ratio() <= scheduled):
             return None
         args = self.args
         settings = SelectionSettings(
@@ -176,7 +158,7 @@ class LowRankTrainer(Trainer):
             tolerance=args.selection_tolerance,
             precision=args.selection_precision,
             smallest_ratio=args.smallest_ratio,
-            param_ratio=self._scheduled_ratio(),
+            param_ratio=scheduled,
             dense_shapes={n: s for n, s in self.lowrank_shapes.items() if n not in layers},
         )
         start = time.perf_counter()
@@ -365,6 +347,12 @@ class _SelectionCallback(TrainerCallback):
     ) -> None:
         """Measures the start, which `tolerance_reference` may refer to."""
         trainer = self.trainer
+        if trainer.args.selection_steps > state.max_steps:
+            _LOGGER.warning(
+                "selection_steps %d is more than the training's %d steps: no rank is selected.",
+                trainer.args.selection_steps,
+                state.max_steps,
+            )
         if trainer.reference is None and trainer.args.tolerance_reference != "current":
             trainer.reference = list(trainer._measure(trainer.selection_batches()).items)
 

@@ -25,13 +25,9 @@ def moments():
 
 def test_the_metrics_are_those_of_the_documentation():
     assert set(METRICS) == {
-        "plain",
-        "fisher-rows",
-        "activation-scale",
-        "whitened",
-        "pooled",
-        "kfac",
-    }
+        "plain", "fisher-rows", "activation-scale", "whitened", "pooled", "kfac", "sparsity",
+        "sparsity-whitened",
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize("metric", sorted(METRICS))
@@ -114,6 +110,20 @@ def test_kfac_reads_both_moments_and_prices_a_component():
     assert (form.input.moment, form.input.damping) == (given.input, 0.3)
     assert (form.output.moment, form.output.damping) == (given.output, 0.7)
     assert form.price_scale == 1 / (2 * 4 * 5)
+
+
+def test_sparsity_counts_survivors_on_the_output_side_and_needs_no_data():
+    form = METRICS["sparsity"].form(Moments(), MetricSettings())
+    assert form == QuadraticForm(Side(survivors=True), Side(), None)
+    assert METRICS["sparsity"].needs == frozenset()
+
+
+def test_sparsity_whitened_has_the_inputs_of_whitened():
+    given, settings = moments(), MetricSettings(input_damping=0.3)
+    form = METRICS["sparsity-whitened"].form(given, settings)
+    assert form.output == Side(survivors=True)
+    assert form.input == METRICS["whitened"].form(given, settings).input
+    assert form.price_scale is None
 
 
 def test_a_projected_moment_keeps_the_mean_diagonal_of_the_vectors_themselves():

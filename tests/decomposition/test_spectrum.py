@@ -31,6 +31,8 @@ class Layer:
         self.x = rng.normal(size=(tokens, n)) @ rng.normal(size=(n, n)) * np.linspace(0.3, 2, n)
         self.g = rng.normal(size=(tokens, m)) @ rng.normal(size=(m, m)) * np.linspace(3, 0.2, m)
         self.rows = rng.uniform(0.1, 4.0, size=m)
+        pruned = rng.uniform(size=(m, n)) < np.linspace(0.0, 0.6, m)[:, None]
+        self.W[:, 1:][pruned[:, 1:]] = 0.0  # rows differ in their survivors; none is without
 
     @property
     def weight(self):
@@ -63,13 +65,15 @@ class Layer:
             mean = np.abs(self.x).mean(0)
             root = np.diag((mean + 1e-6 * mean.mean()) ** settings.activation_alpha)
             Q = root @ root
-        if metric in ("whitened", "kfac"):
+        if metric in ("whitened", "kfac", "sparsity-whitened"):
             Q = damped(self.x.T @ self.x, settings.input_damping)
         if metric == "pooled":
             centred = self.x - self.x.mean(0)
             Q = damped(centred.T @ centred, settings.input_damping)
         if metric == "kfac":
             P = damped(self.g.T @ self.g, settings.output_damping)
+        if metric.startswith("sparsity"):
+            P = np.diag((self.W != 0).sum(axis=1).clip(1).astype(float))
         return P, Q
 
 
@@ -470,3 +474,34 @@ def test_diagonal_and_moment_sides_mix():
     wanted, _ = reference(layer.W, np.diag(layer.rows), damped(layer.x.T @ layer.x, 0.3))
     spectrum = decompose(layer.weight, form, dtype=torch.float64)
     np.testing.assert_allclose(truncated(spectrum, 2), wanted[1], rtol=1e-8)
+
+
+@pytest.mark.parametrize("metric", ["sparsity", "sparsity-whitened"])
+@all_shapes
+def test_rows_without_survivors_stay_zero(metric, shape):
+    layer = Layer(shape)
+    layer.W[1] = 0.0
+    spectrum = decompose(layer.weight, layer.form(metric), dtype=torch.float64)
+    wanted, _ = reference(layer.W, *layer.sides(metric))
+    for rank in (1, 2):
+        found = truncated(spectrum, rank)
+        np.testing.assert_allclose(found, wanted[rank - 1], rtol=1e-8, atol=1e-9)
+        assert np.abs(found[1]).max() < 1e-12
+
+
+@pytest.mark.parametrize("metric", ["sparsity", "sparsity-whitened"])
+@all_shapes
+def test_a_matrix_without_survivors_gives_finite_factors(metric, shape):
+    layer = Layer(shape)
+    layer.W[:] = 0.0
+    factors = decompose(layer.weight, layer.form(metric)).factors(2)
+    assert all(bool(torch.isfinite(factor).all()) for factor in factors)
+    assert not bool((factors[1] @ factors[0]).any())
+
+
+def test_on_a_dense_weight_sparsity_is_plain():
+    weight = torch.from_numpy(np.random.default_rng(3).normal(size=(6, 4)))
+    plain = decompose(weight, QuadraticForm(), dtype=torch.float64)
+    other = decompose(weight, QuadraticForm(Side(survivors=True)), dtype=torch.float64)
+    np.testing.assert_allclose(truncated(other, 2), truncated(plain, 2), atol=1e-9)
+    np.testing.assert_allclose(other.sigma, plain.sigma * 4**0.5, rtol=1e-9)

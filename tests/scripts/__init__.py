@@ -71,6 +71,8 @@ class Inputs(NamedTuple):
             "evaluation_sequences": 16,
             "held_out_sequences": 8,
             "sequence_length": 32,
+            "html_report": False,
+            "sample_prompt": "none",
             **changes,
         }
         given = [(name, value) for name, value in settings.items() if value is not None]

@@ -21,6 +21,7 @@ from transformers import AutoModelForCausalLM
 
 import hf_lowrank
 from hf_lowrank import LowRankConfig, sources
+from hf_lowrank.config import METRIC_NAMES, RULE_NAMES, SEARCH_NAMES
 from hf_lowrank.errors import ConfigError
 from tests import tiny_models
 from tests.scripts import (
@@ -122,6 +123,11 @@ def test_the_same_ratio_twice(refused: Refusal):
     assert "0.8" in refused("--param_ratio", "0.8", "0.6", "0.80")
 
 
+@pytest.mark.usefixtures("no_calibration")
+def test_a_sample_prompt_without_tokens(refused: Refusal):
+    assert refused(sample_prompt=" ") == "sample_prompt ' ' has no tokens; give another one."
+
+
 @pytest.mark.usefixtures("no_model")
 def test_both_goals_at_once(refused: Refusal):
     assert refused("--loss_tolerance", "0.1") == (
@@ -140,8 +146,8 @@ def test_a_tolerance_outside_its_range(refused: Refusal, tolerance: str):
 @pytest.mark.parametrize(
     ("setting", "value", "allowed"),
     [
-        ("metric", "svd", "plain, fisher-rows, activation-scale, whitened, kfac"),
-        ("rule", "best", "uniform, relative, energy, price"),
+        ("metric", "svd", ", ".join(METRIC_NAMES)),
+        ("rule", "best", ", ".join(RULE_NAMES + SEARCH_NAMES)),
         ("label_source", "teacher", "data, model"),
         ("dtype", "int8", "auto, float32, bfloat16, float16"),
     ],
@@ -699,6 +705,7 @@ SAVE_STEPS = [
     ("transformers.modeling_utils.safe_save_file", "the weights"),
     ("transformers.PreTrainedTokenizerFast.save_pretrained", "the tokenizer"),
     ("hf_lowrank.report.schema.Report.save", "the report"),
+    ("huggingface_hub.ModelCard.save", "the card"),
     ("pathlib.Path.rename", "the final name"),
 ]
 

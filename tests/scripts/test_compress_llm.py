@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ PAIRS = [
     if rule != "price" or metric == "kfac"
 ]
 CHECKPOINT_FILES = {
+    "README.md",
     "config.json",
     "generation_config.json",
     "model.safetensors",
@@ -277,6 +279,60 @@ def test_the_same_seed_gives_the_same_bytes(
     )
     assert first == second
     assert first != other
+
+
+def test_the_report_has_a_page_and_both_models_words(
+    compress_llm: InProcess, inputs: Inputs, tmp_path: Path
+):
+    arguments = inputs.arguments(
+        output_dir=tmp_path / "sizes", html_report=True, sample_prompt="w01 w02 w03"
+    )
+    done = compress_llm(*arguments, "--param_ratio", "0.9", "0.3")
+    assert done.code == 0
+    assert done.messages == []
+    names = {path.name for path in (tmp_path / "sizes").iterdir()}
+    assert names == {"0.9", "0.3", "compare.html"}
+    curve = (tmp_path / "sizes" / "compare.html").read_text("utf-8")
+    for ratio in ("0.9", "0.3"):
+        folder = tmp_path / "sizes" / ratio
+        assert {path.name for path in folder.iterdir()} == CHECKPOINT_FILES | {"report.html"}
+        (sample,) = read_report(folder)["samples"]
+        assert sample["prompt"] == "w01 w02 w03"
+        for model, key in ((inputs.model, "dense"), (folder, "compressed")):
+            assert sample[key] == continuation(model, "w01 w02 w03")
+            assert sample[key] in (folder / "report.html").read_text("utf-8")
+            assert sample[key] in curve
+        assert "report.html" in (folder / "README.md").read_text("utf-8")
+
+
+def continuation(folder: Path, prompt: str) -> str:
+    """40 greedy tokens, without the library's code."""
+    tokenizer, model = (
+        auto.from_pretrained(folder) for auto in (AutoTokenizer, AutoModelForCausalLM)
+    )
+    ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
+    size = ids.shape[1]
+    for _ in range(40):
+        with torch.no_grad():
+            following = model(ids).logits[0, -1].argmax()
+        ids = torch.cat([ids, following.view(1, 1)], dim=1)
+        if following == tokenizer.eos_token_id:
+            break
+    text: str = tokenizer.decode(ids[0, size:], skip_special_tokens=True)
+    return text
+
+
+def test_without_matplotlib_the_page_is_left_out_and_one_sentence_says_so(
+    compress_llm: InProcess, inputs: Inputs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    output = tmp_path / "small"
+    done = compress_llm(*inputs.arguments(param_ratio=0.8, output_dir=output, html_report=True))
+    assert done.code == 0
+    assert {path.name for path in output.iterdir()} == CHECKPOINT_FILES
+    assert done.messages == [
+        "report.html is left out: it needs matplotlib (pip install 'hf-lowrank[plots]')"
+    ]
 
 
 def test_a_loss_tolerance_is_kept_on_its_own_held_out_text(

@@ -10,8 +10,11 @@ from transformers import BertConfig, BertModel
 
 import hf_lowrank
 from hf_lowrank.surgery import factorized_layers
-from hf_lowrank.training import glue
-from hf_lowrank.training.glue import METHODS, GlueArguments, run_glue
+from hf_lowrank.tasks import fine_tuning
+from hf_lowrank.tasks.arguments import METHOD_NAMES
+from hf_lowrank.tasks.glue import GlueArguments, load_glue_task
+from hf_lowrank.tasks.methods import METHODS
+from hf_lowrank.tasks.run import run_task
 from tests.scripts import WORDS, Finished, InProcess, leftovers, word_tokenizer
 from tests.tiny_models import HIDDEN, INTERMEDIATE, MAX_LENGTH, SCALE, VOCABULARY, build
 
@@ -78,7 +81,7 @@ def run(place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixt
 @pytest.mark.parametrize(
     ("method", "goal"),
     [
-        ("dense", {}),
+        ("dense", {"epochs": 0}),
         ("kfac", {"param_ratio": 0.5}),
         ("svd", {"param_ratio": 0.5, "epochs": 0}),
         ("kfac", {"loss_tolerance": 0.05, "bf16": True}),
@@ -134,32 +137,37 @@ def test_the_dense_model_is_trained_once_for_all_methods(
     def fail(*args: Any, **kwargs: Any) -> None:
         pytest.fail("the dense model was trained again")
 
-    monkeypatch.setattr(glue, "Trainer", fail)
+    monkeypatch.setattr(fine_tuning, "Trainer", fail)
     done = run(method="svd", param_ratio=0.9, epochs=0, cache_dir=tmp_path / "cache")
     assert done.code == 0
-    assert list((tmp_path / "cache").iterdir()) == [folder]
+    assert {path.name for path in (tmp_path / "cache").iterdir()} == {folder.name, "spectra"}
     assert (folder / "model.safetensors").read_bytes() == before
+
+
+def test_every_method_has_a_name_and_a_function():
+    assert tuple(METHODS) == METHOD_NAMES
 
 
 def test_no_row_of_the_held_out_tenth_is_trained_on(place: Path):
     args = GlueArguments(**settings(place))
-    _, data = glue.load_data(args)
-    train, held_out = ({tuple(r["input_ids"]) for r in s} for s in (data.train, data.selection))
-    assert (len(data.train), len(data.selection), len(data.validation)) == (22, 2, 12)
+    task = load_glue_task(args)
+    train, held_out = ({tuple(r["input_ids"]) for r in s} for s in (task.train, task.held_out))
+    assert (len(task.train), len(task.held_out), len(task.validation)) == (22, 2, 12)
     assert not train & held_out
 
 
 def test_the_best_epoch_is_kept(place: Path, tmp_path: Path):
     """A rate that ruins the model leaves the start, which is an epoch like the others."""
     changes = {"method": "svd", "param_ratio": 0.6, "learning_rate": 10.0}
-    _, _, report = run_glue(GlueArguments(**settings(place, **changes)))
+    args = GlueArguments(**settings(place, **changes))
+    _, report = run_task(load_glue_task(args), args)
     assert report["metrics"] == report["uncured_metrics"]
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"method": "pca"}, f"method must be one of {', '.join(METHODS)}; got 'pca'."),
+        ({"method": "pca"}, f"method must be one of {', '.join(METHOD_NAMES)}; got 'pca'."),
         ({"task": "ax"}, "task must be one of cola, "),
         ({"param_ratio": 1.5}, "param_ratio is the kept share of the parameters and must lie in"),
         ({"param_ratio": 0.5, "loss_tolerance": 0.1}, "Give one goal, not 2"),

@@ -56,9 +56,9 @@ def text_rows(size: int = 16, seed: int = 0) -> Rows:
     return rows
 
 
-def arguments(folder: Path, **changes: Any) -> LowRankTrainingArguments:
+def settings(folder: Path, **changes: Any) -> dict[str, Any]:
     """Two epochs of four steps on 16 rows, on the CPU."""
-    settings: dict[str, Any] = {
+    return {
         "output_dir": str(folder),
         "num_train_epochs": 2,
         "per_device_train_batch_size": 4,
@@ -71,7 +71,11 @@ def arguments(folder: Path, **changes: Any) -> LowRankTrainingArguments:
         "disable_tqdm": True,
         **changes,
     }
-    return LowRankTrainingArguments(**settings)
+
+
+def arguments(folder: Path, **changes: Any) -> LowRankTrainingArguments:
+    """The same for `LowRankTrainer`."""
+    return LowRankTrainingArguments(**settings(folder, **changes))
 
 
 def trainer_for(model: nn.Module, rows: Rows, folder: Path, **changes: Any) -> LowRankTrainer:

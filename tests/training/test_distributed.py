@@ -16,9 +16,10 @@ WORKER = """
 import json, os, sys
 from pathlib import Path
 import torch
+from hf_lowrank import LowRankConfig, compress
 from hf_lowrank.evaluation.perplexity import measure_loss
 from hf_lowrank.surgery import factorized_layers
-from tests.tiny_models import tiny_bert_classifier
+from tests.tiny_models import written_batches, tiny_bert_classifier, tiny_llama
 from tests.training import sentence_rows, trainer_for
 
 folder, batch_size = Path(sys.argv[1]), int(sys.argv[2])
@@ -32,7 +33,15 @@ trainer.train()
 loss = measure_loss(trainer.model, trainer.selection_batches()).mean
 ranks = {name: layer.rank for name, layer in factorized_layers(trainer.model).items()}
 weights = float(sum(p.detach().double().abs().sum() for p in trainer.model.parameters()))
-found = {"ranks": ranks, "loss": loss, "weights": weights, "world": trainer.args.world_size}
+llama = tiny_llama()
+texts = written_batches(llama, 5)
+config = LowRankConfig(param_ratio=0.6, label_source="model")
+report = compress(llama, config, texts, texts[:2], cache_dir=folder / "cache")
+compressed = {"ranks": report.ranks, "loss": report.evaluation.loss_after}
+found = {
+    "ranks": ranks, "loss": loss, "weights": weights, "world": trainer.args.world_size,
+    "compressed": compressed,
+}
 rank = os.environ.get("RANK", "0")
 (folder / f"result-{rank}.json").write_text(json.dumps(found))
 if torch.distributed.is_initialized():
@@ -100,6 +109,9 @@ def test_two_processes_end_as_one_with_the_same_global_batch(tmp_path: Path):
     assert first == second
     assert first["loss"] == pytest.approx(alone["loss"], abs=1e-3)
     assert first["ranks"] == alone["ranks"]
+    # Five batches on two processes: sums over both, spectra shared out, one plan.
+    assert first["compressed"]["ranks"] == alone["compressed"]["ranks"]
+    assert first["compressed"]["loss"] == pytest.approx(alone["compressed"]["loss"], abs=1e-5)
     saved = sorted(path.name for path in (tmp_path / "both" / "run").iterdir())
     assert saved == ["checkpoint-2", "checkpoint-4"]
     assert len(list((tmp_path / "both" / "run" / "checkpoint-4").glob("*.safetensors"))) == 1

@@ -14,6 +14,7 @@ import hf_lowrank
 from hf_lowrank.config import LowRankConfig
 from hf_lowrank.errors import ConfigError, DataError, NumericalError
 from hf_lowrank.evaluation.perplexity import LossMeasurement, measure_loss
+from hf_lowrank.losses import hidden_states
 from hf_lowrank.modeling_lowrank import break_even_rank, linear_shape
 from hf_lowrank.ranks.plan import RankPlan
 from hf_lowrank.surgery import factorized_layers
@@ -605,3 +606,32 @@ def test_plans_count_what_the_trainer_logs(tmp_path: Path):
         {n: getattr(trainer.model.get_submodule(n), "rank", None) for n in shapes}, shapes
     )
     assert record["param_ratio"] == plan.param_ratio == kept_ratio(trainer.model, shapes)
+
+
+def test_a_selection_that_never_comes_is_warned_of(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
+    trainer = trainer_for(
+        tiny_bert_classifier(), sentence_rows(), tmp_path, selection_steps=99, max_steps=4
+    )
+    trainer.train()
+    assert "selection_steps 99 is more than the training's 4 steps" in caplog.text
+
+
+def test_a_target_that_is_reached_is_not_selected_for_again(tmp_path: Path):
+    trainer = trainer_for(
+        tiny_bert_classifier(), sentence_rows(), tmp_path,
+        target_param_ratio=0.5, num_train_epochs=6, selection_rule="price",
+    )  # fmt: skip
+    trainer.train()
+    assert len(trainer.selections) == 4  # two thirds of six epochs
+    assert trainer.param_ratio() <= 0.5
+
+
+def test_the_head_is_known_under_mixed_precision(tmp_path: Path):
+    """Accelerate wraps `forward`; the check of the head must look behind that."""
+    trainer = trainer_for(tiny_llama(), text_rows(), tmp_path, bf16=True, max_steps=1)
+    trainer.train()
+    assert "forward" in vars(trainer.model)
+    (batch,) = token_batches(1)
+    assert hidden_states(trainer.model, batch).shape[:2] == batch["input_ids"].shape

@@ -1,0 +1,63 @@
+"""What training the factors after a cut gives, on text like the calibration text and unlike it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from typing import Any
+
+from torch import nn
+
+from hf_lowrank.analysis import analyze
+from hf_lowrank.config import LowRankConfig
+from hf_lowrank.evaluation.perplexity import measure_loss
+from hf_lowrank.losses import Batch
+from hf_lowrank.recovery import RecoverySettings, recover_
+from hf_lowrank.surgery import factorize_, restore_
+
+
+def measure_recovery(
+    model: nn.Module,
+    param_ratios: Sequence[float],
+    settings: RecoverySettings,
+    texts: tuple[Sequence[Batch], Sequence[Batch]],
+    evaluations: Mapping[str, Sequence[Batch]],
+) -> dict[str, Any]:
+    """Perplexities of each evaluation text: dense, after the cut, after the recovery.
+
+    Args:
+        model: The dense model; it is dense again afterwards.
+        param_ratios: Kept shares of the targeted parameters.
+        settings: How to recover.
+        texts: Calibration batches, for the moments and the training; held-out batches, on which
+            the training is judged.
+        evaluations: Batches by name; only the figures come from them.
+    """
+    calibration, held_out = texts
+    analysis = analyze(model, LowRankConfig(param_ratio=1.0), calibration)
+
+    def perplexities() -> dict[str, float]:
+        return {name: measure_loss(model, part).perplexity for name, part in evaluations.items()}
+
+    dense = perplexities()
+    rows = []
+    for ratio in param_ratios:
+        originals = factorize_(model, analysis.spectra, analysis.plan_for_ratio(ratio))
+        cut = perplexities()
+        start = time.perf_counter()
+        result = recover_(model, originals, calibration, held_out, settings)
+        seconds = time.perf_counter() - start
+        row = {"param_ratio": ratio, "cut": cut, "recovered": perplexities(), "seconds": seconds}
+        rows.append(row | {"recovery": asdict(result)})
+        print(format_row(rows[-1]), flush=True)
+        restore_(model, originals)
+    return {"dense": dense, "settings": asdict(settings), "rows": rows}
+
+
+def format_row(row: Mapping[str, Any]) -> str:
+    """One line for the terminal."""
+    parts = (
+        f"{name} {row['cut'][name]:.4g} -> {row['recovered'][name]:.4g}" for name in row["cut"]
+    )
+    return f"{row['param_ratio']:g}: {', '.join(parts)}, {row['seconds'] / 60:.1f} minutes"

@@ -1,0 +1,80 @@
+"""How far two predictions on one batch are apart, for the tasks that an encoder is tuned on."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from hf_lowrank.errors import ConfigError
+from hf_lowrank.losses import IGNORED, is_causal_lm, is_encoder_decoder, problem_type
+
+
+def check_comparable(model: nn.Module) -> None:
+    """Refuses models whose predictions `divergence` does not compare.
+
+    Raises:
+        ConfigError: The model writes text.
+    """
+    if is_causal_lm(model) or is_encoder_decoder(model):
+        raise ConfigError(
+            f"Mixed-rank fine-tuning compares predictions of classes, numbers or spans; "
+            f"{type(model).__name__} writes text. Fine-tune it with Trainer."
+        )
+
+
+def divergence(
+    model: nn.Module,
+    inputs: Mapping[str, torch.Tensor],
+    target: Any,  # noqa: ANN401
+    other: Any,  # noqa: ANN401
+    *,
+    symmetric: bool = False,
+) -> torch.Tensor:
+    """Mean divergence of one model output from another.
+
+    Classes: `KL(target || other)` of the class distributions, nats, averaged over sequences, or
+    over labelled tokens. Several labels: the same of each label's yes and no. Spans: mean of the
+    divergences of start and end. Regression: mean squared difference.
+
+    Args:
+        model: Whose outputs they are.
+        inputs: The batch; its labels tell which tokens count and what kind of task it is.
+        target: Output with the distributions that are aimed at.
+        other: Output that is measured.
+        symmetric: Whether to take the mean of both directions.
+
+    Returns:
+        A scalar in fp32.
+
+    Raises:
+        ConfigError: The outputs hold no logits.
+    """
+    if symmetric:
+        forth = divergence(model, inputs, target, other)
+        return (forth + divergence(model, inputs, other, target)) / 2
+    if hasattr(target, "start_logits"):
+        start = _kl(target.start_logits, other.start_logits).mean()
+        return (start + _kl(target.end_logits, other.end_logits).mean()) / 2
+    goal, found = getattr(target, "logits", None), getattr(other, "logits", None)
+    if goal is None or found is None:
+        raise ConfigError(f"{type(model).__name__} returns no logits; load it with its task head.")
+    labels = inputs.get("labels")
+    if goal.ndim == 3:
+        counted = torch.ones_like(goal[..., 0]) if labels is None else (labels != IGNORED).float()
+        return (_kl(goal, found) * counted).sum() / counted.sum().clamp_min(1)
+    kind = "single_label_classification" if labels is None else problem_type(model, goal, labels)
+    if kind == "regression":
+        return F.mse_loss(found.float(), goal.float())
+    if kind == "multi_label_classification":
+        goal, found = (torch.stack([x, torch.zeros_like(x)], dim=-1) for x in (goal, found))
+    return _kl(goal, found).mean()
+
+
+def _kl(target: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+    """`KL(target || other)` over the last axis, from logits."""
+    wanted, found = target.float().log_softmax(dim=-1), other.float().log_softmax(dim=-1)
+    return (wanted.exp() * (wanted - found)).sum(dim=-1)

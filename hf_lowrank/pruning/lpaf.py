@@ -1,0 +1,291 @@
+"""LPAF in one call: prune while fine-tuning, factorize, fine-tune with mixed rank.
+
+Low-Rank Prune-And-Factorize (Ren and Zhu 2023, arXiv 2306.14152; docs/methods.md, section 4).
+"""
+
+from __future__ import annotations
+
+import copy
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from hf_lowrank.compression import check_goal, compress
+from hf_lowrank.config import LowRankConfig
+from hf_lowrank.decomposition.metrics import METRICS
+from hf_lowrank.errors import ConfigError, DataError
+from hf_lowrank.losses import Batch
+from hf_lowrank.modeling_lowrank import linear_shape
+from hf_lowrank.pruning.analysis import mean_ranks
+from hf_lowrank.pruning.arguments import MixedRankArguments, PruningArguments
+from hf_lowrank.pruning.mixed_trainer import MixedRankTrainer
+from hf_lowrank.pruning.stages import StageStore, digest_of, factorize_empty_
+from hf_lowrank.pruning.trainer import PruningTrainer
+from hf_lowrank.ranks.plan import RankPlan
+from hf_lowrank.surgery import factorized_layers
+from hf_lowrank.targets import find_targets, linear_weight
+from hf_lowrank.training.best import BestWeights
+
+STAGES = ("pruned", "factorized", "fine_tuned")
+
+
+@dataclass(frozen=True)
+class LpafSettings:
+    """What each stage does.
+
+    Attributes:
+        compression: Goal, metric, rule and targets. Metric "sparsity" is the paper's; "plain"
+            leaves its sparsity-aware SVD out; "kfac" reads moments of the pruned model.
+        prune: False leaves the first stage out: the given weights are factorized as they are.
+        mixed_rank: False leaves the sparse matrices out of the last stage: plain fine-tuning.
+        pruning: Fields of `PruningArguments` for the first stage; `num_train_epochs` and
+            `learning_rate` among them.
+        fine_tuning: Fields of `MixedRankArguments` for the last stage, likewise.
+            `num_train_epochs` 0 leaves the stage out.
+        training: Fields of `TrainingArguments` for both.
+    """
+
+    compression: LowRankConfig = field(
+        default_factory=lambda: LowRankConfig(param_ratio=0.25, metric="sparsity")
+    )
+    prune: bool = True
+    mixed_rank: bool = True
+    pruning: Mapping[str, Any] = field(default_factory=dict)
+    fine_tuning: Mapping[str, Any] = field(default_factory=dict)
+    training: Mapping[str, Any] = field(default_factory=dict)
+
+
+def lpaf_(
+    model: nn.Module,
+    train_dataset: Any,  # noqa: ANN401
+    collator: Callable[[list[Any]], dict[str, Any]] | None = None,
+    settings: LpafSettings | None = None,
+    *,
+    calibration: Sequence[Batch] | None = None,
+    held_out: Sequence[Batch] | None = None,
+    eval_dataset: Any = None,  # noqa: ANN401
+    teacher: nn.Module | None = None,
+    work_dir: str | Path | None = None,
+    on_stage: Callable[[str, nn.Module], None] | None = None,
+) -> dict[str, Any]:
+    """Runs the three stages on a model, in place, and leaves it in eval mode.
+
+    With a work folder each finished stage is kept under a hash of everything that it depends on
+    (starting weights, data, settings), so a killed run goes on after its last finished stage, and
+    runs that differ in a later stage share the earlier ones.
+
+    Args:
+        model: Transformers model with its task head; dense, fine-tuned or not.
+        train_dataset: Tokenized examples.
+        collator: Makes a batch of them.
+        settings: What each stage does.
+        calibration: Batches for the metrics that need moments.
+        held_out: Batches for a loss tolerance, which is measured from the pruned model.
+        eval_dataset: Examples on which the last stage keeps its best epoch, the start included.
+        teacher: Dense fine-tuned model, where `distillation_weight` is set; another object than
+            the model.
+        work_dir: Where finished stages are kept.
+        on_stage: Called with a stage's name and the model after each stage, unless the whole run
+            was found finished: then only for the last.
+
+    Returns:
+        The report: `density` and `numerical_ranks` of the weights before the cut (`mean_ranks`;
+        its `layers` hold the numerical rank of each), `ranks`, `parameters`, `overheads` and
+        `seconds` by stage, `restored` stages.
+
+    Raises:
+        ConfigError, DataError, TargetError: Before anything is changed.
+    """
+    run = _Run(model, settings or LpafSettings(), StageStore(Path(work_dir) if work_dir else None))
+    run.check(calibration, teacher)
+    run.make_keys(train_dataset, calibration, held_out, eval_dataset, teacher)
+    notify = on_stage or (lambda stage, model: None)
+    if not run.restore_all():
+        run.prune(train_dataset, collator)
+        notify(STAGES[0], model)
+        run.factorize(calibration, held_out)
+        notify(STAGES[1], model)
+        run.fine_tune(train_dataset, collator, eval_dataset, teacher)
+    model.eval()
+    notify(STAGES[2], model)
+    return run.report()
+
+
+class _Run:
+    """One run: the model in its present stage, and the records of the finished ones."""
+
+    def __init__(self, model: nn.Module, settings: LpafSettings, store: StageStore) -> None:
+        self.model = model
+        self.settings = settings
+        self.store = store
+        self.targets = find_targets(model, settings.compression)
+        self.shapes = {name: linear_shape(layer) for name, layer in self.targets.items()}
+        self.records: dict[str, dict[str, Any]] = {}
+        self.restored: list[str] = []
+        self.keys: dict[str, str] = {}
+
+    def check(self, calibration: Sequence[Batch] | None, teacher: nn.Module | None) -> None:
+        """Refuses what would fail in a later stage, hours from now."""
+        settings, config = self.settings, self.settings.compression
+        check_goal(self.targets, config)
+        needs_data = bool(METRICS[config.metric].needs) or config.goal == "loss_tolerance"
+        if needs_data and not calibration:
+            raise DataError(
+                f"metric {config.metric!r} with goal {config.goal} needs calibration batches."
+            )
+        with tempfile.TemporaryDirectory() as folder:
+            pruning = PruningArguments(**self._arguments(folder, settings.pruning))
+            tuning = MixedRankArguments(**self._arguments(folder, settings.fine_tuning))
+        if settings.prune and pruning.num_train_epochs <= 0:
+            raise ConfigError("The pruning stage needs num_train_epochs > 0, or prune=False.")
+        if tuning.distillation_weight > 0 and (teacher is None or teacher is self.model):
+            raise ConfigError("distillation_weight needs a teacher that is not the model itself.")
+
+    def make_keys(self, train: Any, calibration: Any, held_out: Any, *tuning: Any) -> None:  # noqa: ANN401
+        """Hashes of what each stage depends on; nothing is hashed where nothing is kept."""
+        if self.store.folder is None:
+            self.keys = dict.fromkeys(STAGES, "")
+            return
+        settings = self.settings
+        pruned = digest_of(self.model, train, settings.training, settings.prune, settings.pruning)
+        config = settings.compression.to_dict()
+        factorized = digest_of(pruned, config, calibration, held_out)
+        tuned = digest_of(factorized, settings.mixed_rank, settings.fine_tuning, *tuning)
+        self.keys = dict(zip(STAGES, (pruned, factorized, tuned), strict=True))
+
+    def restore_all(self) -> bool:
+        """Takes the whole run from the work folder, if it is there."""
+        found = {stage: self.store.read(stage, self.keys[stage]) for stage in STAGES}
+        if found[STAGES[2]] is None or found[STAGES[1]] is None:
+            return False
+        self.records = {stage: record or {} for stage, record in found.items()}
+        factorize_empty_(self.model, self._decided())
+        self.store.load_(STAGES[2], self.keys[STAGES[2]], self.model)
+        self.restored = list(STAGES)
+        return True
+
+    def prune(self, dataset: Any, collator: Any) -> None:  # noqa: ANN401
+        """Stage 1: fine-tunes the dense model and prunes it."""
+        if self._restore(STAGES[0]):
+            return
+        start, overhead = time.perf_counter(), None
+        if self.settings.prune:
+            with tempfile.TemporaryDirectory() as folder:
+                trainer = PruningTrainer(
+                    self.model,
+                    PruningArguments(**self._arguments(folder, self.settings.pruning)),
+                    lowrank_config=self.settings.compression,
+                    train_dataset=dataset,
+                    data_collator=collator,
+                )
+                trainer.train()
+                overhead = trainer.overhead()
+        seconds = time.perf_counter() - start
+        ranks = mean_ranks({name: linear_weight(layer) for name, layer in self.targets.items()})
+        ranks["layers"] = {name: p["numerical_rank"] for name, p in ranks["layers"].items()}
+        self._finish(STAGES[0], seconds, numerical_ranks=ranks, overhead=overhead)
+
+    def factorize(
+        self, calibration: Sequence[Batch] | None, held_out: Sequence[Batch] | None
+    ) -> None:
+        """Stage 2: replaces what survived by factors."""
+        record = self.store.read(STAGES[1], self.keys[STAGES[1]])
+        if record is not None:
+            self.records[STAGES[1]] = record
+            factorize_empty_(self.model, self._decided())
+            self._restore(STAGES[1])
+            return
+        start = time.perf_counter()
+        config = copy.deepcopy(self.settings.compression)
+        found = compress(self.model, config, calibration, held_out=held_out, progress=False)
+        self._finish(
+            STAGES[1],
+            time.perf_counter() - start,
+            ranks=found.ranks,
+            compression_seconds=found.seconds,
+            predicted_loss_difference=found.predicted_loss_difference,
+            failures=found.failures,
+            held_out=found.held_out,
+        )
+
+    def fine_tune(
+        self,
+        dataset: Any,  # noqa: ANN401
+        collator: Any,  # noqa: ANN401
+        eval_dataset: Any,  # noqa: ANN401
+        teacher: nn.Module | None,
+    ) -> None:
+        """Stage 3: leads the model from the sparse matrices over to the factors."""
+        changes = {} if eval_dataset is None else {"eval_strategy": "epoch", "eval_on_start": True}
+        start, overhead, best = time.perf_counter(), None, None
+        with tempfile.TemporaryDirectory() as folder:
+            values = self._arguments(folder, self.settings.fine_tuning) | changes
+            arguments = MixedRankArguments(**values)
+            if arguments.num_train_epochs > 0:
+                trainer = MixedRankTrainer(
+                    self.model,
+                    arguments,
+                    sparse_layers=self._sparse_layers() if self.settings.mixed_rank else None,
+                    teacher=teacher,
+                    train_dataset=dataset,
+                    eval_dataset=eval_dataset,
+                    data_collator=collator,
+                )
+                best = BestWeights(self.model)
+                trainer.add_callback(best)
+                trainer.train()
+                best.restore_()
+                overhead = trainer.overhead()
+        held_out_loss = None if best is None or eval_dataset is None else best.best_loss
+        seconds = time.perf_counter() - start
+        self._finish(STAGES[2], seconds, overhead=overhead, held_out_loss=held_out_loss)
+
+    def report(self) -> dict[str, Any]:
+        """Everything that the stages recorded."""
+        pruned, factorized, tuned = (self.records[stage] for stage in STAGES)
+        plan = RankPlan(factorized["ranks"], self.shapes)
+        settings = self.settings
+        return {
+            "settings": asdict(settings) | {"compression": settings.compression.to_dict()},
+            "density": pruned["numerical_ranks"]["density"],
+            "numerical_ranks": pruned["numerical_ranks"],
+            "ranks": factorized["ranks"],
+            "parameters": {
+                "targeted_dense": plan.dense_parameters,
+                "targeted_kept": plan.kept_parameters,
+            },
+            "compression": {n: v for n, v in factorized.items() if n not in ("ranks", "seconds")},
+            "overheads": {"pruning": pruned["overhead"], "fine_tuning": tuned["overhead"]},
+            "held_out_loss": tuned["held_out_loss"],
+            "seconds": {stage: self.records[stage]["seconds"] for stage in STAGES},
+            "restored": self.restored,
+        }
+
+    def _arguments(self, folder: str, stage: Mapping[str, Any]) -> dict[str, Any]:
+        own = {"output_dir": folder, "save_strategy": "no", "report_to": []}
+        return {**self.settings.training, **stage, **own}
+
+    def _sparse_layers(self) -> dict[str, nn.Module]:
+        return {name: self.targets[name] for name in factorized_layers(self.model)}
+
+    def _decided(self) -> LowRankConfig:
+        ranks = self.records[STAGES[1]]["ranks"]
+        return self.settings.compression.replace(ranks=ranks, form="factors")
+
+    def _restore(self, stage: str) -> bool:
+        record = self.store.read(stage, self.keys[stage])
+        if record is None:
+            return False
+        self.store.load_(stage, self.keys[stage], self.model)
+        self.records[stage] = record
+        self.restored.append(stage)
+        return True
+
+    def _finish(self, stage: str, seconds: float, **record: Any) -> None:
+        self.records[stage] = {"seconds": seconds, **record}
+        self.store.write(stage, self.keys[stage], self.model, self.records[stage])

@@ -1,0 +1,47 @@
+"""Layer names as places in a model: which block, and which layer in it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from hf_lowrank.ranks.plan import layer_cost
+from hf_lowrank.report.schema import Report
+
+
+def split_name(name: str) -> tuple[str, str]:
+    """(block, layer in the block): `model.layers.3.mlp.up_proj` is `model.layers.3`, `mlp.up_proj`.
+
+    A name without a number in the middle is in the block "".
+    """
+    parts = name.split(".")
+    for position, part in enumerate(parts[:-1]):
+        if part.isdigit():
+            return ".".join(parts[: position + 1]), ".".join(parts[position + 1 :])
+    return "", name
+
+
+def by_type(names: Iterable[str]) -> dict[str, list[str]]:
+    """Layer names by what they are called in their block, in the order of the model."""
+    found: dict[str, list[str]] = {}
+    for name in names:
+        found.setdefault(split_name(name)[1], []).append(name)
+    return found
+
+
+def short_block_names(blocks: Iterable[str]) -> dict[str, str]:
+    """Block numbers alone where all blocks are of one list, else the full names."""
+    blocks = list(blocks)
+    lists = {block.rpartition(".")[0] for block in blocks if block}
+    return {block: block.rpartition(".")[2] if len(lists) == 1 else block for block in blocks}
+
+
+def kept_shares(report: Report) -> dict[str, float]:
+    """Kept / dense parameters of every layer whose shape the report knows."""
+    shares = {}
+    for name, rank in report.ranks.items():
+        if rank is None:
+            shares[name] = 1.0
+        elif name in report.spectra:
+            rows, columns = report.spectra[name]["shape"]
+            shares[name] = layer_cost((rows, columns), rank) / (rows * columns)
+    return shares

@@ -1,0 +1,75 @@
+"""Arguments that runs on all tasks share."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from hf_lowrank.arguments import argument
+from hf_lowrank.config import LowRankConfig
+from hf_lowrank.errors import ConfigError
+
+# Cut first, then fine-tune: the metric of each method; its rule is the metric's default.
+CUT_METRICS = {
+    "svd": "plain",
+    "fisher-rows": "fisher-rows",
+    "activation-scale": "activation-scale",
+    "whitened": "whitened",
+    "kfac": "kfac",
+}
+# Cut while training: the rule of each method.
+SELECTION_RULES = {"rank-selection": "relative", "rank-selection-price": "price"}
+METHOD_NAMES = ("dense", *CUT_METRICS, *SELECTION_RULES)
+
+
+@dataclass
+class TaskArguments:
+    """What a run on a task is made of; see `run_task`."""
+
+    model: str = argument("sentence-transformers/all-MiniLM-L6-v2", "Encoder: Hub id or folder.")
+    method: str = argument("kfac", "Method: " + ", ".join(METHOD_NAMES) + ".")
+    param_ratio: float | None = argument(
+        None, "Goal: kept share of the encoder's linear parameters."
+    )
+    loss_tolerance: float | None = argument(
+        None, "Goal: largest rise of the loss on a held-out part of the training set, nats."
+    )
+    output_dir: str | None = argument(None, "Folder for the model and report.json.")
+    cache_dir: str = argument(
+        "outputs/dense", "Folder for dense fine-tuned models and their spectra."
+    )
+    dense_epochs: float = argument(3, "Epochs of the dense fine-tuning that all methods share.")
+    dense_learning_rate: float = argument(1e-4, "Its learning rate.")
+    epochs: float = argument(3, "Epochs of fine-tuning with or after the cut; 0 for none.")
+    learning_rate: float = argument(1e-4, "Its learning rate.")
+    selections_per_epoch: int = argument(2, "Rank selections in an epoch, where a method selects.")
+    selection_samples: int = argument(256, "Training examples that a selection is measured on.")
+    batch_size: int = argument(32, "Examples in a training batch.")
+    max_length: int = argument(128, "Tokens to which an example is cut.")
+    train_samples: int = argument(0, "Training examples to use: a seeded subset; 0 = all.")
+    calibration_samples: int = argument(1536, "Training examples for the moments.")
+    attention_dropout: float = argument(
+        0.0, "Dropout of the attention weights while training; above 0 it costs a third more time."
+    )
+    bf16: bool = argument(True, "Train under bf16 autocast.")
+    seed: int = argument(0, "Seed of everything random.")
+
+    def check(self) -> None:
+        """Refuses what can be known to fail.
+
+        Raises:
+            ConfigError: With the first such setting.
+        """
+        if self.method not in METHOD_NAMES:
+            raise ConfigError(
+                f"method must be one of {', '.join(METHOD_NAMES)}; got {self.method!r}."
+            )
+        LowRankConfig(param_ratio=self.param_ratio, loss_tolerance=self.loss_tolerance)
+        if self.method in SELECTION_RULES and self.epochs <= 0:
+            raise ConfigError(f"method {self.method} cuts while it trains; epochs must be > 0.")
+        for name in ("batch_size", "max_length", "calibration_samples", "selections_per_epoch"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} must be >= 1, got {getattr(self, name)}.")
+        if not 0 <= self.attention_dropout < 1:
+            raise ConfigError(
+                f"attention_dropout must lie in [0, 1), got {self.attention_dropout}."
+            )

@@ -1,0 +1,121 @@
+"""Fine-tuning on a task: Trainer's settings, the best epoch, the cached dense model."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import (
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
+
+from hf_lowrank.saving import atomic_folder
+from hf_lowrank.tasks.arguments import TaskArguments
+from hf_lowrank.tasks.task import Task
+
+# What a dense model depends on; the name of its folder is made from it.
+_DENSE_KEY = (
+    *("model", "dense_epochs", "dense_learning_rate", "batch_size", "max_length"),
+    *("train_samples", "attention_dropout", "bf16", "seed"),
+)
+
+
+def dense_model(task: Task, args: TaskArguments) -> nn.Module:
+    """The dense model fine-tuned on the task: from the cache, or trained and cached."""
+    key = json.dumps([task.name, *(getattr(args, name) for name in _DENSE_KEY)])
+    folder = Path(args.cache_dir) / hashlib.blake2b(key.encode(), digest_size=8).hexdigest()
+    if not folder.is_dir():
+        model = task.new_model()
+        fine_tune(model, task, args, args.dense_epochs, args.dense_learning_rate)
+        with atomic_folder(folder) as temporary:
+            model.save_pretrained(temporary)  # type: ignore[operator]
+            task.tokenizer.save_pretrained(temporary)
+    dense: nn.Module = task.model_class.from_pretrained(folder)
+    return dense
+
+
+def fine_tune(
+    model: nn.Module, task: Task, args: TaskArguments, epochs: float, learning_rate: float
+) -> None:
+    """Trains in place and keeps the best epoch by the held-out loss, the start included."""
+    if epochs <= 0:
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = Trainer(
+            model=model,
+            args=TrainingArguments(
+                **training_settings(args, folder, epochs, learning_rate), eval_on_start=True
+            ),
+            train_dataset=task.train,
+            eval_dataset=task.held_out,
+            data_collator=task.collator,
+        )
+        keeper = BestKeeper(model)
+        trainer.add_callback(keeper)
+        trainer.train()
+        keeper.restore()
+
+
+def training_settings(
+    args: TaskArguments, folder: str, epochs: float, learning_rate: float
+) -> dict[str, Any]:
+    """Fields of `TrainingArguments` that all methods share, so that rows can be compared."""
+    return {
+        "output_dir": folder,
+        "num_train_epochs": epochs,
+        "learning_rate": learning_rate,
+        "lr_scheduler_type": "linear",
+        "warmup_steps": 0.06,
+        "per_device_train_batch_size": args.batch_size,
+        "per_device_eval_batch_size": 64,
+        "train_sampling_strategy": "group_by_length",
+        "bf16": args.bf16,
+        "use_cpu": not torch.cuda.is_available(),
+        "eval_strategy": "epoch",
+        "save_strategy": "no",
+        "report_to": [],
+        "disable_tqdm": not sys.stderr.isatty(),
+        "seed": args.seed,
+        "logging_steps": 50,
+    }
+
+
+class BestKeeper(TrainerCallback):
+    """Remembers the weights with the lowest held-out loss; a model of this size fits in memory.
+
+    Args:
+        model: The model in training.
+        counts: Whether the model as it is now may be kept: a model that is still to be cut may not.
+    """
+
+    def __init__(self, model: nn.Module, counts: Callable[[], bool] = lambda: True) -> None:
+        self.model = model
+        self.counts = counts
+        self.best_loss = math.inf
+        self.best: dict[str, torch.Tensor] = {}
+
+    def on_evaluate(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Called after every evaluation, that before the first step included."""
+        loss = kwargs["metrics"]["eval_loss"]
+        if loss < self.best_loss and self.counts():
+            self.best_loss = loss
+            self.best = {name: t.clone() for name, t in self.model.state_dict().items()}
+
+    def restore(self) -> None:
+        """Puts the best weights back."""
+        if self.best:
+            self.model.load_state_dict(self.best)

@@ -1,0 +1,110 @@
+"""GLUE tasks for `run_task`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from datasets import Dataset
+from torch import nn
+from transformers import (
+    AutoModelForSequenceClassification,
+    DataCollatorWithPadding,
+    set_seed,
+)
+
+from hf_lowrank.arguments import argument
+from hf_lowrank.data.glue import TASKS, load_glue
+from hf_lowrank.errors import DataError
+from hf_lowrank.evaluation.glue import MAIN_METRIC, GlueMetric
+from hf_lowrank.losses import eval_mode
+from hf_lowrank.tasks.arguments import TaskArguments
+from hf_lowrank.tasks.models import load_tokenizer, new_model
+from hf_lowrank.tasks.task import Collator, Task
+
+
+@dataclass
+class GlueArguments(TaskArguments):
+    """Arguments of a GLUE run."""
+
+    task: str = argument("mrpc", "Task: " + ", ".join(TASKS) + ".")
+    data_dir: str | None = argument(None, "Folder with the original files; default: the Hub.")
+
+    def check(self) -> None:
+        """Refuses what can be known to fail.
+
+        Raises:
+            ConfigError, DataError: With the first such setting.
+        """
+        super().check()
+        if self.task not in TASKS:
+            raise DataError(f"task must be one of {', '.join(TASKS)}; got {self.task!r}.")
+
+
+def load_glue_task(args: GlueArguments) -> Task:
+    """The task's data, tokenized, with a tenth of the training set held out.
+
+    Raises:
+        ConfigError, DataError: A setting, a file or the model's tokenizer does not fit.
+    """
+    args.check()
+    set_seed(args.seed)
+    tokenizer = load_tokenizer(args.model)
+    train = load_glue(args.task, "train", args.data_dir).shuffle(seed=args.seed)
+    if args.train_samples:
+        train = train.select(range(min(args.train_samples, len(train))))
+    if len(train) < 2:
+        raise DataError(f"{args.task}: {len(train)} training example is too few; 2 are needed.")
+    held_out = max(1, len(train) // 10)
+
+    def tokenize(row: dict[str, Any]) -> dict[str, Any]:
+        pair = (row["sentence1"], row.get("sentence2"))
+        found = dict(tokenizer(*pair, truncation=True, max_length=args.max_length))
+        return found | {"labels": row["label"]}
+
+    def prepare(split: Dataset) -> Dataset:
+        return split.map(tokenize, remove_columns=split.column_names)
+
+    collator = DataCollatorWithPadding(tokenizer)
+    return Task(
+        name=args.task,
+        train=prepare(train.select(range(held_out, len(train)))),
+        held_out=prepare(train.select(range(held_out))),
+        validation=prepare(load_glue(args.task, "validation", args.data_dir)),
+        collator=collator,
+        tokenizer=tokenizer,
+        new_model=partial(
+            new_model,
+            args,
+            AutoModelForSequenceClassification,
+            num_labels=TASKS[args.task].num_labels,
+        ),
+        model_class=AutoModelForSequenceClassification,
+        score=partial(evaluate_glue, task=args.task, collator=collator),
+    )
+
+
+@torch.no_grad()
+def evaluate_glue(
+    model: nn.Module, split: Dataset, *, task: str, collator: Collator
+) -> dict[str, float]:
+    """The task's metrics on tokenized examples, the main one first."""
+    device = next(model.parameters()).device
+    predictions: list[float] = []
+    references: list[float] = []
+    by_length = split.select(sorted(range(len(split)), key=lambda i: len(split[i]["input_ids"])))
+    with eval_mode(model):
+        for start in range(0, len(by_length), 64):
+            rows = range(start, min(start + 64, len(by_length)))
+            batch = collator([by_length[i] for i in rows])
+            inputs = {n: value.to(device) for n, value in batch.items() if n != "labels"}
+            logits = model(**inputs).logits
+            single = logits.shape[-1] == 1
+            predictions += (logits.squeeze(-1) if single else logits.argmax(-1)).tolist()
+            references += batch["labels"].tolist()
+    metric = GlueMetric(config_name=task)
+    found = metric.compute(predictions=predictions, references=references) or {}
+    main = MAIN_METRIC[task]
+    return {main: found[main]} | found

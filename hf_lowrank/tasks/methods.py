@@ -1,0 +1,110 @@
+"""The methods that a task's dense model can be compressed by, behind one signature."""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from hf_lowrank.compression import compress
+from hf_lowrank.config import DEFAULT_LOSS_TOLERANCE, LowRankConfig
+from hf_lowrank.tasks.arguments import CUT_METRICS, SELECTION_RULES, TaskArguments
+from hf_lowrank.tasks.fine_tuning import BestKeeper, fine_tune, training_settings
+from hf_lowrank.tasks.task import Task
+from hf_lowrank.training.arguments import LowRankTrainingArguments
+from hf_lowrank.training.trainer import LowRankTrainer
+
+# Compresses the fine-tuned dense model in place and returns its part of the report, with `seconds`
+# by phase and, where a fine-tuning follows the cut, `uncured_metrics` from before it.
+Method = Callable[[nn.Module, Task, TaskArguments], dict[str, Any]]
+
+
+def train_on(model: nn.Module, task: Task, args: TaskArguments) -> dict[str, Any]:
+    """No compression, as many epochs as the other methods have: the row to compare with."""
+    return _then_fine_tune(model, task, args)
+
+
+def cut_then_train(
+    model: nn.Module, task: Task, args: TaskArguments, *, metric: str
+) -> dict[str, Any]:
+    """One cut in a metric, with the metric's default rule; then fine-tuning of what is left."""
+    config = LowRankConfig(
+        param_ratio=args.param_ratio,
+        loss_tolerance=args.loss_tolerance,
+        metric=metric,
+        label_source="model",
+        seed=args.seed,
+    )
+    start = time.perf_counter()
+    found = compress(
+        model,
+        config,
+        task.batches(task.train, args.batch_size, args.calibration_samples),
+        held_out=task.batches(task.held_out, args.batch_size),
+        cache_dir=Path(args.cache_dir) / "spectra",  # the other sizes are cut from the same spectra
+        progress=sys.stderr.isatty(),
+    )
+    seconds = {"compress": time.perf_counter() - start}
+    report = _then_fine_tune(model, task, args)
+    return report | {
+        "probes": found.probes,
+        "held_out": found.held_out,
+        "seconds": seconds | report["seconds"],
+    }
+
+
+def cut_while_training(
+    model: nn.Module, task: Task, args: TaskArguments, *, rule: str
+) -> dict[str, Any]:
+    """Low-rank training from full rank, ranks selected as it goes on (docs/methods.md, 3)."""
+    start = time.perf_counter()
+    target = args.param_ratio
+    with tempfile.TemporaryDirectory() as folder:
+        steps_per_epoch = -(-len(task.train) // args.batch_size)
+        trainer = LowRankTrainer(
+            model,
+            LowRankTrainingArguments(
+                **training_settings(args, folder, args.epochs, args.learning_rate),
+                selection_rule=rule,
+                selection_steps=max(1, steps_per_epoch // args.selections_per_epoch),
+                selection_samples=args.selection_samples,
+                target_param_ratio=target,
+                selection_tolerance=args.loss_tolerance or DEFAULT_LOSS_TOLERANCE,
+            ),
+            train_dataset=task.train,
+            eval_dataset=task.held_out,
+            data_collator=task.collator,
+        )
+        keeper = BestKeeper(model, lambda: target is not None and trainer.param_ratio() <= target)
+        trainer.add_callback(keeper)
+        trainer.train()
+        keeper.restore()
+        trainer.export()
+    seconds = {
+        "train": time.perf_counter() - start,
+        "selection": sum(found["seconds"] for found in trainer.selections),
+    }
+    return {"selections": trainer.selections, "seconds": seconds}
+
+
+def _then_fine_tune(model: nn.Module, task: Task, args: TaskArguments) -> dict[str, Any]:
+    uncured = task.score(model, task.validation)
+    uncured_held_out = task.score(model, task.held_out)
+    start = time.perf_counter()
+    fine_tune(model, task, args, args.epochs, args.learning_rate)
+    return {
+        "uncured_metrics": uncured,
+        "uncured_held_out_metrics": uncured_held_out,
+        "seconds": {"fine_tune": time.perf_counter() - start},
+    }
+
+
+METHODS: dict[str, Method] = {"dense": train_on}
+METHODS |= {name: partial(cut_then_train, metric=m) for name, m in CUT_METRICS.items()}
+METHODS |= {name: partial(cut_while_training, rule=r) for name, r in SELECTION_RULES.items()}

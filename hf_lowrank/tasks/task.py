@@ -1,0 +1,47 @@
+"""What a run has to know of a task: its examples, its model and its score."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from datasets import Dataset
+from torch import nn
+
+from hf_lowrank.losses import Batch
+
+Collator = Callable[[list[dict[str, Any]]], dict[str, torch.Tensor]]
+
+
+@dataclass(frozen=True)
+class Task:
+    """A task with its examples tokenized.
+
+    Attributes:
+        name: Name of the task, as in the reports.
+        train: The training examples, without the held-out ones.
+        held_out: Training examples on which tolerances are tested and the best epoch is chosen.
+        validation: The development set; only final figures are taken from it.
+        collator: Pads a batch to its longest example.
+        tokenizer: Saved along with a model.
+        new_model: The model before any fine-tuning, with a fresh head.
+        model_class: Its auto class, which loads a fine-tuned copy.
+        score: Metrics of a model on examples of the task; the first one is the main one.
+    """
+
+    name: str
+    train: Dataset
+    held_out: Dataset
+    validation: Dataset
+    collator: Collator
+    tokenizer: Any
+    new_model: Callable[[], nn.Module]
+    model_class: Any
+    score: Callable[[nn.Module, Dataset], dict[str, float]]
+
+    def batches(self, split: Dataset, size: int, limit: int | None = None) -> Sequence[Batch]:
+        """Padded batches of the first examples of a split, all of them without a limit."""
+        rows = [split[i] for i in range(min(limit or len(split), len(split)))]
+        return [dict(self.collator(rows[i : i + size])) for i in range(0, len(rows), size)]

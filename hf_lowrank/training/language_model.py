@@ -1,0 +1,155 @@
+"""Low-rank training of a causal language model: text in, smaller model and report out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from torch import nn
+from transformers import default_data_collator
+from transformers.trainer_utils import get_last_checkpoint
+
+from hf_lowrank.analysis import Stopwatch
+from hf_lowrank.arguments import argument, config_option
+from hf_lowrank.compression import compare, model_sizes
+from hf_lowrank.config import LowRankConfig
+from hf_lowrank.data.text import token_batches
+from hf_lowrank.errors import DataError
+from hf_lowrank.evaluation.perplexity import measure_loss
+from hf_lowrank.losses import Batch
+from hf_lowrank.ranks.plan import RankPlan
+from hf_lowrank.report.schema import Report, versions
+from hf_lowrank.sources import check_windows, load_causal_lm
+from hf_lowrank.targets import find_targets, untouched_weights
+from hf_lowrank.training.arguments import LowRankTrainingArguments
+from hf_lowrank.training.forms import current_ranks
+from hf_lowrank.training.trainer import LowRankTrainer
+
+
+@dataclass
+class LanguageModelArguments:
+    """Model and text of a run; how to train is in `LowRankTrainingArguments`."""
+
+    model: str = argument("demo", "Dense model, as in compress_llm.py.")
+    train: str = argument("demo", "Training text: a .txt, .jsonl or .parquet file, a Hub dataset.")
+    train_sequences: int = argument(256, "Token windows for training.")
+    evaluation: str = argument("demo", "Evaluation text; only the report looks at it.")
+    evaluation_sequences: int = argument(32, "Token windows for evaluation.")
+    sequence_length: int = argument(256, "Tokens in each window.")
+    dtype: str = argument("float32", "Data type of the weights; bf16 autocast is --bf16.")
+    target_modules: list[str] | None = config_option("target_modules")
+    exclude_modules: list[str] | None = config_option("exclude_modules")
+
+
+def train_language_model(
+    args: LanguageModelArguments, training: LowRankTrainingArguments
+) -> tuple[nn.Module, Any, Report]:
+    """Trains with ranks selected on the way, from full rank; see `LowRankTrainer`.
+
+    Args:
+        args: Model and text.
+        training: How to train. A `resume_from_checkpoint` of "last" takes the last checkpoint in
+            its `output_dir`.
+
+    Returns:
+        The model ready to ship, its tokenizer and the report, whose `data` holds `selections`.
+
+    Raises:
+        DataError, ConfigError: A setting or a text does not fit.
+    """
+    checkpoint = _checkpoint(training)
+    if args.train == args.evaluation and args.train != "demo":
+        raise DataError(f"{args.train}: is both training and evaluation text; give two files.")
+    model, tokenizer = load_causal_lm(args.model, args.dtype)
+    size = training.per_device_eval_batch_size
+    texts = {
+        name: token_batches(
+            source,
+            tokenizer,
+            sequences=sequences,
+            sequence_length=args.sequence_length,
+            role=role,
+            batch_size=size,
+        )
+        for name, role, source, sequences in (
+            ("train", "calibration", args.train, args.train_sequences),
+            ("evaluation", "evaluation", args.evaluation, args.evaluation_sequences),
+        )
+    }
+    for name, batches in texts.items():
+        check_windows(model, batches, getattr(args, name))
+    config = LowRankConfig(target_modules=args.target_modules, exclude_modules=args.exclude_modules)
+    dense_sizes = model_sizes(model)
+    untouched = untouched_weights(model, find_targets(model, config))
+    watch = Stopwatch()
+    with watch.phase("evaluation"):
+        before = measure_loss(model, texts["evaluation"], progress="evaluate dense")
+    trainer = LowRankTrainer(
+        model,
+        training,
+        lowrank_config=config,
+        train_dataset=_rows(texts["train"]),
+        data_collator=default_data_collator,
+        processing_class=tokenizer,
+    )
+    with watch.phase("training"):
+        trainer.train(resume_from_checkpoint=checkpoint)
+    watch.seconds["selection"] = sum(found["seconds"] for found in trainer.selections)
+    trainer.export()
+    with watch.phase("evaluation"):
+        after = measure_loss(model, texts["evaluation"], progress="evaluate compressed")
+    plan = RankPlan(current_ranks(model, trainer.lowrank_shapes), trainer.lowrank_shapes)
+    sizes = model_sizes(model)
+    report = Report(
+        model=args.model,
+        config=config.to_dict(),
+        seed=training.seed,
+        versions=versions(),
+        parameters={
+            "dense": dense_sizes[0],
+            "kept": sizes[0],
+            "targeted_dense": plan.dense_parameters,
+            "targeted_kept": plan.kept_parameters,
+        },
+        bytes={"dense": dense_sizes[1], "kept": sizes[1]},
+        ranks=dict(plan.ranks),
+        evaluation=compare(before, after),
+        seconds=watch.seconds,
+        untouched=untouched,
+        data={
+            "train": args.train,
+            "evaluation": args.evaluation,
+            "selections": trainer.selections,
+        },
+    )
+    return model, tokenizer, report
+
+
+def _rows(batches: Sequence[Batch]) -> Dataset:
+    """One row for each window, its own labels."""
+    ids = torch.cat([batch["input_ids"] for batch in batches]).tolist()
+    return Dataset.from_dict({"input_ids": ids, "labels": ids})
+
+
+def _checkpoint(training: LowRankTrainingArguments) -> str | None:
+    """The checkpoint to go on from.
+
+    Raises:
+        DataError: It is not there.
+    """
+    wanted = training.resume_from_checkpoint
+    if wanted is None:
+        return None
+    if wanted != "last":
+        if not Path(wanted).is_dir():
+            raise DataError(f"resume_from_checkpoint: {wanted}: no such folder.")
+        return wanted
+    folder = str(training.output_dir)
+    found = get_last_checkpoint(folder) if Path(folder).is_dir() else None
+    if found is None:
+        raise DataError(f"resume_from_checkpoint: {folder} holds no checkpoint.")
+    return str(found)

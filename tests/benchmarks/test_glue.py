@@ -1,0 +1,90 @@
+"""The GLUE table fills in what is missing and shows what is there."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from hf_lowrank.benchmarks import glue
+from hf_lowrank.benchmarks.glue import Grid, format_glue_table, read_rows, run_rows
+from hf_lowrank.benchmarks.glue_size import bisect_size
+from hf_lowrank.errors import ConfigError
+from hf_lowrank.tasks.glue import GlueArguments
+
+
+def row(task: str, method: str, ratio: float | None, seed: int, before: float, after: float) -> Any:
+    return {
+        "task": task, "method": method, "seed": seed, "arguments": {"param_ratio": ratio},
+        "uncured_metrics": {"accuracy": before}, "metrics": {"accuracy": after},
+    }  # fmt: skip
+
+
+def test_a_grid_has_the_dense_row_once_for_each_task_and_seed():
+    rows = Grid(["mrpc", "rte"], ["dense", "svd"], [0.5, 0.25], [0, 1]).rows(GlueArguments())
+    assert len(rows) == 2 * 2 * (1 + 2)
+    assert [(r.task, r.param_ratio) for r in rows if r.method == "dense" and r.seed == 1] == [
+        ("mrpc", None),
+        ("rte", None),
+    ]
+    assert [r.seed for r in rows] == sorted(r.seed for r in rows)
+
+
+def test_a_grid_refuses_a_wrong_row():
+    with pytest.raises(ConfigError, match="param_ratio"):
+        Grid(["mrpc"], ["svd"], [0.5, 1.5], [0]).rows(GlueArguments())
+
+
+def test_the_table_shows_mean_and_spread(tmp_path: Path):
+    for number, found in enumerate(
+        [
+            row("mrpc", "dense", None, 0, 0.80, 0.82),
+            row("mrpc", "svd", 0.25, 0, 0.40, 0.70),
+            row("mrpc", "svd", 0.25, 1, 0.42, 0.74),
+            row("rte", "svd", 0.5, 0, 0.50, 0.55),
+        ]
+    ):
+        (tmp_path / f"{number}.json").write_text(json.dumps(found))
+    lines = format_glue_table(read_rows(tmp_path)).splitlines()
+    assert lines[0] == "| method | rte 0.5 | mrpc 0.25 |"
+    assert lines[2] == "| dense |  | 80.0 → 82.0 |"
+    assert lines[3] == "| svd | 50.0 → 55.0 | 41.0 ± 1.4 → 72.0 ± 2.8 |"
+
+
+def test_finished_rows_are_not_run_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    args = GlueArguments(method="svd", param_ratio=0.5)
+    path = tmp_path / "mrpc-svd-0.5-seed0.json"
+    path.write_text(json.dumps({"arguments": vars(args)}))
+
+    class NoPool:
+        def __init__(self, *args: Any) -> None: ...
+
+        def __enter__(self) -> Any:
+            return self
+
+        def __exit__(self, *args: object) -> None: ...
+
+        def map(self, function: Any, rows: Any) -> list[Any]:
+            assert not list(rows)
+            return []
+
+        def submit(self, *args: Any) -> Any:
+            pytest.fail("a finished row was run again")
+
+    monkeypatch.setattr(glue, "ProcessPoolExecutor", NoPool)
+    run_rows([args], tmp_path, 1)
+    other = GlueArguments(method="svd", param_ratio=0.5, epochs=1)
+    with pytest.raises(ConfigError, match="was run with epochs 3, not 1"):
+        run_rows([other], tmp_path, 1)
+
+
+def test_bisection_finds_the_smallest_size_that_is_good_enough():
+    found, probes = bisect_size(lambda ratio: ratio, 0.3, 0.02, precision=1.01)
+    assert 0.3 <= found <= 0.3 * 1.01
+    assert all(probe["feasible"] == (probe["param_ratio"] >= 0.3) for probe in probes)
+
+
+def test_a_size_that_nothing_reaches_is_dense():
+    found, probes = bisect_size(lambda ratio: 0.0, 0.5, 0.02)
+    assert found == 1.0
+    assert not any(probe["feasible"] for probe in probes)

@@ -1,0 +1,96 @@
+"""`scripts/train_llm.py` on a tiny Llama: trains, cuts, saves, resumes, refuses."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import hf_lowrank
+from hf_lowrank.surgery import factorized_layers
+from tests.scripts import Finished, InProcess, Inputs, make_inputs
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> Inputs:
+    return make_inputs(tmp_path_factory.mktemp("train_llm"))
+
+
+@pytest.fixture
+def run(inputs: Inputs, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Any:
+    script = InProcess("train_llm", monkeypatch, capsys)
+
+    def start(**changes: object) -> Finished:
+        given = {
+            "model": inputs.model,
+            "train": inputs.calibration,
+            "evaluation": inputs.evaluation,
+            "train_sequences": 16,
+            "evaluation_sequences": 8,
+            "sequence_length": 32,
+            "per_device_train_batch_size": 4,
+            "num_train_epochs": 2,
+            "learning_rate": 1e-4,
+            "save_strategy": "epoch",
+            "report_to": "none",
+            "use_cpu": True,
+            "disable_tqdm": True,
+            **changes,
+        }
+        return script(*(part for n, v in given.items() if v is not None for part in (f"--{n}", v)))
+
+    return start
+
+
+def test_a_run_leaves_a_smaller_model_and_its_report(run: Any, tmp_path: Path):
+    output = tmp_path / "out"
+    done = run(output_dir=output, target_param_ratio=0.5)
+    assert done.code == 0, done.err
+    assert f"saved to {output / 'final'}\n" in done.out
+    report = json.loads((output / "final" / "report.json").read_text("utf-8"))
+    kept, dense = (report["parameters"][f"targeted_{name}"] for name in ("kept", "dense"))
+    assert 0.45 * dense < kept <= 0.5 * dense
+    assert report["evaluation"]["tokens"] == 8 * 31
+    assert report["data"]["selections"][0]["loss_passes"] >= 1
+    model = hf_lowrank.load(output / "final")
+    found = {name: layer.rank for name, layer in factorized_layers(model).items()}
+    assert found == {name: rank for name, rank in report["ranks"].items() if rank is not None}
+
+
+def test_a_run_goes_on_from_its_last_checkpoint(run: Any, tmp_path: Path):
+    whole = run(output_dir=tmp_path / "whole", target_param_ratio=0.5)
+    assert whole.code == 0, whole.err
+    checkpoint = tmp_path / "whole" / "checkpoint-4"
+    resumed = run(
+        output_dir=tmp_path / "resumed", target_param_ratio=0.5, resume_from_checkpoint=checkpoint
+    )
+    assert resumed.code == 0, resumed.err
+    first, second = (
+        hf_lowrank.load(tmp_path / name / "final").state_dict() for name in ("whole", "resumed")
+    )
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"train": "nowhere.txt"}, "nowhere.txt"),
+        ({"selection_tolerance": -1}, "selection_tolerance must be > 0"),
+        ({"resume_from_checkpoint": "last"}, "holds no checkpoint"),
+        ({"resume_from_checkpoint": "gone"}, "gone: no such folder"),
+        ({"model": "nobody/no-such-model"}, "nobody/no-such-model"),
+    ],
+    ids=str,
+)
+def test_a_mistake_ends_with_one_line(
+    run: Any, changes: dict[str, Any], message: str, tmp_path: Path
+):
+    assert message in run(output_dir=tmp_path / "out", **changes).error
+    assert not (tmp_path / "out" / "final").exists()
+
+
+def test_training_text_is_not_evaluation_text(run: Any, inputs: Inputs, tmp_path: Path):
+    done = run(output_dir=tmp_path / "out", evaluation=inputs.calibration)
+    assert "is both training and evaluation text" in done.error
