@@ -205,7 +205,7 @@ class _Collector:
         for part in self.needs & {"input", "input_centred"}:
             vectors, image = inputs.detach(), output
             if part == "input_centred":
-                vectors, image = _centred(vectors, mask), _centred(image, mask)
+                vectors, image = (_centred(t, mask, self.batch_size) for t in (vectors, image))
             elif rows_in > rows_out and layer.bias is not None:
                 image = output - layer.bias  # type: ignore[operator]
             total = getattr(moment, part)
@@ -281,14 +281,21 @@ def _rows(tensor: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
     return tensor.reshape(-1, tensor.shape[-1])
 
 
-def _centred(tensor: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
-    """The vectors less their mean over the unmasked positions of each sequence, in fp32."""
-    vectors = tensor.float()
-    if vectors.ndim < 3:
-        return vectors - _rows(vectors, mask).mean(dim=0)
-    weights = vectors.new_ones(vectors.shape[:-1]) if mask is None else mask.to(vectors)
-    total = (vectors * weights[..., None]).sum(dim=-2, keepdim=True)
-    return vectors - total / weights.sum(dim=-1)[..., None, None].clamp_min(1)
+def _centred(tensor: torch.Tensor, mask: torch.Tensor | None, batch_size: int) -> torch.Tensor:
+    """The vectors less their mean over the unmasked positions of each sequence, in fp32.
+
+    A sequence of a single position has no spread and stays as it is.
+    """
+    positions = tensor.shape[:-1].numel()
+    sequences = batch_size if positions % batch_size == 0 else 1
+    vectors = tensor.float().reshape(sequences, -1, tensor.shape[-1])
+    if vectors.shape[1] == 1:
+        return tensor.float()
+    weights = vectors.new_ones(vectors.shape[:2])
+    if mask is not None:
+        weights = mask.to(vectors).reshape(sequences, -1)
+    total = (vectors * weights[..., None]).sum(dim=1) / weights.sum(dim=1)[:, None].clamp_min(1)
+    return (vectors - total[:, None]).reshape(tensor.shape)
 
 
 def _add(total: torch.Tensor | None, part: torch.Tensor) -> torch.Tensor:
