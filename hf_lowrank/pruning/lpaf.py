@@ -267,7 +267,12 @@ class _Run:
         }
 
     def _arguments(self, folder: str, stage: Mapping[str, Any]) -> dict[str, Any]:
-        own = {"output_dir": folder, "save_strategy": "no", "report_to": []}
+        own = {
+            "output_dir": folder,
+            "save_strategy": "no",
+            "eval_strategy": "no",  # the last stage turns it on where there are examples for it
+            "report_to": [],
+        }
         return {**self.settings.training, **stage, **own}
 
     def _sparse_layers(self) -> dict[str, nn.Module]:

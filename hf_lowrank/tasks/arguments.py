@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from hf_lowrank.arguments import argument
 from hf_lowrank.config import LowRankConfig
@@ -18,7 +19,14 @@ CUT_METRICS = {
 }
 # Cut while training: the rule of each method.
 SELECTION_RULES = {"rank-selection": "relative", "rank-selection-price": "price"}
-METHOD_NAMES = ("dense", *CUT_METRICS, *SELECTION_RULES)
+# Pruned first: LPAF, and what it has in place of one of its parts. Without pruning it is `svd`.
+LPAF_VARIANTS: dict[str, dict[str, Any]] = {
+    "lpaf": {},
+    "lpaf-plain-svd": {"metric": "plain"},
+    "lpaf-no-mixing": {"mixed_rank": False},
+    "lpaf-kfac": {"metric": "kfac"},
+}
+METHOD_NAMES = ("dense", *CUT_METRICS, *SELECTION_RULES, *LPAF_VARIANTS)
 
 
 @dataclass
@@ -43,6 +51,8 @@ class TaskArguments:
     learning_rate: float = argument(1e-4, "Its learning rate.")
     selections_per_epoch: int = argument(2, "Rank selections in an epoch, where a method selects.")
     selection_samples: int = argument(256, "Training examples that a selection is measured on.")
+    final_density: float = argument(0.25, "Share of the weights that survives LPAF's pruning.")
+    pruning_share: float = argument(0.5, "Share of the epochs in which LPAF prunes.")
     batch_size: int = argument(32, "Examples in a training batch.")
     max_length: int = argument(128, "Tokens to which an example is cut.")
     train_samples: int = argument(0, "Training examples to use: a seeded subset; 0 = all.")
@@ -64,8 +74,10 @@ class TaskArguments:
                 f"method must be one of {', '.join(METHOD_NAMES)}; got {self.method!r}."
             )
         LowRankConfig(param_ratio=self.param_ratio, loss_tolerance=self.loss_tolerance)
-        if self.method in SELECTION_RULES and self.epochs <= 0:
+        if self.method in {*SELECTION_RULES, *LPAF_VARIANTS} and self.epochs <= 0:
             raise ConfigError(f"method {self.method} cuts while it trains; epochs must be > 0.")
+        if not 0 < self.pruning_share < 1:
+            raise ConfigError(f"pruning_share must lie in (0, 1), got {self.pruning_share}.")
         for name in ("batch_size", "max_length", "calibration_samples", "selections_per_epoch"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be >= 1, got {getattr(self, name)}.")

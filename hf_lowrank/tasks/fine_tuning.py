@@ -4,26 +4,19 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import sys
 import tempfile
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import (
-    Trainer,
-    TrainerCallback,
-    TrainerControl,
-    TrainerState,
-    TrainingArguments,
-)
+from transformers import Trainer, TrainingArguments
 
 from hf_lowrank.saving import atomic_folder
 from hf_lowrank.tasks.arguments import TaskArguments
 from hf_lowrank.tasks.task import Task
+from hf_lowrank.training.best import BestWeights
 
 # What a dense model depends on; the name of its folder is made from it.
 _DENSE_KEY = (
@@ -62,10 +55,10 @@ def fine_tune(
             eval_dataset=task.held_out,
             data_collator=task.collator,
         )
-        keeper = BestKeeper(model)
-        trainer.add_callback(keeper)
+        best = BestWeights(model)
+        trainer.add_callback(best)
         trainer.train()
-        keeper.restore()
+        best.restore_()
 
 
 def training_settings(
@@ -90,32 +83,3 @@ def training_settings(
         "seed": args.seed,
         "logging_steps": 50,
     }
-
-
-class BestKeeper(TrainerCallback):
-    """Remembers the weights with the lowest held-out loss; a model of this size fits in memory.
-
-    Args:
-        model: The model in training.
-        counts: Whether the model as it is now may be kept: a model that is still to be cut may not.
-    """
-
-    def __init__(self, model: nn.Module, counts: Callable[[], bool] = lambda: True) -> None:
-        self.model = model
-        self.counts = counts
-        self.best_loss = math.inf
-        self.best: dict[str, torch.Tensor] = {}
-
-    def on_evaluate(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Called after every evaluation, that before the first step included."""
-        loss = kwargs["metrics"]["eval_loss"]
-        if loss < self.best_loss and self.counts():
-            self.best_loss = loss
-            self.best = {name: t.clone() for name, t in self.model.state_dict().items()}
-
-    def restore(self) -> None:
-        """Puts the best weights back."""
-        if self.best:
-            self.model.load_state_dict(self.best)

@@ -14,10 +14,17 @@ from torch import nn
 
 from hf_lowrank.compression import compress
 from hf_lowrank.config import DEFAULT_LOSS_TOLERANCE, LowRankConfig
-from hf_lowrank.tasks.arguments import CUT_METRICS, SELECTION_RULES, TaskArguments
-from hf_lowrank.tasks.fine_tuning import BestKeeper, fine_tune, training_settings
+from hf_lowrank.pruning.lpaf import STAGES, LpafSettings, lpaf_
+from hf_lowrank.tasks.arguments import (
+    CUT_METRICS,
+    LPAF_VARIANTS,
+    SELECTION_RULES,
+    TaskArguments,
+)
+from hf_lowrank.tasks.fine_tuning import fine_tune, training_settings
 from hf_lowrank.tasks.task import Task
 from hf_lowrank.training.arguments import LowRankTrainingArguments
+from hf_lowrank.training.best import BestWeights
 from hf_lowrank.training.trainer import LowRankTrainer
 
 # Compresses the fine-tuned dense model in place and returns its part of the report, with `seconds`
@@ -34,17 +41,10 @@ def cut_then_train(
     model: nn.Module, task: Task, args: TaskArguments, *, metric: str
 ) -> dict[str, Any]:
     """One cut in a metric, with the metric's default rule; then fine-tuning of what is left."""
-    config = LowRankConfig(
-        param_ratio=args.param_ratio,
-        loss_tolerance=args.loss_tolerance,
-        metric=metric,
-        label_source="model",
-        seed=args.seed,
-    )
     start = time.perf_counter()
     found = compress(
         model,
-        config,
+        _config(args, metric),
         task.batches(task.train, args.batch_size, args.calibration_samples),
         held_out=task.batches(task.held_out, args.batch_size),
         cache_dir=Path(args.cache_dir) / "spectra",  # the other sizes are cut from the same spectra
@@ -81,16 +81,66 @@ def cut_while_training(
             eval_dataset=task.held_out,
             data_collator=task.collator,
         )
-        keeper = BestKeeper(model, lambda: target is not None and trainer.param_ratio() <= target)
-        trainer.add_callback(keeper)
+        best = BestWeights(model, lambda: target is not None and trainer.param_ratio() <= target)
+        trainer.add_callback(best)
         trainer.train()
-        keeper.restore()
+        best.restore_()
         trainer.export()
     seconds = {
         "train": time.perf_counter() - start,
         "selection": sum(found["seconds"] for found in trainer.selections),
     }
     return {"selections": trainer.selections, "seconds": seconds}
+
+
+def prune_cut_train(
+    model: nn.Module,
+    task: Task,
+    args: TaskArguments,
+    *,
+    metric: str = "sparsity",
+    mixed_rank: bool = True,
+) -> dict[str, Any]:
+    """LPAF (docs/methods.md, 4): the epochs are split between pruning and mixed-rank tuning."""
+    pruning = args.epochs * args.pruning_share
+    uncured: dict[str, dict[str, float]] = {}
+
+    def on_stage(stage: str, model: nn.Module) -> None:
+        if stage == STAGES[1]:
+            uncured["uncured_metrics"] = task.score(model, task.validation)
+            uncured["uncured_held_out_metrics"] = task.score(model, task.held_out)
+
+    shared = training_settings(args, "", 0, args.learning_rate)
+    for name in ("output_dir", "num_train_epochs", "eval_strategy", "save_strategy"):
+        del shared[name]
+    found = lpaf_(
+        model,
+        task.train,
+        task.collator,
+        LpafSettings(
+            compression=_config(args, metric),
+            mixed_rank=mixed_rank,
+            pruning={"num_train_epochs": pruning, "final_density": args.final_density},
+            fine_tuning={"num_train_epochs": args.epochs - pruning},
+            training=shared,
+        ),
+        calibration=task.batches(task.train, args.batch_size, args.calibration_samples),
+        held_out=task.batches(task.held_out, args.batch_size),
+        eval_dataset=task.held_out,
+        work_dir=Path(args.cache_dir) / "lpaf",
+        on_stage=on_stage,
+    )
+    return {"lpaf": found, "seconds": dict(found["seconds"])} | uncured
+
+
+def _config(args: TaskArguments, metric: str) -> LowRankConfig:
+    return LowRankConfig(
+        param_ratio=args.param_ratio,
+        loss_tolerance=args.loss_tolerance,
+        metric=metric,
+        label_source="model",
+        seed=args.seed,
+    )
 
 
 def _then_fine_tune(model: nn.Module, task: Task, args: TaskArguments) -> dict[str, Any]:
@@ -108,3 +158,4 @@ def _then_fine_tune(model: nn.Module, task: Task, args: TaskArguments) -> dict[s
 METHODS: dict[str, Method] = {"dense": train_on}
 METHODS |= {name: partial(cut_then_train, metric=m) for name, m in CUT_METRICS.items()}
 METHODS |= {name: partial(cut_while_training, rule=r) for name, r in SELECTION_RULES.items()}
+METHODS |= {name: partial(prune_cut_train, **parts) for name, parts in LPAF_VARIANTS.items()}

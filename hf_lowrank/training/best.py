@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -17,13 +18,15 @@ class BestWeights(TrainerCallback):
 
     Args:
         model: The model that is trained.
+        counts: Whether the model as it is now may be kept: a model that is still to be cut may not.
 
     Attributes:
         best_loss: Lowest evaluation loss so far.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, counts: Callable[[], bool] = lambda: True) -> None:
         self.model = model
+        self.counts = counts
         self.best_loss = math.inf
         self._weights: dict[str, torch.Tensor] = {}
 
@@ -32,7 +35,7 @@ class BestWeights(TrainerCallback):
     ) -> None:
         """Copies the weights if this evaluation is the best so far."""
         loss = float(kwargs["metrics"]["eval_loss"])
-        if loss < self.best_loss:
+        if loss < self.best_loss and self.counts():
             self.best_loss = loss
             self._weights = {name: t.clone() for name, t in self.model.state_dict().items()}
 

@@ -19,7 +19,7 @@ from tests.training import sentence_rows
 
 COMMON = {
     "per_device_train_batch_size": 4, "learning_rate": 1e-3, "num_train_epochs": 2,
-    "use_cpu": True, "disable_tqdm": True, "logging_steps": 100,
+    "use_cpu": True, "eval_strategy": "epoch", "disable_tqdm": True, "logging_steps": 100,
 }  # fmt: skip
 INPUTS = {n: t for n, t in sentence_batches(1)[0].items() if n != "labels"}
 

@@ -87,6 +87,8 @@ def run(place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixt
         ("kfac", {"loss_tolerance": 0.05, "bf16": True}),
         ("rank-selection", {"param_ratio": 0.5}),
         ("rank-selection-price", {"loss_tolerance": 0.05}),
+        ("lpaf", {"param_ratio": 0.5}),
+        ("lpaf-kfac", {"param_ratio": 0.5}),
     ],
     ids=str,
 )
