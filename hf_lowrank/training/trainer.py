@@ -162,8 +162,10 @@ class LowRankTrainer(CheckedTrainer):
             dense_shapes={n: s for n, s in self.lowrank_shapes.items() if n not in layers},
         )
         start = time.perf_counter()
-        now = self._measure(batches)
-        reference = self._update_reference(now)
+        now, reference = None, []
+        if scheduled is None:  # a size is cut to whatever the loss is
+            now = self._measure(batches)
+            reference = self._update_reference(now)
         decided: list[Any] = [None]
         if self.accelerator.is_main_process:
             decided[0] = select_ranks(self.model, layers, batches, reference, settings)
@@ -178,8 +180,8 @@ class LowRankTrainer(CheckedTrainer):
             "probes": [vars(probe) for probe in selection.probes],
             "ranks": current_ranks(self.model, self.lowrank_shapes),
             "param_ratio": self.param_ratio(),
-            "loss_before": now.mean,
-            "loss_passes": selection.loss_passes + 1,
+            "loss_before": None if now is None else now.mean,
+            "loss_passes": selection.loss_passes + (now is not None),
             "decompositions": selection.decompositions,
             "seconds": seconds,
         }
@@ -203,13 +205,17 @@ class LowRankTrainer(CheckedTrainer):
             check_budget(self.lowrank_shapes, target)
 
     def selection_batches(self) -> list[Batch]:
-        """The fixed, seeded subset of the training set that selections are measured on."""
-        size = len(self.train_dataset)  # type: ignore[arg-type]
-        wanted = min(self.args.selection_samples or size, size)
+        """The fixed, seeded subset of the training set that selections are measured on.
+
+        Examples of like length stand together, so that little of a batch is padding.
+        """
+        data = cast(Any, self.train_dataset)
+        wanted = min(self.args.selection_samples or len(data), len(data))
         generator = torch.Generator().manual_seed(self.args.seed)
-        chosen = sorted(torch.randperm(size, generator=generator)[:wanted].tolist())
+        chosen = sorted(torch.randperm(len(data), generator=generator)[:wanted].tolist())
+        chosen.sort(key=lambda index: len(data[index].get("input_ids", ())))
         loader = DataLoader(
-            Subset(cast(Any, self.train_dataset), chosen),
+            Subset(data, chosen),
             batch_size=self.args.per_device_eval_batch_size,
             collate_fn=self._get_collator_with_removed_columns(self.data_collator),
         )
@@ -353,7 +359,8 @@ class _SelectionCallback(TrainerCallback):
                 trainer.args.selection_steps,
                 state.max_steps,
             )
-        if trainer.reference is None and trainer.args.tolerance_reference != "current":
+        refers = trainer.args.tolerance_reference != "current"
+        if trainer.reference is None and refers and trainer.args.target_param_ratio is None:
             trainer.reference = list(trainer._measure(trainer.selection_batches()).items)
 
     def on_step_end(
