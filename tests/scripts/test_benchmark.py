@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 
 from hf_lowrank.benchmarks import table
-from tests.scripts import InProcess
+from tests.scripts import InProcess, save_encoder
 from tests.scripts.test_run_glue import pairs
-from tests.squad import article, save_encoder, write_squad
+from tests.squad import article, write_squad
 
 TINY = ("--dense_epochs", 1, "--epochs", 1, "--batch_size", 8, "--bf16", False)
 

@@ -16,8 +16,8 @@ from hf_lowrank.surgery import factorized_layers
 from hf_lowrank.tasks.fine_tuning import dense_model
 from hf_lowrank.tasks.qa import QaArguments, load_qa_task
 from hf_lowrank.tasks.task import Task
-from tests.scripts import Finished, InProcess, leftovers
-from tests.squad import ANSWER, article, pair_tokenizer, save_encoder, write_squad
+from tests.scripts import Finished, InProcess, leftovers, pair_tokenizer, save_encoder
+from tests.squad import ANSWER, article, write_squad
 
 
 @pytest.fixture(scope="module")
