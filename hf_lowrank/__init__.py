@@ -7,6 +7,7 @@ Importing the package registers its checkpoints with transformers, so that
 from hf_lowrank.compression import compress, sweep
 from hf_lowrank.config import LowRankConfig
 from hf_lowrank.errors import LowRankError
+from hf_lowrank.joint.system import compress_jointly
 from hf_lowrank.loading import load
 from hf_lowrank.modeling_lowrank import LowRankLinear
 from hf_lowrank.peft_style import get_lowrank_model
@@ -21,6 +22,7 @@ __all__ = [
     "Report",
     "__version__",
     "compress",
+    "compress_jointly",
     "get_lowrank_model",
     "load",
     "merge",

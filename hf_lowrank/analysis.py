@@ -26,6 +26,7 @@ from hf_lowrank.statistics import collect_moments
 from hf_lowrank.targets import find_targets, fixed_ranks, linear_weight
 
 BYTES_PER_MOMENT = 4
+SECOND_MOMENTS = frozenset({"input", "input_centred", "output"})
 DEFAULT_MOMENT_GIB = 8.0
 
 
@@ -157,7 +158,7 @@ def decompose_layers(
     Frees each layer's moments as soon as they are used.
     """
     metric = METRICS[config.metric]
-    settings = MetricSettings(config.input_damping, config.output_damping, config.activation_alpha)
+    settings = metric_settings(config)
     spectra: dict[str, Spectrum] = {}
     failures: dict[str, str] = {}
     bar = tqdm(layers.items(), desc="decompose", disable=None if progress else True, leave=False)
@@ -169,6 +170,11 @@ def decompose_layers(
         except NumericalError as error:
             failures[name] = str(error)
     return spectra, failures
+
+
+def metric_settings(config: LowRankConfig) -> MetricSettings:
+    """The numbers that metrics read, from the config."""
+    return MetricSettings(config.input_damping, config.output_damping, config.activation_alpha)
 
 
 def _moments(
@@ -225,7 +231,7 @@ def _groups(
     for name, layer in targets.items():
         rows, columns = linear_shape(layer)
         size = BYTES_PER_MOMENT * (
-            (("input" in needs) + ("output" in needs)) * min(rows, columns) ** 2
+            len(needs & SECOND_MOMENTS) * min(rows, columns) ** 2
             + ("gradient" in needs) * rows * columns
         )
         if groups[-1] and used + size > limit:

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 from transformers import HfArgumentParser
 
-from hf_lowrank.config import LowRankConfig
+from hf_lowrank.config import SEARCH_NAMES, LowRankConfig
 from hf_lowrank.errors import ConfigError, DataError, LowRankError
 
 Parsed = TypeVar("Parsed")
@@ -80,6 +80,7 @@ class CompressionArguments:
     loss_tolerance: float | None = config_option("loss_tolerance")
     metric: str = config_option("metric")
     rule: str | None = config_option("rule")
+    search_trials: int = config_option("search_trials")
     target_modules: list[str] | None = config_option("target_modules")
     exclude_modules: list[str] | None = config_option("exclude_modules")
     label_source: str = config_option("label_source")
@@ -96,8 +97,13 @@ class CompressionArguments:
     evaluation_sequences: int = argument(32, "Token windows for evaluation.")
     held_out_sequences: int = argument(
         32,
-        "Token windows on which a loss tolerance is tested and a recovery judged; from the end of "
-        "the calibration text.",
+        "Token windows on which a loss tolerance is tested, ranks are searched for and a recovery "
+        "is judged; from the end of the calibration text.",
+    )
+    joint: bool = argument(
+        False,
+        "Also try ranks and factors steered along the loss gradient, and keep what held-out text "
+        "confirms; for one size or a loss_tolerance (0: no rise).",
     )
     recover_steps: int = argument(
         0, "Steps of training the factors after the cut, towards the dense model."
@@ -136,6 +142,8 @@ class CompressionArguments:
         ratios = self.param_ratio or []
         for ratio in ratios[1:]:
             LowRankConfig(param_ratio=ratio)
+        if self.joint and len(ratios) > 1:
+            raise ConfigError("joint works on one param_ratio at a time.")
         if len(set(ratios)) < len(ratios):
             raise ConfigError(f"param_ratio names a size twice: {' '.join(map(str, ratios))}.")
         for name in _COUNTS:
@@ -174,9 +182,10 @@ class CompressionArguments:
         return [] if chosen == ["none"] else chosen
 
     def text_roles(self) -> dict[str, int]:
-        """Token windows by role: a tolerance and a recovery need held-out text, too."""
+        """Token windows by role: tolerances, searches and recovery need held-out text, too."""
         wanted = {"calibration": self.calibration_sequences}
-        if self.param_ratio is None or self.recover_steps > 0:
+        searches = self.param_ratio is None or self.rule in SEARCH_NAMES
+        if searches or self.joint or self.recover_steps > 0:
             wanted["held_out"] = self.held_out_sequences
         if self.evaluation != "none":
             wanted["evaluation"] = self.evaluation_sequences

@@ -17,11 +17,14 @@ from hf_lowrank.cache import RunCache
 from hf_lowrank.config import LowRankConfig
 from hf_lowrank.distributed import current_processes
 from hf_lowrank.errors import ConfigError, DataError
-from hf_lowrank.evaluation.perplexity import LossMeasurement, iterate_losses, measure_loss
+from hf_lowrank.evaluation.perplexity import LossMeasurement, measure_loss
+from hf_lowrank.held_out import HeldOutLoss, check_fixed_ranks
 from hf_lowrank.loading import attach_config
 from hf_lowrank.losses import Batch, LossFunction
 from hf_lowrank.modeling_lowrank import linear_shape
 from hf_lowrank.ranks.plan import RankPlan
+from hf_lowrank.ranks.rules import RULES
+from hf_lowrank.ranks.search import SEARCHES, search_plan
 from hf_lowrank.ranks.threshold import check_budget, predicted_rise, smallest_ratio
 from hf_lowrank.ranks.tolerance import (
     LossDifference,
@@ -32,7 +35,7 @@ from hf_lowrank.ranks.tolerance import (
 from hf_lowrank.recovery import RecoveryResult, RecoverySettings, recover_
 from hf_lowrank.report.schema import Evaluation, Report, versions
 from hf_lowrank.report.spectra import compact_spectra
-from hf_lowrank.surgery import factorize_, factorized, restore_
+from hf_lowrank.surgery import factorize_, restore_
 from hf_lowrank.targets import find_targets, fixed_ranks, untouched_weights
 
 
@@ -42,7 +45,7 @@ class Texts:
 
     Attributes:
         calibration: For the moments.
-        held_out: For the search of a loss tolerance.
+        held_out: For the search of a loss tolerance or of ranks.
         evaluation: For the report alone.
     """
 
@@ -92,8 +95,9 @@ def compress(
             `ranks` are filled, as in a checkpoint's config, they are replayed whatever the goal.
         calibration: Batches of forward inputs (tensors by name) for the moments.
         evaluation: Batches for the report's before and after; nothing else looks at them.
-        held_out: Batches on which a loss tolerance is tested and a recovery is judged. By default
-            the last quarter of the calibration batches, which then do not enter the moments.
+        held_out: Batches on which a loss tolerance is tested, ranks are searched for and a
+            recovery is judged. By default the last quarter of the calibration batches, which
+            then do not enter the moments.
         **options: Fields of `RunOptions`.
 
     Returns:
@@ -105,7 +109,7 @@ def compress(
     """
     config, chosen = config or LowRankConfig(), RunOptions(**options)
     texts = split_texts(config, Texts(calibration, held_out, evaluation), chosen.recover_steps)
-    run = _Run(model, config, texts, chosen)
+    run = CompressionRun(model, config, texts, chosen)
     return run.apply(*run.choose())
 
 
@@ -146,7 +150,7 @@ def sweep(
         check_goal(targets, each)
     chosen = RunOptions(**options)
     texts = split_texts(configs[0], Texts(calibration, held_out, evaluation), chosen.recover_steps)
-    run = _Run(model, configs[0], texts, chosen)
+    run = CompressionRun(model, configs[0], texts, chosen)
     for each in configs:
         run.use(each)
         originals = {name: model.get_submodule(name) for name in run.analysis.shapes}
@@ -165,21 +169,22 @@ def split_texts(config: LowRankConfig, texts: Texts, recover_steps: int = 0) -> 
     Raises:
         DataError: They are needed and there is too little calibration data.
     """
-    searches = config.goal == "loss_tolerance" and config.ranks is None
+    searches = config.searches and config.ranks is None
     is_needed = searches or recover_steps > 0
     if not is_needed or texts.held_out is not None:
         return texts
     batches = list(texts.calibration or [])
     if len(batches) < 2:
         raise DataError(
-            "A loss tolerance is tested, and a recovery judged, on held-out text: pass at least "
-            "two calibration batches, or held_out, or set param_ratio and no recover_steps."
+            "A loss tolerance is tested, ranks are searched, and a recovery is judged on held-out "
+            "text: pass at least two calibration batches, or held_out, or set param_ratio, a rule "
+            "without a search and no recover_steps."
         )
     size = max(1, len(batches) // 4)
     return dataclasses.replace(texts, calibration=batches[:-size], held_out=batches[-size:])
 
 
-class _Run:
+class CompressionRun:
     """One compression in progress: the analysis, and what was measured on the dense model."""
 
     def __init__(
@@ -231,11 +236,13 @@ class _Run:
         with self.stopwatch.phase("ranks"):
             if config.ranks is not None:
                 return RankPlan(config.ranks, self.analysis.shapes), [], None
-            if config.param_ratio is not None:
+            if config.param_ratio is not None and config.effective_rule in RULES:
                 return self.analysis.plan_for_ratio(config.param_ratio), [], None
             if config.rank is not None:
                 return self.analysis.plan_for_rank(config.rank), [], None
         with self.stopwatch.phase("search"):
+            if config.param_ratio is not None:
+                return self.processes.decide((self._search_ranks(config.param_ratio), [], None))
             return self.processes.decide(self._search())
 
     def apply(self, plan: RankPlan, probes: list[Probe], held_out: LossDifference | None) -> Report:
@@ -291,34 +298,42 @@ class _Run:
                 self.options.progress,
             )
 
+    def held_out_loss(self) -> HeldOutLoss:
+        """Measures plans on the held-out batches."""
+        return HeldOutLoss(
+            self.model,
+            self.texts.held_out or [],
+            self.options.loss_function,
+            self.options.progress,
+        )
+
+    def _search_ranks(self, param_ratio: float) -> RankPlan:
+        """Ranks by one of the searches of `SEARCHES`."""
+        held_out, analysis = self.held_out_loss(), self.analysis
+        return search_plan(
+            self.config.effective_rule,
+            analysis.shapes,
+            analysis.spectra,
+            param_ratio,
+            measure=lambda plan: held_out.difference(analysis.spectra, plan).mean,
+            trials=self.config.search_trials,
+            seed=self.config.seed,
+            min_rank=self.config.min_rank,
+            fixed=analysis.fixed,
+        )
+
     def _search(self) -> tuple[RankPlan, list[Probe], LossDifference | None]:
-        held_out = self.texts.held_out or []
-        reference = self._measure(held_out, "held-out text, dense").items
+        held_out = self.held_out_loss()
         differences: dict[float, LossDifference] = {}
 
         def measure(plan: RankPlan, tolerance: float) -> LossDifference:
-            with factorized(self.model, self.analysis.spectra, plan):
-                losses = iterate_losses(
-                    self.model,
-                    held_out,
-                    loss_function=self.options.loss_function,
-                    progress=f"held-out text, ratio {plan.param_ratio:.3f}"
-                    if self.options.progress
-                    else None,
-                )
-                found = paired_difference(reference, losses, stop_above=tolerance)
+            found = held_out.difference(self.analysis.spectra, plan, tolerance)
             differences[plan.param_ratio] = found
             return found
 
         tolerance = self.config.effective_tolerance
         largest = self.analysis.plan_for_ratio(1.0)
-        if any(rank is not None for rank in largest.ranks.values()):
-            rise = measure(largest, tolerance)
-            if rise.mean > tolerance:
-                raise ConfigError(
-                    f"The ranks fixed by rank_pattern alone raise the held-out loss by "
-                    f"{rise.mean:.4f} nats, more than loss_tolerance {tolerance}; raise either."
-                )
+        check_fixed_ranks(held_out, self.analysis.spectra, largest, tolerance)
         smallest = smallest_ratio(
             self.analysis.shapes, min_rank=self.config.min_rank, fixed=self.analysis.fixed
         )
@@ -329,7 +344,7 @@ class _Run:
             tolerance,
             smallest=smallest,
         )
-        dense = LossDifference(0.0, 0.0, len(reference), True)
+        dense = LossDifference(0.0, 0.0, len(held_out.dense.items), True)
         return plan, probes, differences.get(plan.param_ratio, dense)
 
     def _measure(self, batches: Sequence[Batch], description: str) -> LossMeasurement:
@@ -342,11 +357,14 @@ class _Run:
 
 
 def check_goal(targets: Mapping[str, nn.Module], config: LowRankConfig) -> None:
-    """Refuses a `param_ratio` that even the smallest ranks exceed, before any long work.
+    """Refuses a goal that can't be met, before any long work.
 
     Raises:
-        ConfigError: With the parameters allowed and needed.
+        ConfigError: Even the smallest ranks exceed `param_ratio`, with the parameters allowed and
+            needed; or a search of ranks is asked for a loss tolerance.
     """
+    if config.effective_rule in SEARCHES and config.goal != "param_ratio" and not config.ranks:
+        raise ConfigError(f"rule {config.rule!r} searches ranks for a size; set param_ratio.")
     if config.param_ratio is not None:
         shapes = {name: linear_shape(layer) for name, layer in targets.items()}
         fixed = fixed_ranks(targets, config)

@@ -23,11 +23,20 @@ METRIC_NAMES = (
     "fisher-rows",
     "activation-scale",
     "whitened",
+    "pooled",
     "kfac",
     "sparsity",
     "sparsity-whitened",
 )
-RULE_NAMES = ("uniform", "relative", "energy", "price")
+RULE_NAMES = ("uniform", "relative", "energy", "energy-share", "stable-rank", "price")
+SEARCH_NAMES = (
+    "sensitivity",
+    "bayes-types",
+    "bayes-groups",
+    "bayes-proxy",
+    "cross-entropy",
+    "latency",
+)
 LABEL_SOURCES = ("data", "model")
 DEFAULT_LOSS_TOLERANCE = 0.05
 
@@ -69,8 +78,12 @@ class LowRankConfig(QuantizationConfigMixin):
     )
     rule: str | None = option(
         None,
-        "How one threshold chooses the ranks: " + ", ".join(RULE_NAMES) + ". Default: price with "
+        "How one threshold chooses the ranks: " + ", ".join(RULE_NAMES) + "; or how they are "
+        "searched for a given param_ratio: " + ", ".join(SEARCH_NAMES) + ". Default: price with "
         "the kfac metric (the only one it works with), uniform with the others.",
+    )
+    search_trials: int = option(
+        24, "Plans that a search of ranks may measure on held-out calibration data."
     )
     target_modules: list[str] | None = option(
         None,
@@ -115,7 +128,7 @@ class LowRankConfig(QuantizationConfigMixin):
         _check_choice("label_source", self.label_source, LABEL_SOURCES)
         _check_choice("form", self.form, FORMS)
         if self.rule is not None:
-            _check_choice("rule", self.rule, RULE_NAMES)
+            _check_choice("rule", self.rule, RULE_NAMES + SEARCH_NAMES)
             if self.rule == "price" and self.metric != "kfac":
                 raise ConfigError(
                     f"rule 'price' needs metric 'kfac', whose singular values are prices; got "
@@ -129,7 +142,8 @@ class LowRankConfig(QuantizationConfigMixin):
             raise ConfigError(
                 f"activation_alpha must lie in [0, 1], got {self.activation_alpha!r}."
             )
-        _check_rank("min_rank", self.min_rank)
+        _check_count("min_rank", self.min_rank)
+        _check_count("search_trials", self.search_trials)
         for field_name in ("target_modules", "exclude_modules"):
             value = getattr(self, field_name)
             if isinstance(value, str):
@@ -145,7 +159,7 @@ class LowRankConfig(QuantizationConfigMixin):
                 raise ConfigError(f"{field_name} must map names to ranks, got {value!r}.")
             for name, rank in (getattr(self, field_name) or {}).items():
                 if rank is not None:
-                    _check_rank(f"{field_name}[{name!r}]", rank)
+                    _check_count(f"{field_name}[{name!r}]", rank)
 
     def _check_goal(self) -> None:
         goals = [
@@ -162,7 +176,7 @@ class LowRankConfig(QuantizationConfigMixin):
         if tolerance is not None and not (_is_number(tolerance) and 0 <= tolerance < math.inf):
             raise ConfigError(f"loss_tolerance must be a number >= 0 (nats), got {tolerance!r}.")
         if self.rank is not None:
-            _check_rank("rank", self.rank)
+            _check_count("rank", self.rank)
 
     @property
     def effective_rule(self) -> str:
@@ -175,6 +189,11 @@ class LowRankConfig(QuantizationConfigMixin):
         if self.param_ratio is not None:
             return "param_ratio"
         return "rank" if self.rank is not None else "loss_tolerance"
+
+    @property
+    def searches(self) -> bool:
+        """Whether the ranks are found by measuring losses on held-out data."""
+        return self.goal == "loss_tolerance" or self.rule in SEARCH_NAMES
 
     @property
     def effective_tolerance(self) -> float:
@@ -228,6 +247,6 @@ def _check_choice(name: str, value: object, allowed: tuple[str, ...]) -> None:
         raise ConfigError(f"{name} must be one of {', '.join(allowed)}; got {value!r}.")
 
 
-def _check_rank(name: str, value: object) -> None:
+def _check_count(name: str, value: object) -> None:
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise ConfigError(f"{name} must be an integer >= 1, got {value!r}.")

@@ -20,7 +20,7 @@ from hf_lowrank.decomposition.moments import Moments, SecondMoment
 
 Item = TypeVar("Item")
 Key = TypeVar("Key")
-_TENSORS = ("input", "output", "input_abs", "gradient_rows", "gradient")
+_TENSORS = ("input", "input_centred", "output", "input_abs", "gradient_rows", "gradient")
 
 
 @dataclass(frozen=True)

@@ -159,13 +159,15 @@ class _Collector:
                 "or use data that reaches them."
             )
         for name, moment in self.moments.items():
-            for part in ("input", "input_abs"):
+            for part in ("input", "input_centred", "input_abs"):
                 leader = self.leaders.get((part, name), name)
                 setattr(moment, part, getattr(self.moments[leader], part))
             if moment.output is not None:
                 _mirror_(moment.output.matrix)
-            if moment.input is not None and self.leaders.get(("input", name), name) == name:
-                _mirror_(moment.input.matrix)
+            for part in ("input", "input_centred"):
+                found = getattr(moment, part)
+                if found is not None and self.leaders.get((part, name), name) == name:
+                    _mirror_(found.matrix)
         return self.moments
 
     def _on_forward(
@@ -199,16 +201,22 @@ class _Collector:
         mask: torch.Tensor | None,
     ) -> None:
         moment = self.moments[name]
-        rows = _rows(inputs.detach(), mask)
         rows_out, rows_in = linear_shape(layer)
-        if "input" in self.needs and rows_in > rows_out:
-            bias = layer.bias
-            image = output if bias is None else output - bias  # type: ignore[operator]
-            squares = float(rows.float().square().sum())
-            moment.input = _add_outer(moment.input, _rows(image, mask), squares, rows_in)
-        elif "input" in self.needs and self._leads("input", name, inputs):
-            moment.input = _add_outer(moment.input, rows)
+        for part in self.needs & {"input", "input_centred"}:
+            vectors, image = inputs.detach(), output
+            if part == "input_centred":
+                vectors, image = (_centred(t, mask, self.batch_size) for t in (vectors, image))
+            elif rows_in > rows_out and layer.bias is not None:
+                image = output - layer.bias  # type: ignore[operator]
+            total = getattr(moment, part)
+            if rows_in > rows_out:
+                squares = float(_rows(vectors, mask).float().square().sum())
+                total = _add_outer(total, _rows(image, mask), squares, rows_in)
+            elif self._leads(part, name, inputs):
+                total = _add_outer(total, _rows(vectors, mask))
+            setattr(moment, part, total)
         if "input_abs" in self.needs and self._leads("input_abs", name, inputs):
+            rows = _rows(inputs.detach(), mask)
             moment.input_abs = _add(moment.input_abs, rows.float().abs().sum(dim=0))
 
     def _on_gradient(
@@ -271,6 +279,23 @@ def _rows(tensor: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
     if mask is not None and not bool(mask.all()):
         return tensor[mask]
     return tensor.reshape(-1, tensor.shape[-1])
+
+
+def _centred(tensor: torch.Tensor, mask: torch.Tensor | None, batch_size: int) -> torch.Tensor:
+    """The vectors less their mean over the unmasked positions of each sequence, in fp32.
+
+    A sequence of a single position has no spread and stays as it is.
+    """
+    positions = tensor.shape[:-1].numel()
+    sequences = batch_size if positions % batch_size == 0 else 1
+    vectors = tensor.float().reshape(sequences, -1, tensor.shape[-1])
+    if vectors.shape[1] == 1:
+        return tensor.float()
+    weights = vectors.new_ones(vectors.shape[:2])
+    if mask is not None:
+        weights = mask.to(vectors).reshape(sequences, -1)
+    total = (vectors * weights[..., None]).sum(dim=1) / weights.sum(dim=1)[:, None].clamp_min(1)
+    return (vectors - total[:, None]).reshape(tensor.shape)
 
 
 def _add(total: torch.Tensor | None, part: torch.Tensor) -> torch.Tensor:

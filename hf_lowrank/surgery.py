@@ -5,6 +5,7 @@ The verbs with a trailing underscore work in place and check everything before t
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import cast
@@ -17,6 +18,7 @@ from hf_lowrank.decomposition.spectrum import Spectrum
 from hf_lowrank.errors import TargetError
 from hf_lowrank.modeling_lowrank import LowRankLinear, linear_shape, unmark_as_lowrank
 from hf_lowrank.ranks.plan import RankPlan
+from hf_lowrank.targets import linear_weight
 
 
 def replace_layer_(model: nn.Module, name: str, layer: nn.Module) -> None:
@@ -123,6 +125,18 @@ def swapped(model: nn.Module, layers: Mapping[str, nn.Module]) -> Iterator[nn.Mo
         yield model
     finally:
         restore_(model, current)
+
+
+@contextmanager
+def reweighted(model: nn.Module, weights: Mapping[str, torch.Tensor]) -> Iterator[nn.Module]:
+    """The model with other dense weights, shape (out, in) each, for the time of the block."""
+    layers = {}
+    for name, weight in weights.items():
+        layers[name] = copy.deepcopy(model.get_submodule(name))
+        with torch.no_grad():
+            linear_weight(layers[name]).copy_(weight)
+    with swapped(model, layers):
+        yield model
 
 
 def merge_(model: nn.Module) -> nn.Module:

@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import nn
 
-from hf_lowrank import Report, compress, sweep
+from hf_lowrank import Report, compress, compress_jointly, sweep
 from hf_lowrank.arguments import CompressionArguments, parse_arguments, user_errors
 from hf_lowrank.compression import check_goal, model_sizes
 from hf_lowrank.data.roles import read_texts
@@ -103,7 +103,10 @@ def compressed(
     """One report for each size asked for; the model is compressed while it is handled."""
     config = args.to_config()
     options = {"cache_dir": args.cache_dir, "recover_steps": args.recover_steps} | texts
-    if args.param_ratio and len(args.param_ratio) > 1:
+    if args.joint:
+        sets = [texts.get(role) for role in ("calibration", "held_out", "evaluation")]
+        yield compress_jointly(model, config, *sets, cache_dir=args.cache_dir).report
+    elif args.param_ratio and len(args.param_ratio) > 1:
         yield from sweep(model, config, args.param_ratio, **options)
     else:
         yield compress(model, config, **options)

@@ -7,10 +7,11 @@ import math
 import pytest
 
 from hf_lowrank import LowRankConfig
-from hf_lowrank.config import METRIC_NAMES, RULE_NAMES
+from hf_lowrank.config import METRIC_NAMES, RULE_NAMES, SEARCH_NAMES
 from hf_lowrank.decomposition.metrics import METRICS
 from hf_lowrank.errors import CheckpointError, ConfigError, LowRankError
 from hf_lowrank.ranks.rules import RULES
+from hf_lowrank.ranks.search import SEARCHES
 
 
 @pytest.mark.parametrize("value", [0, -0.5, 1.01, math.nan, math.inf, "0.8", True])
@@ -118,6 +119,7 @@ def test_metrics_without_prices_get_uniform_ranks(metric):
 def test_named_metrics_and_rules_are_those_that_exist():
     assert set(METRIC_NAMES) == set(METRICS)
     assert set(RULE_NAMES) == set(RULES)
+    assert set(SEARCH_NAMES) == set(SEARCHES)
 
 
 def test_replace_checks_the_result():
@@ -143,6 +145,7 @@ def test_every_setting_survives_json():
         output_damping=0.25,
         activation_alpha=0.75,
         label_source="model",
+        search_trials=30,
         seed=7,
         ranks={"a": 3, "b": None},
         form="usv",

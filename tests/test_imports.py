@@ -23,8 +23,10 @@ ORDER = (
     "cache",
     "analysis",
     "surgery",
+    "held_out",
     "loading",
     "compression",
+    "joint",
     "pruning",
     "peft_style",
 )

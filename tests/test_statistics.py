@@ -37,8 +37,8 @@ from tiny_models import (
     written_batches,
 )
 
-ALL = frozenset({"input", "output", "input_abs", "gradient_rows", "gradient"})
-SECOND = frozenset({"input", "output"})
+ALL = frozenset({"input", "input_centred", "output", "input_abs", "gradient_rows", "gradient"})
+SECOND = frozenset({"input", "input_centred", "output"})
 SIZES = (6, 4, 5, 5)
 LENGTHS = (7, 3, 5, 6)
 
@@ -136,6 +136,19 @@ def test_second_moments_of_inputs_equal_those_by_hand(net, padded):
 
 
 @pytest.mark.parametrize("padded", [False, True], ids=["full", "padded"])
+def test_centred_moments_leave_out_the_mean_of_each_sequence(net, padded):
+    moments, wanted = collect_net(net, [net_batch(padded)]), by_hand(net, net_batch(padded))
+    for name, (W, x, _, sequence) in wanted.items():
+        parts = [x[sequence == s] for s in range(len(LENGTHS))]
+        centred = np.concatenate([part - part.mean(0) for part in parts])
+        found, image = moments[name].input_centred, centred @ W.T if name == "wide" else centred
+        assert found.is_projected == (name == "wide")
+        assert found.squares == pytest.approx((centred**2).sum(), rel=1e-5)
+        np.testing.assert_allclose(found.matrix, image.T @ image, rtol=1e-4, atol=1e-4)
+        assert np.abs(found.matrix.numpy() - moments[name].input.matrix.numpy()).max() > 0.1
+
+
+@pytest.mark.parametrize("padded", [False, True], ids=["full", "padded"])
 def test_second_moments_of_gradients_equal_those_by_hand(net, padded):
     moments, wanted = collect_net(net, [net_batch(padded)]), by_hand(net, net_batch(padded))
     for name, (W, _, g, _) in wanted.items():
@@ -196,7 +209,7 @@ def assert_equal_moments(found, wanted):
     for name, first in found.items():
         second = wanted[name]
         assert (first.tokens, first.losses) == (second.tokens, second.losses)
-        for field in ("input", "output"):
+        for field in sorted(SECOND):
             one, other = getattr(first, field), getattr(second, field)
             assert one.squares == pytest.approx(other.squares, rel=1e-4)
             tolerance = 1e-5 * float(other.matrix.abs().max())

@@ -93,8 +93,25 @@ def _activation_scale(moments: Moments, settings: MetricSettings) -> QuadraticFo
 
 
 def _whitened(moments: Moments, settings: MetricSettings) -> QuadraticForm:
-    """Input second moment: SVD-LLM (ICLR 2025), same optimum as DRONE (NeurIPS 2021)."""
+    """Input second moment: SVD-LLM (ICLR 2025), same optimum as DRONE (NeurIPS 2021).
+
+    Also that of LORD (Kaushal et al., 2023), the projection `U_k U_k^T W` on the first
+    eigenvectors of the outputs' second moment `W C W^T`: with `C = R R^T` these are the left
+    singular vectors of `W R`, so that `U_k U_k^T W = U_k S_k V_k^T R^-1`.
+    """
     return QuadraticForm(input=Side(None, _required(moments.input), settings.input_damping))
+
+
+def _pooled(moments: Moments, settings: MetricSettings) -> QuadraticForm:
+    """Covariance of the inputs pooled over sequences: Bolaco (Ji et al., EMNLP Findings 2024).
+
+    `U_k` are the first eigenvectors of the outputs' covariance within sequences, `W C W^T` with
+    `C` the covariance of the inputs, as in `whitened`. Simplified: the paper also restores the
+    outputs' mean by a bias; layers without one have no place for it, so the mean is lost here
+    as far as it lies outside the kept directions.
+    """
+    centred = _required(moments.input_centred)
+    return QuadraticForm(input=Side(None, centred, settings.input_damping))
 
 
 def _kfac(moments: Moments, settings: MetricSettings) -> QuadraticForm:
@@ -137,6 +154,7 @@ METRICS: dict[str, Metric] = {
     "fisher-rows": Metric(frozenset({"gradient_rows"}), _fisher_rows),
     "activation-scale": Metric(frozenset({"input_abs"}), _activation_scale),
     "whitened": Metric(frozenset({"input"}), _whitened),
+    "pooled": Metric(frozenset({"input_centred"}), _pooled),
     "kfac": Metric(frozenset({"input", "output"}), _kfac),
     "sparsity": Metric(frozenset(), _sparsity),
     "sparsity-whitened": Metric(frozenset({"input"}), _sparsity_whitened),

@@ -45,6 +45,7 @@ class Moments:
 
     Attributes:
         input: Moment of the inputs x; one object is shared by layers that read the same tensor.
+        input_centred: Moment of the inputs less their mean over each sequence.
         output: Moment of g, the gradient of the summed loss by the layer's output.
         input_abs: Sum of |x|, shape (n,), fp32.
         gradient_rows: Row sums of the squared weight gradient, each sequence's gradient squared
@@ -55,6 +56,7 @@ class Moments:
     """
 
     input: SecondMoment | None = None
+    input_centred: SecondMoment | None = None
     output: SecondMoment | None = None
     input_abs: torch.Tensor | None = None
     gradient_rows: torch.Tensor | None = None

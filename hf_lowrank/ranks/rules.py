@@ -33,6 +33,31 @@ def energy(spectrum: Spectrum) -> torch.Tensor:
     return squares / squares.sum().clamp_min(torch.finfo(torch.float64).tiny)
 
 
+def energy_share(spectrum: Spectrum) -> torch.Tensor:
+    """Energy from component i on, as a share of the layer's: each layer keeps the same share.
+
+    The per-layer heuristic of most early work: the smallest rank whose energy reaches a share.
+    It stands in for Ito et al. 2021 and Cao et al. 2024, which the IJCAI 2025 table classes as
+    per-layer heuristics; neither paper could be had, so no more than that class is reproduced.
+    """
+    squares = spectrum.sigma**2
+    tail = squares.flip(0).cumsum(0).flip(0)
+    return tail / squares.sum().clamp_min(torch.finfo(torch.float64).tiny)
+
+
+def stable_rank(spectrum: Spectrum) -> torch.Tensor:
+    """Minus (i + 1) / stable rank: ranks in proportion to sum of sigma^2 / sigma_1^2.
+
+    Cuttlefish (Wang et al., MLSys 2023). Simplified: it is a rank rule on its own here, its
+    common factor comes from the budget in place of the ratio at initialisation, and when to
+    switch to low rank during training is left to the trainer.
+    """
+    squares = spectrum.sigma**2
+    tiny = torch.finfo(torch.float64).tiny
+    rank = (squares.sum() / squares[0].clamp_min(tiny)).clamp_min(1.0)
+    return -torch.arange(1, len(squares) + 1, dtype=torch.float64) / rank
+
+
 def price(spectrum: Spectrum) -> torch.Tensor:
     """Predicted nats per parameter: price_i / (m + n)."""
     if spectrum.price is None:
@@ -44,5 +69,7 @@ RULES: dict[str, Callable[[Spectrum], torch.Tensor]] = {
     "uniform": uniform,
     "relative": relative,
     "energy": energy,
+    "energy-share": energy_share,
+    "stable-rank": stable_rank,
     "price": price,
 }

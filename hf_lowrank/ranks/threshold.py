@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import heapq
 import itertools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -24,6 +24,7 @@ from hf_lowrank.ranks.rules import RULES
 
 Ranks = dict[str, int | None]
 Shapes = Mapping[str, tuple[int, int]]
+Point = tuple[float, float, int | None]
 
 
 @dataclass(frozen=True, order=True)
@@ -89,17 +90,58 @@ def plan_for_budget(
     Raises:
         ConfigError: Even the smallest ranks exceed the budget.
     """
+    free = {name: spectrum for name, spectrum in spectra.items() if name not in (fixed or {})}
+    scores = {name: RULES[rule](spectrum) for name, spectrum in free.items()}
+    tails = None
+    if rule == "price":
+        tails = {n: tail_sums(s.price) for n, s in free.items() if s.price is not None}
+    return plan_for_scores(shapes, scores, param_ratio, tails=tails, min_rank=min_rank, fixed=fixed)
+
+
+def plan_for_scores(
+    shapes: Shapes,
+    scores: Mapping[str, torch.Tensor],
+    param_ratio: float,
+    *,
+    tails: Mapping[str, torch.Tensor] | None = None,
+    min_rank: int = 1,
+    fixed: Mapping[str, int | None] | None = None,
+) -> RankPlan:
+    """Takes the best-scored components of all layers until the budget is spent.
+
+    Args:
+        shapes: (out_features, in_features) of every targeted layer.
+        scores: Score of each component of every layer that is not in `fixed`, shape
+            (min(m, n),); component i is never taken before component i - 1.
+        param_ratio: Kept / dense parameters over these layers, in (0, 1].
+        tails: Predicted rise of the loss at each rank, shape (min(m, n) + 1,). Where given, the
+            budget first goes along the lower convex hull of (parameters, predicted rise).
+        min_rank: Smallest rank of a factorized layer.
+        fixed: Ranks decided beforehand; they count towards the budget.
+
+    Returns:
+        As `plan_for_budget`.
+
+    Raises:
+        ConfigError: Even the smallest ranks exceed the budget.
+    """
     fixed = dict(fixed or {})
-    free = {name: spectrum for name, spectrum in spectra.items() if name not in fixed}
+    free = [name for name in scores if name not in fixed]
     ranks: Ranks = fixed | {
-        name: useful_rank(s.shape, min(min_rank, len(s.sigma))) for name, s in free.items()
+        name: useful_rank(shapes[name], min(min_rank, len(scores[name]))) for name in free
     }
     left = _left_of_budget(shapes, param_ratio, ranks, min_rank)
-    if rule == "price":
-        left = _spend(free, {n: _hull_steps(n, s, ranks[n]) for n, s in free.items()}, ranks, left)
-    steps = {n: _component_steps(n, s, rule, ranks[n]) for n, s in free.items()}
-    _spend(free, steps, ranks, left)
+    if tails is not None:
+        hulls = {n: _hull_steps(n, shapes[n], tails[n], ranks[n]) for n in free if n in tails}
+        left = _spend(shapes, hulls, ranks, left)
+    steps = {n: _component_steps(n, shapes[n], scores[n], ranks[n]) for n in free}
+    _spend(shapes, steps, ranks, left)
     return RankPlan({name: ranks[name] for name in shapes}, dict(shapes))
+
+
+def tail_sums(values: torch.Tensor) -> torch.Tensor:
+    """Sum of the values from each index on, and 0 at the end: what a cut at each rank drops."""
+    return torch.cat([values.flip(0).cumsum(0).flip(0), values.new_zeros(1)])
 
 
 def check_budget(
@@ -155,17 +197,17 @@ def predicted_rise(spectra: Mapping[str, Spectrum], plan: RankPlan) -> float:
 
 
 def _spend(
-    spectra: Mapping[str, Spectrum],
+    shapes: Shapes,
     steps: Mapping[str, Iterator[_Step]],
     ranks: Ranks,
     left: int,
 ) -> int:
     """Takes the best step that fits until none does; edits `ranks`, returns what is left."""
-    heap = [step for name in spectra if (step := next(steps[name], None)) is not None]
+    heap = [step for steps_of in steps.values() if (step := next(steps_of, None)) is not None]
     heapq.heapify(heap)
     while heap:
         step = heapq.heappop(heap)
-        shape = spectra[step.name].shape
+        shape = shapes[step.name]
         cost = layer_cost(shape, step.rank) - layer_cost(shape, ranks[step.name])
         if cost > left:
             continue  # the layer's later steps are worth less and would leave a gap
@@ -178,39 +220,48 @@ def _spend(
 
 
 def _component_steps(
-    name: str, spectrum: Spectrum, rule: str, start: int | None
+    name: str, shape: tuple[int, int], scores: torch.Tensor, start: int | None
 ) -> Iterator[_Step]:
     """One component at a time, up to dense, or up to what a layer cut before still has."""
     if start is None:
         return
-    scores = RULES[rule](spectrum).tolist()
-    limit = break_even_rank(*spectrum.shape)
-    for rank in range(start + 1, min(limit, len(scores)) + 1):
-        yield _Step(-scores[rank - 1], name, useful_rank(spectrum.shape, rank))
+    values = scores.tolist()
+    limit = break_even_rank(*shape)
+    for rank in range(start + 1, min(limit, len(values)) + 1):
+        yield _Step(-values[rank - 1], name, useful_rank(shape, rank))
 
 
-def _hull_steps(name: str, spectrum: Spectrum, start: int | None) -> Iterator[_Step]:
+def _hull_steps(
+    name: str, shape: tuple[int, int], tails: torch.Tensor, start: int | None
+) -> Iterator[_Step]:
     """Corners of the lower convex hull of (parameters, predicted rise), dense included."""
-    if start is None or spectrum.price is None:
+    if start is None:
         return
-    limit = break_even_rank(*spectrum.shape)
-    tails = torch.cat([spectrum.price.flip(0).cumsum(0).flip(0), spectrum.price.new_zeros(1)])
-    top = min(limit - 1, len(spectrum.sigma))
-    points: list[tuple[int, float, int | None]] = [
-        (layer_cost(spectrum.shape, rank), float(tails[rank]), rank)
-        for rank in range(start, top + 1)
+    limit = break_even_rank(*shape)
+    components = len(tails) - 1
+    values = tails.tolist()
+    points: list[Point] = [
+        (layer_cost(shape, rank), values[rank], rank)
+        for rank in range(start, min(limit - 1, components) + 1)
     ]
-    if len(spectrum.sigma) >= limit:
-        points.append((layer_cost(spectrum.shape, None), 0.0, None))
-    hull: list[tuple[int, float, int | None]] = []
+    if components >= limit:
+        points.append((layer_cost(shape, None), 0.0, None))
+    for before, after in itertools.pairwise(lower_hull(points)):
+        if slope(before, after) > 0:  # only signed predictions rise with the rank
+            return
+        yield _Step(slope(before, after), name, after[2])
+
+
+def lower_hull(points: Sequence[Point]) -> list[Point]:
+    """Corners of the lower convex hull of (cost, error, rank) points, costs rising."""
+    hull: list[Point] = []
     for point in points:
-        while len(hull) >= 2 and _slope(hull[-2], point) <= _slope(hull[-2], hull[-1]):
+        while len(hull) >= 2 and slope(hull[-2], point) <= slope(hull[-2], hull[-1]):
             hull.pop()
         hull.append(point)
-    for before, after in itertools.pairwise(hull):
-        yield _Step(_slope(before, after), name, after[2])
+    return hull
 
 
-def _slope(before: tuple[int, float, int | None], after: tuple[int, float, int | None]) -> float:
-    """Change of the predicted rise for each parameter spent; negative is good."""
+def slope(before: Point, after: Point) -> float:
+    """Change of the error for each unit of cost; negative is good."""
     return (after[1] - before[1]) / (after[0] - before[0])

@@ -56,6 +56,8 @@ class Report:
         probes: Steps of the search for a loss tolerance.
         held_out: The accepted loss difference on the search's own held-out text, or None.
         recovery: Held-out loss before and after training the factors, and whether that was kept.
+        joint: What joint compression accepted (`method`), plain `price` on the same data
+            (`baseline`, `baseline_ratio`), and every candidate measured (`trials`).
         failures: Reason by layer name, for layers kept dense because their decomposition failed.
         untouched: Parameters of matrices inside the blocks that were no targets, by name.
         data: Which text was used for what.
@@ -80,6 +82,7 @@ class Report:
     probes: list[dict[str, Any]] = field(default_factory=list)
     held_out: dict[str, Any] | None = None
     recovery: dict[str, Any] | None = None
+    joint: dict[str, Any] | None = None
     failures: dict[str, str] = field(default_factory=dict)
     untouched: dict[str, int] = field(default_factory=dict)
     data: dict[str, Any] = field(default_factory=dict)

@@ -41,6 +41,13 @@ def format_report(report: Report) -> str:
             f"recovery, {recovery['steps']} steps: held-out loss {recovery['loss_before']:.4f} -> "
             f"{recovery['loss_after']:.4f}, {'kept' if recovery['accepted'] else 'not kept'}"
         )
+    if report.joint is not None:
+        baseline, accepted = report.joint["baseline"], report.held_out or {"mean": float("nan")}
+        lines.append(
+            f"joint: accepted {report.joint['method']!r} at {accepted['mean']:+.4f} on the "
+            f"acceptance set; price alone {baseline['mean']:+.4f}, keeping "
+            f"{report.joint['baseline_ratio']:.2%}"
+        )
     parts = [align(rows), *lines, *_search_lines(report), "", align(rank_rows(report)), ""]
     parts.append(
         "seconds: " + ", ".join(f"{name} {value:.1f}" for name, value in report.seconds.items())

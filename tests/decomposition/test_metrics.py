@@ -8,11 +8,13 @@ import torch
 from hf_lowrank import LowRankConfig
 from hf_lowrank.decomposition.metrics import METRICS, MetricSettings, QuadraticForm, Side
 from hf_lowrank.decomposition.moments import Moments, SecondMoment
+from hf_lowrank.decomposition.spectrum import decompose
 
 
 def moments():
     return Moments(
         input=SecondMoment(2 * torch.eye(3), 6.0, 3),
+        input_centred=SecondMoment(3 * torch.eye(3), 9.0, 3),
         output=SecondMoment(torch.eye(2), 2.0, 2),
         input_abs=torch.tensor([8.0, 0.0, 4.0]),
         gradient_rows=torch.tensor([3.0, 0.0]),
@@ -23,7 +25,7 @@ def moments():
 
 def test_the_metrics_are_those_of_the_documentation():
     assert set(METRICS) == {
-        "plain", "fisher-rows", "activation-scale", "whitened", "kfac", "sparsity",
+        "plain", "fisher-rows", "activation-scale", "whitened", "pooled", "kfac", "sparsity",
         "sparsity-whitened",
     }  # fmt: skip
 
@@ -76,6 +78,30 @@ def test_whitened_reads_the_input_moment_alone():
     assert form.input.moment is given.input
     assert (form.input.damping, form.input.diagonal) == (0.3, None)
     assert form.price_scale is None
+
+
+def test_pooled_reads_the_centred_moment_alone():
+    given = moments()
+    form = METRICS["pooled"].form(given, MetricSettings(input_damping=0.3))
+    assert form.output == Side()
+    assert form.input.moment is given.input_centred
+    assert (form.input.damping, form.price_scale) == (0.3, None)
+
+
+def test_output_pca_is_the_whitened_metric():
+    """LORD projects on the first eigenvectors of the outputs' second moment."""
+    generator = torch.Generator().manual_seed(0)
+    for m, n in ((5, 8), (8, 5)):
+        weight = torch.randn(m, n, generator=generator, dtype=torch.float64)
+        x = torch.randn(40, n, generator=generator, dtype=torch.float64)
+        second = x.T @ x
+        given = Moments(input=SecondMoment(second, float(second.trace()), n), tokens=40)
+        form = METRICS["whitened"].form(given, MetricSettings(input_damping=0.0))
+        spectrum = decompose(weight, form, dtype=torch.float64)
+        basis = torch.linalg.eigh(weight @ second @ weight.T).eigenvectors.flip(1)
+        for rank in (1, 3):
+            projected = basis[:, :rank] @ basis[:, :rank].T @ weight
+            assert torch.allclose(spectrum.left[:, :rank] @ spectrum.right[:rank], projected)
 
 
 def test_kfac_reads_both_moments_and_prices_a_component():

@@ -42,6 +42,9 @@ class Layer:
         m, n = self.W.shape
         return Moments(
             input=second_moment(self.x, self.W.T if projected and n > m else None),
+            input_centred=second_moment(
+                self.x - self.x.mean(0), self.W.T if projected and n > m else None
+            ),
             output=second_moment(self.g, self.W if projected and m > n else None),
             input_abs=torch.from_numpy(np.abs(self.x).sum(0)),
             gradient_rows=torch.from_numpy(self.rows),
@@ -64,6 +67,9 @@ class Layer:
             Q = root @ root
         if metric in ("whitened", "kfac", "sparsity-whitened"):
             Q = damped(self.x.T @ self.x, settings.input_damping)
+        if metric == "pooled":
+            centred = self.x - self.x.mean(0)
+            Q = damped(centred.T @ centred, settings.input_damping)
         if metric == "kfac":
             P = damped(self.g.T @ self.g, settings.output_damping)
         if metric.startswith("sparsity"):

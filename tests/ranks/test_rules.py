@@ -22,7 +22,14 @@ EXAMPLE = spectrum_of((6, 4), [4.0, 2.0, 1.0, 0.0], [0.8, 0.5, 0.1, 0.0])
 
 
 def test_the_rules_are_those_of_the_documentation():
-    assert set(RULES) == {"uniform", "relative", "energy", "price"}
+    assert set(RULES) == {
+        "uniform",
+        "relative",
+        "energy",
+        "energy-share",
+        "stable-rank",
+        "price",
+    }
 
 
 @pytest.mark.parametrize(

@@ -21,6 +21,7 @@ from transformers import AutoModelForCausalLM
 
 import hf_lowrank
 from hf_lowrank import LowRankConfig, sources
+from hf_lowrank.config import METRIC_NAMES, RULE_NAMES, SEARCH_NAMES
 from hf_lowrank.errors import ConfigError
 from tests import tiny_models
 from tests.scripts import (
@@ -145,8 +146,8 @@ def test_a_tolerance_outside_its_range(refused: Refusal, tolerance: str):
 @pytest.mark.parametrize(
     ("setting", "value", "allowed"),
     [
-        ("metric", "svd", "plain, fisher-rows, activation-scale, whitened, kfac"),
-        ("rule", "best", "uniform, relative, energy, price"),
+        ("metric", "svd", ", ".join(METRIC_NAMES)),
+        ("rule", "best", ", ".join(RULE_NAMES + SEARCH_NAMES)),
         ("label_source", "teacher", "data, model"),
         ("dtype", "int8", "auto, float32, bfloat16, float16"),
     ],

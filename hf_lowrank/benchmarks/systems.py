@@ -1,0 +1,280 @@
+"""Every system on one model, one calibration set, one list of sizes; row by row, resumable."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from hf_lowrank.analysis import Analysis, analyze
+from hf_lowrank.benchmarks.catalogue import JOINT, System, select_systems
+from hf_lowrank.benchmarks.cost import Cost, counted
+from hf_lowrank.benchmarks.record import write_result
+from hf_lowrank.compression import compare
+from hf_lowrank.config import LowRankConfig
+from hf_lowrank.errors import ConfigError, LowRankError
+from hf_lowrank.evaluation.perplexity import LossMeasurement, measure_loss
+from hf_lowrank.held_out import HeldOutLoss
+from hf_lowrank.joint.disjoint import check_disjoint
+from hf_lowrank.joint.system import compress_jointly
+from hf_lowrank.loading import attach_config
+from hf_lowrank.losses import Batch
+from hf_lowrank.modeling_lowrank import linear_shape
+from hf_lowrank.ranks.plan import RankPlan, layer_cost
+from hf_lowrank.ranks.search import search_plan
+from hf_lowrank.surgery import factorized, factorized_layers, restore_
+from hf_lowrank.targets import find_targets
+
+Ranks = tuple[tuple[str, int | None], ...]
+# The sensitivity search cuts every layer at every size by itself; all held-out text takes hours.
+SENSITIVITY_BATCHES = 1
+
+
+@dataclass(frozen=True)
+class BenchmarkTexts:
+    """The disjoint sets of a comparison.
+
+    Attributes:
+        calibration: For the moments, and for the joint system's gradient.
+        held_out: For searches that measure losses, and for the joint system's acceptance.
+        evaluation: Batches by the name of the text; only for the reported figures.
+    """
+
+    calibration: Sequence[Batch]
+    held_out: Sequence[Batch]
+    evaluation: Mapping[str, Sequence[Batch]]
+
+
+@dataclass(frozen=True)
+class BenchmarkOptions:
+    """What is compared.
+
+    Attributes:
+        param_ratios: Sizes.
+        systems: Names of systems; all if empty.
+        trials: Plans that a search may measure.
+        seed: Seed of everything random.
+    """
+
+    param_ratios: Sequence[float]
+    systems: Sequence[str] = ()
+    trials: int = 24
+    seed: int = 0
+
+
+def compare_systems(
+    model: nn.Module,
+    texts: BenchmarkTexts,
+    options: BenchmarkOptions,
+    folder: Path,
+    settings: Mapping[str, Any],
+) -> list[dict[str, Any]]:
+    """Measures every system at every size, and writes each row into the folder as it comes.
+
+    Args:
+        model: The dense model; it is dense again afterwards.
+        texts: Text by role.
+        options: What is compared.
+        folder: Where rows are; rows that are there are not measured again.
+        settings: What else the rows depend on (names of model and texts, ...).
+
+    Returns:
+        All rows asked for, in the order of systems and sizes.
+
+    Raises:
+        ConfigError: A system is unknown, or the folder holds rows of other settings.
+        DataError: Two texts share an item.
+    """
+    systems = select_systems(options.systems)
+    check_disjoint(calibration=texts.calibration, held_out=texts.held_out, **texts.evaluation)
+    _claim(folder, dict(settings) | {"trials": options.trials, "seed": options.seed})
+    bench = _Bench(model, texts, options)
+    rows = []
+    for system in sorted(systems, key=lambda each: _metric_order(systems, each)):
+        for ratio in options.param_ratios:
+            path = folder / f"{system.name}-{ratio:g}.json"
+            if not path.exists():
+                write_result(path, bench.row(system, ratio))
+            rows.append(json.loads(path.read_text("utf-8")))
+            print(format_row(rows[-1]), flush=True)
+    return rows
+
+
+class _Bench:
+    """What rows share: dense losses, and the spectra of the metric at hand."""
+
+    def __init__(self, model: nn.Module, texts: BenchmarkTexts, options: BenchmarkOptions) -> None:
+        self.model = model
+        self.texts = texts
+        self.options = options
+        self._analysis: tuple[Analysis, Cost] | None = None
+        self._known: dict[tuple[str, int], dict[Ranks, tuple[float, Cost]]] = {}
+
+    @cached_property
+    def dense(self) -> dict[str, LossMeasurement]:
+        """Losses of the dense model by text."""
+        return {
+            name: measure_loss(self.model, batches, progress=f"evaluate dense, {name}")
+            for name, batches in self.texts.evaluation.items()
+        }
+
+    def row(self, system: System, param_ratio: float) -> dict[str, Any]:
+        """One system at one size; an expected error becomes part of the row."""
+        row: dict[str, Any] = dataclasses.asdict(system) | {"param_ratio": param_ratio}
+        assert self.dense is not None  # measured while the model is dense
+        try:
+            make = self._joint if system.rule == JOINT else self._ranked
+            return row | make(system, param_ratio)
+        except LowRankError as error:
+            return row | {"error": str(error)}
+
+    def _ranked(self, system: System, param_ratio: float) -> dict[str, Any]:
+        analysis, cost = self._analyze(system.metric)
+        batches = self.texts.held_out
+        if system.rule == "sensitivity":
+            batches = batches[:SENSITIVITY_BATCHES]
+        known = self._known.setdefault((system.metric, len(batches)), {})
+        saved = Cost()
+        with counted(self.model) as search:
+            held_out = HeldOutLoss(self.model, batches)
+
+            def measure(plan: RankPlan) -> float:
+                nonlocal saved
+                key = tuple(plan.ranks.items())
+                if key in known:  # by another row: its cost counts for this one, too
+                    saved += known[key][1]
+                    return known[key][0]
+                start, forwards = time.perf_counter(), search.forwards
+                loss = held_out.difference(analysis.spectra, plan).mean
+                spent = Cost(time.perf_counter() - start, search.forwards - forwards)
+                known[key] = loss, spent
+                return loss
+
+            plan = search_plan(
+                system.rule,
+                analysis.shapes,
+                analysis.spectra,
+                param_ratio,
+                measure=measure,
+                trials=self.options.trials,
+                seed=self.options.seed,
+                fixed=analysis.fixed,
+            )
+        search += saved
+        found = _cost_fields(cost + search) | {"search_seconds": search.seconds}
+        found["decompositions"] = len(analysis.spectra)
+        with factorized(self.model, analysis.spectra, plan):
+            return found | self._quality(analysis.shapes)
+
+    def _joint(self, system: System, param_ratio: float) -> dict[str, Any]:
+        config = LowRankConfig(param_ratio=param_ratio, seed=self.options.seed)
+        originals = find_targets(self.model, config)
+        try:
+            with counted(self.model) as cost:
+                result = compress_jointly(
+                    self.model, config, self.texts.calibration, self.texts.held_out
+                )
+            analysis_seconds = sum(
+                result.report.seconds.get(phase, 0.0) for phase in ("statistics", "decomposition")
+            )
+            found = _cost_fields(cost) | {"search_seconds": cost.seconds - analysis_seconds}
+            found |= {"decompositions": result.decompositions, "method": result.method}
+            found["trials"] = result.trials
+            return found | self._quality({n: linear_shape(m) for n, m in originals.items()})
+        finally:
+            restore_(self.model, originals)
+            attach_config(self.model, None)
+
+    def _analyze(self, metric: str) -> tuple[Analysis, Cost]:
+        """Spectra in a metric; those of the metric before are forgotten."""
+        if self._analysis is None or self._analysis[0].config.metric != metric:
+            self._analysis = None
+            config = LowRankConfig(param_ratio=1.0, metric=metric, seed=self.options.seed)
+            with counted(self.model) as cost:
+                found = analyze(self.model, config, self.texts.calibration)
+            self._analysis = found, cost
+        return self._analysis
+
+    def _quality(self, shapes: Mapping[str, tuple[int, int]]) -> dict[str, Any]:
+        """Parameters counted from the model as it is, and its losses on the evaluation texts."""
+        lowrank = factorized_layers(self.model)
+        kept = sum(
+            layer_cost(shape, lowrank[name].rank if name in lowrank else None)
+            for name, shape in shapes.items()
+        )
+        found: dict[str, Any] = {
+            "kept_parameters": kept,
+            "dense_parameters": sum(layer_cost(shape, None) for shape in shapes.values()),
+        }
+        for name, batches in self.texts.evaluation.items():
+            after = measure_loss(self.model, batches, progress=f"evaluate, {name}")
+            found[name] = dataclasses.asdict(compare(self.dense[name], after))
+        return found
+
+
+def _cost_fields(cost: Cost) -> dict[str, Any]:
+    """The cost's fields, seconds under a name that says that they are all of them."""
+    fields = dataclasses.asdict(cost)
+    return {"total_seconds": fields.pop("seconds")} | fields
+
+
+def _metric_order(systems: Sequence[System], system: System) -> int:
+    """Systems of one metric next to each other, so that its spectra are made once."""
+    return [each.metric for each in systems].index(system.metric)
+
+
+def _claim(folder: Path, settings: dict[str, Any]) -> None:
+    """Notes what a folder's rows depend on, or checks that it is the same."""
+    path = folder / "settings.json"
+    if not path.exists():
+        write_result(path, {"settings": settings})
+    elif json.loads(path.read_text("utf-8"))["settings"] != json.loads(json.dumps(settings)):
+        raise ConfigError(
+            f"{folder}: holds rows of other settings (see settings.json); name another folder."
+        )
+
+
+def format_row(row: Mapping[str, Any]) -> str:
+    """One line for the terminal while the comparison runs."""
+    if "error" in row:
+        outcome = row["error"]
+    else:
+        figures = (f"{name} {_perplexity(row, name)}" for name in _texts(row))
+        outcome = f"perplexity {', '.join(figures)}; {row['total_seconds']:.1f} s"
+    return f"{row['name']:>22} {row['param_ratio']:.2f}: {outcome}"
+
+
+def format_systems(rows: Sequence[Mapping[str, Any]]) -> str:
+    """The comparison as a Markdown table, one line for each system and size."""
+    texts = list(dict.fromkeys(name for row in rows for name in _texts(row)))
+    heads = ["size", "system", "metric", "rule", "kept parameters"]
+    heads += [f"perplexity, {name}" for name in texts]
+    heads += ["seconds", "of these search", "decompositions", "forward", "backward", "peak MiB"]
+    lines = [heads, *[["---:", "---", "---", "---", *["---:"] * (len(heads) - 4)]]]
+    for row in sorted(rows, key=lambda row: -row["param_ratio"]):
+        cells = [f"{row['param_ratio']:g}", row["name"], row["metric"], row["rule"]]
+        if "error" in row:
+            cells += [f"failed: {row['error']}", *[""] * (len(heads) - 5)]
+        else:
+            cells += [f"{row['kept_parameters']:,}", *(_perplexity(row, name) for name in texts)]
+            cells += [f"{row[key]:.1f}" for key in ("total_seconds", "search_seconds")]
+            cells += [str(row[key]) for key in ("decompositions", "forwards", "backwards")]
+            cells.append(f"{row['peak_mib']:.0f}")
+        lines.append(cells)
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _texts(row: Mapping[str, Any]) -> list[str]:
+    return [name for name, value in row.items() if isinstance(value, dict) and "tokens" in value]
+
+
+def _perplexity(row: Mapping[str, Any], name: str) -> str:
+    value = row[name]["perplexity_after"]
+    return "inf" if value is None else f"{value:.4g}"
