@@ -3,10 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
 from hf_lowrank.errors import ConfigError
+from hf_lowrank.saving import atomic_file
+
+# Told apart without colour.
+_LINES: tuple[dict[str, Any], ...] = (
+    {"color": "0.6", "linestyle": ":"},
+    {"color": "0.0", "linestyle": "-"},
+    {"color": "0.3", "linestyle": "--"},
+)
 
 
 def draw_ranks(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
@@ -19,22 +28,45 @@ def draw_ranks(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
     Raises:
         ConfigError: matplotlib is missing, or there is no row.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ConfigError("Pictures need matplotlib: pip install 'hf-lowrank[plots]'.") from error
     if not rows:
         raise ConfigError("There is no row to draw ranks of.")
-    columns = min(3, len(rows))
-    lines = -(-len(rows) // columns)
-    figure = Figure(figsize=(4.2 * columns, 3.0 * lines), layout="constrained")
-    grid = figure.subplots(lines, columns, squeeze=False)
-    for axes, row in zip(grid.flat, rows, strict=False):
+    figure, panels = _panels(len(rows))
+    for axes, row in zip(panels, rows, strict=True):
         _draw(axes, row)
-    for axes in grid.flat[len(rows) :]:
-        axes.set_axis_off()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, format="svg", metadata={"Date": None})
+    _save(figure, path)
+
+
+def draw_spectra(
+    spectra: Mapping[str, Mapping[str, Sequence[float]]], path: Path, floor: float = 1e-4
+) -> None:
+    """Mean spectrum of each kind of layer, one line for each way, as one SVG file.
+
+    Args:
+        spectra: `sigma / sigma_1` of each layer by its name, descending, by way ("dense", ...).
+        path: Where the picture goes.
+        floor: Smaller values are drawn there.
+
+    Raises:
+        ConfigError: matplotlib is missing, or there is no layer.
+    """
+    names = list(next(iter(spectra.values()), {}))
+    if not names:
+        raise ConfigError("There is no layer to draw spectra of.")
+    _, kinds, places = blocks_and_kinds(names)
+    figure, panels = _panels(len(kinds))
+    for axes, kind in zip(panels, kinds, strict=True):
+        members = [name for name in names if places[name][1] == kind]
+        for (way, layers), style in zip(spectra.items(), cycle(_LINES), strict=False):
+            # The layers of a kind have one shape; where they have not, the shortest decides.
+            columns = zip(*(layers[name] for name in members), strict=False)
+            mean = [max(floor, sum(column) / len(column)) for column in columns]
+            axes.plot(range(1, len(mean) + 1), mean, label=way, **style)
+        axes.set_yscale("log")
+        axes.set_title(_short(kind), fontsize=9)
+        axes.set_xlabel("component", fontsize=8)
+    panels[0].set_ylabel("sigma / sigma_1, mean over the blocks", fontsize=8)
+    panels[0].legend(fontsize=7, frameon=False)
+    _save(figure, path)
 
 
 def blocks_and_kinds(
@@ -70,8 +102,31 @@ def _draw(axes: Any, row: Mapping[str, Any]) -> None:  # noqa: ANN401
         text = "dense" if ranks[name] is None else str(ranks[name])
         place = kinds.index(kind), blocks.index(block)
         axes.text(*place, text, ha="center", va="center", fontsize=7)
-    short = [kind.replace(".dense", "").replace("attention.self.", "") for kind in kinds]
-    axes.set_xticks(range(len(kinds)), short, rotation=30, ha="right", fontsize=7)
+    axes.set_xticks(range(len(kinds)), map(_short, kinds), rotation=30, ha="right", fontsize=7)
     axes.set_yticks(range(len(blocks)), blocks, fontsize=7)
     axes.set_ylabel("block", fontsize=8)
     axes.set_title(f"{row['task']} {row['method']} {row['param_ratio']:g}", fontsize=9)
+
+
+def _panels(count: int) -> tuple[Any, list[Any]]:
+    """A figure and so many panels in rows of three."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ConfigError("Pictures need matplotlib: pip install 'hf-lowrank[plots]'.") from error
+    columns = min(3, count)
+    lines = -(-count // columns)
+    figure = Figure(figsize=(4.2 * columns, 3.0 * lines), layout="constrained")
+    panels = list(figure.subplots(lines, columns, squeeze=False).flat)
+    for axes in panels[count:]:
+        axes.set_axis_off()
+    return figure, panels[:count]
+
+
+def _save(figure: Any, path: Path) -> None:  # noqa: ANN401
+    with atomic_file(path) as temporary:
+        figure.savefig(temporary, format="svg", metadata={"Date": None})
+
+
+def _short(kind: str) -> str:
+    return kind.replace(".dense", "").replace("attention.self.", "")

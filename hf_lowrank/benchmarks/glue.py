@@ -1,179 +1,23 @@
-"""The GLUE table: every method on every task and size; a killed run goes on where it was."""
+"""The table of GLUE tasks."""
 
 from __future__ import annotations
 
-import dataclasses
-import json
-import multiprocessing
-import os
-import statistics
-from collections.abc import Iterable, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
-import torch
-
-from hf_lowrank.benchmarks.record import write_result
-from hf_lowrank.errors import ConfigError, LowRankError
-from hf_lowrank.evaluation.glue import MAIN_METRIC
-from hf_lowrank.tasks.fine_tuning import dense_model
+from hf_lowrank.arguments import argument
+from hf_lowrank.benchmarks.table import TableArguments, fill_table, part_of
 from hf_lowrank.tasks.glue import GlueArguments, load_glue_task
-from hf_lowrank.tasks.run import run_task
-
-# Settings that may differ between the rows of one folder, or do not touch a figure.
-_FREE = {"output_dir", "cache_dir", "data_dir", "task", "method", "param_ratio", "seed", "model"}
-_KEPT = (
-    *("task", "method", "seed", "param_ratio", "dense_metrics", "uncured_metrics", "metrics"),
-    *("dense_held_out_metrics", "uncured_held_out_metrics", "held_out_metrics", "held_out_loss"),
-    *("parameters", "ranks", "seconds", "commit", "hardware"),
-)
 
 
-@dataclass(frozen=True)
-class Grid:
-    """Rows to run: the product of all fields, the dense row once for each task and seed."""
+@dataclass
+class GlueTableArguments(GlueArguments, TableArguments):
+    """Arguments of the GLUE table; those of one run apply to all rows."""
 
-    tasks: Sequence[str]
-    methods: Sequence[str]
-    param_ratios: Sequence[float]
-    seeds: Sequence[int]
-
-    def rows(self, settings: GlueArguments) -> list[GlueArguments]:
-        """Arguments of each row, those of the first seed first.
-
-        Raises:
-            ConfigError, DataError: A setting of a row is refused.
-        """
-        found = []
-        for seed in self.seeds:
-            for task in self.tasks:
-                for method in self.methods:
-                    for ratio in self.param_ratios if method != "dense" else [None]:
-                        row = dataclasses.replace(
-                            settings, task=task, method=method, param_ratio=ratio, seed=seed
-                        )
-                        row.check()
-                        found.append(row)
-        return found
+    tasks: list[str] | None = argument(None, "Tasks; default mrpc.")
+    folder: str = argument("outputs/glue", "Folder with a JSON file for each finished row.")
+    output: str = argument("outputs/glue.json", "JSON file with all finished rows.")
 
 
-def run_rows(rows: Iterable[GlueArguments], folder: Path, workers: int) -> None:
-    """Runs the rows that the folder lacks, each in one thread of a worker process.
-
-    Args:
-        rows: What to run.
-        folder: Gets one JSON file for each row, written when the row is finished.
-        workers: Rows that run side by side.
-
-    Raises:
-        ConfigError: The folder holds a row that was run with other settings.
-    """
-    missing = [row for row in rows if not _is_done(row, folder)]
-    threads = max(1, (os.cpu_count() or 1) // workers)
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, context, torch.set_num_threads, (threads,)) as pool:
-        firsts = {(row.task, row.seed): row for row in missing}.values()
-        list(pool.map(_prepare, firsts))
-        jobs = {pool.submit(_run_and_tell, row, folder): row for row in missing}
-        for number, done in enumerate(as_completed(jobs), 1):
-            print(f"[{number}/{len(jobs)}] {done.result()}", flush=True)
-
-
-def read_rows(folder: Path) -> list[dict[str, Any]]:
-    """The finished rows of a folder, without what the table does not need."""
-    rows = []
-    for path in sorted(folder.glob("*.json")):
-        row = json.loads(path.read_text("utf-8"))
-        row["param_ratio"] = row["arguments"]["param_ratio"]
-        rows.append({name: row[name] for name in _KEPT if name in row})
-    return rows
-
-
-def format_glue_table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """A Markdown table: before -> after fine-tuning, in percent, mean and spread over the seeds."""
-    columns = sorted(
-        {(r["task"], r["param_ratio"]) for r in rows if r["param_ratio"] is not None},
-        key=lambda column: (-column[1], column[0]),
-    )
-    lines = [["method", *(f"{task} {ratio:g}" for task, ratio in columns)]]
-    lines.append(["---", *("---:" for _ in columns)])
-    for method in dict.fromkeys(row["method"] for row in rows):
-        cells = []
-        for task, ratio in columns:
-            wanted = None if method == "dense" else ratio
-            cells.append(
-                _cell(
-                    [
-                        row
-                        for row in rows
-                        if (row["task"], row["method"], row["param_ratio"])
-                        == (task, method, wanted)
-                    ]
-                )
-            )
-        lines.append([method, *cells])
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
-def _cell(rows: Sequence[Mapping[str, Any]]) -> str:
-    if not rows:
-        return ""
-    metric = MAIN_METRIC[rows[0]["task"]]
-    parts = []
-    for name in ("uncured_metrics", "metrics"):
-        scores = [100 * row[name][metric] for row in rows if name in row]
-        if scores:
-            spread = f" ± {statistics.stdev(scores):.1f}" if len(scores) > 1 else ""
-            parts.append(f"{statistics.fmean(scores):.1f}{spread}")
-    return " → ".join(parts)
-
-
-def _path(row: GlueArguments, folder: Path) -> Path:
-    size = "" if row.param_ratio is None else f"-{row.param_ratio:g}"
-    return folder / f"{row.task}-{row.method}{size}-seed{row.seed}.json"
-
-
-def _is_done(row: GlueArguments, folder: Path) -> bool:
-    path = _path(row, folder)
-    if not path.is_file():
-        return False
-    found = json.loads(path.read_text("utf-8"))["arguments"]
-    for name, value in vars(row).items():
-        if name not in _FREE and name in found and found[name] != value:
-            raise ConfigError(
-                f"{path}: was run with {name} {found[name]}, not {value}; give another --folder "
-                "or delete the file."
-            )
-    return True
-
-
-def _prepare(row: GlueArguments) -> None:
-    """The dense model of a task and seed, so that workers do not train it side by side."""
-    dense_model(load_glue_task(row), row)
-
-
-def run_row(row: GlueArguments, folder: Path) -> dict[str, Any]:
-    """The report of a row: from its file, or run and written there.
-
-    Raises:
-        ConfigError: The file is of other settings.
-    """
-    path = _path(row, folder)
-    if not _is_done(row, folder):
-        _, report = run_task(load_glue_task(row), row)
-        write_result(path, report)
-    found: dict[str, Any] = json.loads(path.read_text("utf-8"))
-    return found
-
-
-def _run_and_tell(row: GlueArguments, folder: Path) -> str:
-    """Runs a row in a worker; returns a line about it."""
-    name = _path(row, folder).stem
-    try:
-        report = run_row(row, folder)
-    except LowRankError as error:
-        return f"{name}: failed: {error}"
-    score = report["metrics"][MAIN_METRIC[row.task]]
-    return f"{name}: {score:.4f} in {sum(report['seconds'].values()):.0f} s"
+def fill_glue_table(args: GlueTableArguments) -> None:
+    """Runs the rows that are missing, then prints all rows of the folder."""
+    fill_table(args, args.tasks or ["mrpc"], part_of(args, GlueArguments), load_glue_task)

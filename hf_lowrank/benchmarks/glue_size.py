@@ -9,13 +9,17 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 from hf_lowrank.analysis import analyze
-from hf_lowrank.benchmarks.glue import run_row
+from hf_lowrank.arguments import argument
+from hf_lowrank.benchmarks.glue import GlueTableArguments
+from hf_lowrank.benchmarks.record import write_result
+from hf_lowrank.benchmarks.table import main_score, part_of, run_row
 from hf_lowrank.config import LowRankConfig
 from hf_lowrank.ranks.threshold import smallest_ratio
 from hf_lowrank.surgery import factorized
@@ -25,6 +29,23 @@ from hf_lowrank.tasks.glue import GlueArguments, load_glue_task
 from hf_lowrank.tasks.task import Task
 
 Probe = dict[str, Any]
+
+
+@dataclass
+class GlueSizeArguments(GlueTableArguments):
+    """Arguments of the search for the smallest size; `epochs` 0 judges the cut itself."""
+
+    share: float = argument(0.99, "Share of the dense score to keep on the held-out examples.")
+
+
+def find_smallest_sizes(args: GlueSizeArguments) -> None:
+    """The smallest size of each method on each task."""
+    settings, rows = part_of(args, GlueArguments), []
+    for task in args.tasks or ["mrpc"]:
+        one = dataclasses.replace(settings, task=task)
+        methods = args.methods or list(CUT_METRICS)
+        rows += smallest_sizes(one, methods, args.share, Path(args.folder))
+        write_result(Path(args.output), {"arguments": vars(args), "rows": rows})
 
 
 def smallest_sizes(
@@ -93,14 +114,14 @@ def _without_training(
     def score(ratio: float, split: Any) -> float:  # noqa: ANN401
         plan = analysis.plan_for_ratio(ratio)
         with factorized(model, analysis.spectra, plan):
-            return _main(task.score(model, split))
+            return main_score(task.score(model, split))
 
-    dense = _main(task.score(model, task.held_out))
+    dense = main_score(task.score(model, task.held_out))
     floor = max(0.02, smallest_ratio(analysis.shapes))
     ratio, probes = bisect_size(lambda r: score(r, task.held_out), share * dense, floor)
     return {
         "share": share,
-        "dense_score": _main(task.score(model, task.validation)),
+        "dense_score": main_score(task.score(model, task.validation)),
         "param_ratio": ratio,
         "score": score(ratio, task.validation),
         "probes": probes,
@@ -113,13 +134,15 @@ def _with_training(
     reports: dict[float, dict[str, Any]] = {}
 
     def measure(ratio: float) -> float:
-        reports[ratio] = run_row(dataclasses.replace(args, param_ratio=ratio), folder)
-        return _main(reports[ratio]["held_out_metrics"])
+        reports[ratio] = run_row(
+            dataclasses.replace(args, param_ratio=ratio), load_glue_task, folder
+        )
+        return main_score(reports[ratio]["held_out_metrics"])
 
-    dense = _main(task.score(model, task.held_out))
+    dense = main_score(task.score(model, task.held_out))
     ratio, probes = bisect_size(measure, share * dense, 0.02, precision=1.3)
-    dense_score = _main(task.score(model, task.validation))
-    score = _main(reports[ratio]["metrics"]) if ratio in reports else dense_score
+    dense_score = main_score(task.score(model, task.validation))
+    score = main_score(reports[ratio]["metrics"]) if ratio in reports else dense_score
     return {
         "share": share,
         "dense_score": dense_score,
@@ -127,8 +150,3 @@ def _with_training(
         "score": score,
         "probes": probes,
     }
-
-
-def _main(scores: dict[str, float]) -> float:
-    """The task's main metric, which comes first."""
-    return next(iter(scores.values()))

@@ -34,6 +34,7 @@ class TaskArguments:
     """What a run on a task is made of; see `run_task`."""
 
     model: str = argument("sentence-transformers/all-MiniLM-L6-v2", "Encoder: Hub id or folder.")
+    task: str = argument("task", "Name of the task.")
     method: str = argument("kfac", "Method: " + ", ".join(METHOD_NAMES) + ".")
     param_ratio: float | None = argument(
         None, "Goal: kept share of the encoder's linear parameters."

@@ -27,7 +27,8 @@ _DENSE_KEY = (
 
 def dense_model(task: Task, args: TaskArguments) -> nn.Module:
     """The dense model fine-tuned on the task: from the cache, or trained and cached."""
-    key = json.dumps([task.name, *(getattr(args, name) for name in _DENSE_KEY)])
+    settings = (getattr(args, name) for name in _DENSE_KEY)
+    key = json.dumps([task.name, *settings, *task.data_key])
     folder = Path(args.cache_dir) / hashlib.blake2b(key.encode(), digest_size=8).hexdigest()
     if not folder.is_dir():
         model = task.new_model()

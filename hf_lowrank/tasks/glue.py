@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-import torch
 from datasets import Dataset
 from torch import nn
 from transformers import (
@@ -19,9 +18,9 @@ from hf_lowrank.arguments import argument
 from hf_lowrank.data.glue import TASKS, load_glue
 from hf_lowrank.errors import DataError
 from hf_lowrank.evaluation.glue import MAIN_METRIC, GlueMetric
-from hf_lowrank.losses import eval_mode
 from hf_lowrank.tasks.arguments import TaskArguments
 from hf_lowrank.tasks.models import load_tokenizer, new_model
+from hf_lowrank.tasks.prediction import predictions
 from hf_lowrank.tasks.task import Collator, Task
 
 
@@ -86,25 +85,18 @@ def load_glue_task(args: GlueArguments) -> Task:
     )
 
 
-@torch.no_grad()
 def evaluate_glue(
     model: nn.Module, split: Dataset, *, task: str, collator: Collator
 ) -> dict[str, float]:
     """The task's metrics on tokenized examples, the main one first."""
-    device = next(model.parameters()).device
-    predictions: list[float] = []
+    found: list[float] = []
     references: list[float] = []
-    by_length = split.select(sorted(range(len(split)), key=lambda i: len(split[i]["input_ids"])))
-    with eval_mode(model):
-        for start in range(0, len(by_length), 64):
-            rows = range(start, min(start + 64, len(by_length)))
-            batch = collator([by_length[i] for i in rows])
-            inputs = {n: value.to(device) for n, value in batch.items() if n != "labels"}
-            logits = model(**inputs).logits
-            single = logits.shape[-1] == 1
-            predictions += (logits.squeeze(-1) if single else logits.argmax(-1)).tolist()
-            references += batch["labels"].tolist()
+    for _, batch, outputs in predictions(model, split, collator):
+        logits = outputs.logits
+        single = logits.shape[-1] == 1
+        found += (logits.squeeze(-1) if single else logits.argmax(-1)).tolist()
+        references += batch["labels"].tolist()
     metric = GlueMetric(config_name=task)
-    found = metric.compute(predictions=predictions, references=references) or {}
+    scores = metric.compute(predictions=found, references=references) or {}
     main = MAIN_METRIC[task]
-    return {main: found[main]} | found
+    return {main: scores[main]} | scores

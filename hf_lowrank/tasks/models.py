@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoTokenizer
 
-from hf_lowrank.errors import DataError
+from hf_lowrank.errors import ConfigError, DataError
 from hf_lowrank.hub import prefer_offline_if_unreachable
 from hf_lowrank.tasks.arguments import TaskArguments
 
@@ -32,6 +32,20 @@ def load_tokenizer(model: str) -> Any:  # noqa: ANN401
             f"{model}: no such folder, and the Hub has no such model or can't be reached; "
             f"offline, give a local folder. ({reason})"
         ) from error
+
+
+def check_max_length(args: TaskArguments) -> None:
+    """Refuses examples that are longer than the model's positions.
+
+    Raises:
+        ConfigError: With both lengths.
+    """
+    config = AutoConfig.from_pretrained(args.model)
+    limit = getattr(config, "max_position_embeddings", None)
+    if limit is not None and 0 < limit < args.max_length:
+        raise ConfigError(
+            f"max_length {args.max_length} exceeds the {limit} positions of {args.model}."
+        )
 
 
 def new_model(args: TaskArguments, model_class: Any, **changes: Any) -> nn.Module:  # noqa: ANN401

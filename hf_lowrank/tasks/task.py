@@ -29,6 +29,8 @@ class Task:
         new_model: The model before any fine-tuning, with a fresh head.
         model_class: Its auto class, which loads a fine-tuned copy.
         score: Metrics of a model on examples of the task; the first one is the main one.
+        data_key: What a dense model depends on besides the name and the arguments that all tasks
+            share: anything that JSON can hold.
     """
 
     name: str
@@ -40,6 +42,7 @@ class Task:
     new_model: Callable[[], nn.Module]
     model_class: Any
     score: Callable[[nn.Module, Dataset], dict[str, float]]
+    data_key: tuple[object, ...] = ()
 
     def batches(self, split: Dataset, size: int, limit: int | None = None) -> Sequence[Batch]:
         """Padded batches of the first examples of a split, all of them without a limit."""

@@ -18,10 +18,20 @@ import torch
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
+from tokenizers.processors import TemplateProcessing
 from tokenizers.trainers import WordLevelTrainer
-from transformers import PreTrainedTokenizerFast
+from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 
-from tests.tiny_models import VOCABULARY, tiny_llama, written_batches
+from tests.tiny_models import (
+    HIDDEN,
+    INTERMEDIATE,
+    MAX_LENGTH,
+    SCALE,
+    VOCABULARY,
+    build,
+    tiny_llama,
+    written_batches,
+)
 
 ROOT = Path(__file__).resolve().parents[2]
 SPECIAL = ("<pad>", "<s>", "</s>")
@@ -39,6 +49,34 @@ def word_tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, pad_token=pad, unk_token=pad, bos_token=begin, eos_token=end
     )
+
+
+def pair_tokenizer() -> PreTrainedTokenizerFast:
+    """The word tokenizer with BERT's frame around a question and its context."""
+    words = word_tokenizer()
+    words.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<s> $A </s>",
+        pair="<s> $A </s> $B:1 </s>:1",
+        special_tokens=[("<s>", 1), ("</s>", 2)],
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=words.backend_tokenizer,
+        pad_token=words.pad_token,
+        unk_token=words.unk_token,
+        model_input_names=["input_ids", "token_type_ids", "attention_mask"],
+    )
+
+
+def save_encoder(folder: Path) -> Path:
+    """A tiny encoder without a head, and its tokenizer."""
+    config = BertConfig(
+        vocab_size=VOCABULARY, hidden_size=HIDDEN, intermediate_size=INTERMEDIATE,
+        num_hidden_layers=2, num_attention_heads=4, max_position_embeddings=MAX_LENGTH,
+        initializer_range=SCALE, pad_token_id=0,
+    )  # fmt: skip
+    build(BertModel, config, 0).save_pretrained(folder)
+    pair_tokenizer().save_pretrained(folder)
+    return folder
 
 
 def save_checkpoint(folder: Path, model: Any = None, **kwargs: Any) -> Path:

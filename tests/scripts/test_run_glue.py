@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import BertConfig, BertModel
 
 import hf_lowrank
 from hf_lowrank.surgery import factorized_layers
@@ -15,8 +14,8 @@ from hf_lowrank.tasks.arguments import METHOD_NAMES
 from hf_lowrank.tasks.glue import GlueArguments, load_glue_task
 from hf_lowrank.tasks.methods import METHODS
 from hf_lowrank.tasks.run import run_task
-from tests.scripts import WORDS, Finished, InProcess, leftovers, word_tokenizer
-from tests.tiny_models import HIDDEN, INTERMEDIATE, MAX_LENGTH, SCALE, VOCABULARY, build
+from tests.scripts import WORDS, Finished, InProcess, leftovers, save_encoder
+from tests.tiny_models import HIDDEN, INTERMEDIATE
 
 METRICS = {"accuracy", "f1"}
 
@@ -39,13 +38,7 @@ def pairs(size: int, seed: int) -> str:
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a model, the data, and room for the dense models that runs share."""
     folder = tmp_path_factory.mktemp("glue")
-    config = BertConfig(
-        vocab_size=VOCABULARY, hidden_size=HIDDEN, intermediate_size=INTERMEDIATE,
-        num_hidden_layers=2, num_attention_heads=4, max_position_embeddings=MAX_LENGTH,
-        initializer_range=SCALE, pad_token_id=0,
-    )  # fmt: skip
-    build(BertModel, config, 0).save_pretrained(folder / "model")
-    word_tokenizer().save_pretrained(folder / "model")
+    save_encoder(folder / "model")
     (folder / "MRPC").mkdir()
     (folder / "MRPC" / "train.tsv").write_text(pairs(24, 0))
     (folder / "MRPC" / "dev.tsv").write_text(pairs(12, 1))

@@ -1,4 +1,4 @@
-"""The GLUE table fills in what is missing and shows what is there."""
+"""A table fills in what is missing and shows what is there."""
 
 import json
 from pathlib import Path
@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 
-from hf_lowrank.benchmarks import glue
-from hf_lowrank.benchmarks.glue import Grid, format_glue_table, read_rows, run_rows
+from hf_lowrank.benchmarks import table
 from hf_lowrank.benchmarks.glue_size import bisect_size
+from hf_lowrank.benchmarks.table import Grid, format_table, read_rows, run_rows
 from hf_lowrank.errors import ConfigError
-from hf_lowrank.tasks.glue import GlueArguments
+from hf_lowrank.tasks.glue import GlueArguments, load_glue_task
 
 
 def row(task: str, method: str, ratio: float | None, seed: int, before: float, after: float) -> Any:
@@ -45,7 +45,7 @@ def test_the_table_shows_mean_and_spread(tmp_path: Path):
         ]
     ):
         (tmp_path / f"{number}.json").write_text(json.dumps(found))
-    lines = format_glue_table(read_rows(tmp_path)).splitlines()
+    lines = format_table(read_rows(tmp_path)).splitlines()
     assert lines[0] == "| method | rte 0.5 | mrpc 0.25 |"
     assert lines[2] == "| dense |  | 80.0 → 82.0 |"
     assert lines[3] == "| svd | 50.0 → 55.0 | 41.0 ± 1.4 → 72.0 ± 2.8 |"
@@ -71,11 +71,11 @@ def test_finished_rows_are_not_run_again(tmp_path: Path, monkeypatch: pytest.Mon
         def submit(self, *args: Any) -> Any:
             pytest.fail("a finished row was run again")
 
-    monkeypatch.setattr(glue, "ProcessPoolExecutor", NoPool)
-    run_rows([args], tmp_path, 1)
+    monkeypatch.setattr(table, "ProcessPoolExecutor", NoPool)
+    run_rows([args], load_glue_task, tmp_path, 1)
     other = GlueArguments(method="svd", param_ratio=0.5, epochs=1)
     with pytest.raises(ConfigError, match="was run with epochs 3, not 1"):
-        run_rows([other], tmp_path, 1)
+        run_rows([other], load_glue_task, tmp_path, 1)
 
 
 def test_bisection_finds_the_smallest_size_that_is_good_enough():

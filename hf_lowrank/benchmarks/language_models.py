@@ -1,0 +1,148 @@
+"""The comparisons on language models, as scripts/benchmark.py runs them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from hf_lowrank.arguments import argument
+from hf_lowrank.benchmarks.metrics import compare_metrics, format_metrics
+from hf_lowrank.benchmarks.record import write_result
+from hf_lowrank.benchmarks.recovery import measure_recovery
+from hf_lowrank.benchmarks.systems import (
+    BenchmarkOptions,
+    BenchmarkTexts,
+    compare_systems,
+    format_systems,
+)
+from hf_lowrank.data.text import token_batches
+from hf_lowrank.losses import Batch
+from hf_lowrank.recovery import RecoverySettings
+from hf_lowrank.sources import load_causal_lm
+
+
+@dataclass
+class MetricsArguments:
+    """Arguments of the comparison of metrics and rules."""
+
+    model: str = argument("demo", "Dense model, as in compress_llm.py.")
+    param_ratio: list[float] | None = argument(None, "Sizes; default 0.9 0.8 0.6 0.4.")
+    calibration: str = argument("demo", "Calibration text.")
+    calibration_sequences: int = argument(48, "Token windows for calibration.")
+    evaluation: str = argument("demo", "Evaluation text.")
+    evaluation_sequences: int = argument(32, "Token windows for evaluation.")
+    sequence_length: int = argument(256, "Tokens in each window.")
+    dtype: str = argument("auto", "Data type of the model.")
+    output: str = argument("outputs/metrics.json", "JSON file with the result.")
+
+
+def compare_all_metrics(args: MetricsArguments) -> None:
+    """Every metric with every rule at every size."""
+    model, tokenizer = load_causal_lm(args.model, args.dtype)
+    texts = [
+        token_batches(
+            source, tokenizer, sequences=count, sequence_length=args.sequence_length, role=role
+        )
+        for source, count, role in (
+            (args.calibration, args.calibration_sequences, "calibration"),
+            (args.evaluation, args.evaluation_sequences, "evaluation"),
+        )
+    ]
+    result = compare_metrics(model, args.param_ratio or [0.9, 0.8, 0.6, 0.4], *texts)
+    print(format_metrics(result))
+    print(", ".join(f"{name} {value:.1f} s" for name, value in result["seconds"].items()))
+    write_result(Path(args.output), {"arguments": vars(args)} | result)
+
+
+@dataclass
+class SystemsArguments:
+    """Arguments of the comparison of systems."""
+
+    model: str = argument("demo", "Dense model, as in compress_llm.py.")
+    param_ratio: list[float] | None = argument(None, "Sizes; default 0.8 0.6 0.4.")
+    systems: list[str] | None = argument(None, "Systems; default all.")
+    calibration: str = argument("demo", "Calibration text; its last quarter is held out.")
+    calibration_sequences: int = argument(48, "Token windows for calibration.")
+    held_out_sequences: int = argument(16, "Token windows for searches and acceptance tests.")
+    evaluation: str = argument("demo", "Evaluation text of the calibration text's kind.")
+    out_of_domain: str | None = argument(None, "Evaluation text of another kind.")
+    evaluation_sequences: int = argument(32, "Token windows for each evaluation.")
+    sequence_length: int = argument(256, "Tokens in each window.")
+    trials: int = argument(24, "Plans that a search of ranks may measure.")
+    seed: int = argument(0, "Seed of everything random.")
+    dtype: str = argument("auto", "Data type of the model.")
+    output_dir: str = argument("outputs/systems", "Folder of rows; rows in it are not run again.")
+
+
+def compare_all_systems(args: SystemsArguments) -> None:
+    """Every system at every size, row by row; a killed run goes on where it was."""
+    model, tokenizer = load_causal_lm(args.model, args.dtype)
+    splits = args.calibration != "demo"  # the demo text has a part of its own for each role
+
+    def read(source: str, role: str, part: tuple[float, float] = (0.0, 1.0)) -> Sequence[Batch]:
+        count = getattr(args, f"{role}_sequences")
+        length = args.sequence_length
+        return token_batches(
+            source, tokenizer, sequences=count, sequence_length=length, role=role, part=part
+        )
+
+    evaluation = {"in_domain": read(args.evaluation, "evaluation")}
+    if args.out_of_domain:
+        evaluation["out_of_domain"] = read(args.out_of_domain, "evaluation")
+    texts = BenchmarkTexts(
+        read(args.calibration, "calibration", (0.0, 0.75) if splits else (0.0, 1.0)),
+        read(args.calibration, "held_out", (0.75, 1.0) if splits else (0.0, 1.0)),
+        evaluation,
+    )
+    folder = Path(args.output_dir)
+    options = BenchmarkOptions(
+        args.param_ratio or [0.8, 0.6, 0.4], args.systems or [], args.trials, args.seed
+    )
+    same = {
+        k: v for k, v in vars(args).items() if k not in ("param_ratio", "systems", "output_dir")
+    }
+    rows = compare_systems(model, texts, options, folder / "rows", same)
+    print(format_systems(rows))
+    write_result(folder / "systems.json", {"arguments": vars(args), "rows": rows})
+    (folder / "systems.md").write_text(format_systems(rows) + "\n", encoding="utf-8")
+
+
+@dataclass
+class RecoveryArguments:
+    """Arguments of the measurement of recovery."""
+
+    model: str = argument("demo", "Dense model, as in compress_llm.py.")
+    param_ratio: list[float] | None = argument(None, "Sizes; default 0.6 0.4.")
+    recover_steps: int = argument(60, "Steps of training the factors.")
+    calibration: str = argument("demo", "Text for the moments and the training.")
+    calibration_sequences: int = argument(48, "Its token windows.")
+    held_out_sequences: int = argument(16, "Windows from its end on which the training is judged.")
+    evaluation: list[str] | None = argument(None, "Evaluation texts; default 'demo'.")
+    evaluation_sequences: int = argument(32, "Token windows of each.")
+    sequence_length: int = argument(256, "Tokens in each window.")
+    dtype: str = argument("auto", "Data type of the model.")
+    output: str = argument("outputs/recovery.json", "JSON file with the result.")
+
+
+def measure_recoveries(args: RecoveryArguments) -> None:
+    """Perplexity before and after recovery on each evaluation text."""
+    model, tokenizer = load_causal_lm(args.model, args.dtype)
+    read = partial(token_batches, tokenizer=tokenizer, sequence_length=args.sequence_length)
+    calibration = read(args.calibration, sequences=args.calibration_sequences, part=(0.0, 0.75))
+    held_out = read(
+        args.calibration, sequences=args.held_out_sequences, role="held_out", part=(0.75, 1.0)
+    )
+    evaluations = {
+        Path(source).name: read(source, sequences=args.evaluation_sequences, role="evaluation")
+        for source in args.evaluation or ["demo"]
+    }
+    result = measure_recovery(
+        model,
+        args.param_ratio or [0.6, 0.4],
+        RecoverySettings(args.recover_steps),
+        (calibration, held_out),
+        evaluations,
+    )
+    write_result(Path(args.output), {"arguments": vars(args)} | result)

@@ -1,0 +1,228 @@
+"""A table of runs: every method on every task and size; a killed run goes on where it was."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import multiprocessing
+import os
+import statistics
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+
+from hf_lowrank.arguments import argument
+from hf_lowrank.benchmarks.record import write_result
+from hf_lowrank.errors import ConfigError, LowRankError
+from hf_lowrank.tasks.arguments import METHOD_NAMES, TaskArguments
+from hf_lowrank.tasks.fine_tuning import dense_model
+from hf_lowrank.tasks.run import run_task
+from hf_lowrank.tasks.task import Task
+
+Row = TypeVar("Row", bound=TaskArguments)
+
+# Settings that may differ between the rows of one folder, or do not touch a figure.
+_FREE = {"output_dir", "cache_dir", "data_dir", "task", "method", "param_ratio", "seed", "model"}
+_KEPT = (
+    *("task", "method", "seed", "param_ratio", "dense_metrics", "uncured_metrics", "metrics"),
+    *("dense_held_out_metrics", "uncured_held_out_metrics", "held_out_metrics", "held_out_loss"),
+    *("parameters", "ranks", "seconds", "commit", "hardware"),
+)
+
+
+@dataclass
+class TableArguments:
+    """Arguments of a table besides those of one run, which apply to all rows."""
+
+    methods: list[str] | None = argument(None, "Methods; default all.")
+    param_ratios: list[float] | None = argument(None, "Sizes; default 0.25.")
+    seeds: list[int] | None = argument(None, "Seeds; default 0.")
+    folder: str = argument("outputs/table", "Folder with a JSON file for each finished row.")
+    workers: int = argument(1, "Rows that run side by side.")
+    output: str = argument("outputs/table.json", "JSON file with all finished rows.")
+
+
+def fill_table(
+    args: TableArguments, tasks: Sequence[str], settings: Row, load_task: Callable[[Row], Task]
+) -> None:
+    """Runs the rows that are missing, then prints all rows of the folder and writes them.
+
+    Args:
+        args: Which rows, and where they are kept.
+        tasks: Names of tasks.
+        settings: Arguments that apply to all rows.
+        load_task: Makes the task of a row; a function of a module, for the worker processes.
+
+    Raises:
+        ConfigError, DataError: A setting of a row is refused.
+    """
+    folder = Path(args.folder)
+    grid = Grid(tasks, args.methods or METHOD_NAMES, args.param_ratios or [0.25], args.seeds or [0])
+    run_rows(grid.rows(settings), load_task, folder, args.workers)
+    rows = read_rows(folder)
+    print(format_table(rows))
+    write_result(Path(args.output), {"arguments": vars(args), "rows": rows})
+
+
+def part_of(args: Any, kind: type[Row]) -> Row:  # noqa: ANN401
+    """The fields of larger arguments that those of one run have."""
+    return kind(**{field.name: getattr(args, field.name) for field in dataclasses.fields(kind)})
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Rows to run: the product of all fields, the dense row once for each task and seed."""
+
+    tasks: Sequence[str]
+    methods: Sequence[str]
+    param_ratios: Sequence[float]
+    seeds: Sequence[int]
+
+    def rows(self, settings: Row) -> list[Row]:
+        """Arguments of each row, those of the first seed first.
+
+        Raises:
+            ConfigError, DataError: A setting of a row is refused.
+        """
+        found = []
+        for seed in self.seeds:
+            for task in self.tasks:
+                for method in self.methods:
+                    for ratio in self.param_ratios if method != "dense" else [None]:
+                        row = dataclasses.replace(
+                            settings, task=task, method=method, param_ratio=ratio, seed=seed
+                        )
+                        row.check()
+                        found.append(row)
+        return found
+
+
+def run_rows(
+    rows: Iterable[Row], load_task: Callable[[Row], Task], folder: Path, workers: int
+) -> None:
+    """Runs the rows that the folder lacks, each in one thread of a worker process.
+
+    Args:
+        rows: What to run.
+        load_task: Makes the task of a row; a function of a module.
+        folder: Gets one JSON file for each row, written when the row is finished.
+        workers: Rows that run side by side.
+
+    Raises:
+        ConfigError: The folder holds a row that was run with other settings.
+    """
+    missing = [row for row in rows if not _is_done(row, folder)]
+    threads = max(1, (os.cpu_count() or 1) // workers)
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(workers, context, torch.set_num_threads, (threads,)) as pool:
+        firsts = {(row.task, row.seed): row for row in missing}.values()
+        list(pool.map(partial(_prepare, load_task), firsts))
+        jobs = {pool.submit(_run_and_tell, row, load_task, folder): row for row in missing}
+        for number, done in enumerate(as_completed(jobs), 1):
+            print(f"[{number}/{len(jobs)}] {done.result()}", flush=True)
+
+
+def read_rows(folder: Path) -> list[dict[str, Any]]:
+    """The finished rows of a folder, without what the table does not need."""
+    rows = []
+    for path in sorted(folder.glob("*.json")):
+        row = json.loads(path.read_text("utf-8"))
+        row["param_ratio"] = row["arguments"]["param_ratio"]
+        rows.append({name: row[name] for name in _KEPT if name in row})
+    return rows
+
+
+def format_table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """A Markdown table: before -> after fine-tuning, in percent, mean and spread over the seeds."""
+    columns = sorted(
+        {(r["task"], r["param_ratio"]) for r in rows if r["param_ratio"] is not None},
+        key=lambda column: (-column[1], column[0]),
+    )
+    lines = [["method", *(f"{task} {ratio:g}" for task, ratio in columns)]]
+    lines.append(["---", *("---:" for _ in columns)])
+    for method in dict.fromkeys(row["method"] for row in rows):
+        cells = []
+        for task, ratio in columns:
+            wanted = None if method == "dense" else ratio
+            cells.append(
+                _cell(
+                    [
+                        row
+                        for row in rows
+                        if (row["task"], row["method"], row["param_ratio"])
+                        == (task, method, wanted)
+                    ]
+                )
+            )
+        lines.append([method, *cells])
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _cell(rows: Sequence[Mapping[str, Any]]) -> str:
+    if not rows:
+        return ""
+    parts = []
+    for name in ("uncured_metrics", "metrics"):
+        scores = [100 * main_score(row[name]) for row in rows if name in row]
+        if scores:
+            spread = f" ± {statistics.stdev(scores):.1f}" if len(scores) > 1 else ""
+            parts.append(f"{statistics.fmean(scores):.1f}{spread}")
+    return " → ".join(parts)
+
+
+def main_score(scores: Mapping[str, float]) -> float:
+    """The task's main metric, which comes first."""
+    return next(iter(scores.values()))
+
+
+def _path(row: TaskArguments, folder: Path) -> Path:
+    size = "" if row.param_ratio is None else f"-{row.param_ratio:g}"
+    return folder / f"{row.task}-{row.method}{size}-seed{row.seed}.json"
+
+
+def _is_done(row: TaskArguments, folder: Path) -> bool:
+    path = _path(row, folder)
+    if not path.is_file():
+        return False
+    found = json.loads(path.read_text("utf-8"))["arguments"]
+    for name, value in vars(row).items():
+        if name not in _FREE and name in found and found[name] != value:
+            raise ConfigError(
+                f"{path}: was run with {name} {found[name]}, not {value}; give another --folder "
+                "or delete the file."
+            )
+    return True
+
+
+def _prepare(load_task: Callable[[Row], Task], row: Row) -> None:
+    """The dense model of a task and seed, so that workers do not train it side by side."""
+    dense_model(load_task(row), row)
+
+
+def run_row(row: Row, load_task: Callable[[Row], Task], folder: Path) -> dict[str, Any]:
+    """The report of a row: from its file, or run and written there.
+
+    Raises:
+        ConfigError: The file is of other settings.
+    """
+    path = _path(row, folder)
+    if not _is_done(row, folder):
+        _, report = run_task(load_task(row), row)
+        write_result(path, report)
+    found: dict[str, Any] = json.loads(path.read_text("utf-8"))
+    return found
+
+
+def _run_and_tell(row: Row, load_task: Callable[[Row], Task], folder: Path) -> str:
+    """Runs a row in a worker; returns a line about it."""
+    name = _path(row, folder).stem
+    try:
+        report = run_row(row, load_task, folder)
+    except LowRankError as error:
+        return f"{name}: failed: {error}"
+    return f"{name}: {main_score(report['metrics']):.4f} in {sum(report['seconds'].values()):.0f} s"
