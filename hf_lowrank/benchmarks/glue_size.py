@@ -20,11 +20,12 @@ from hf_lowrank.arguments import argument
 from hf_lowrank.benchmarks.glue import GlueTableArguments
 from hf_lowrank.benchmarks.record import write_result
 from hf_lowrank.benchmarks.table import main_score, part_of, run_row
+from hf_lowrank.cache import RunCache
 from hf_lowrank.config import LowRankConfig
 from hf_lowrank.ranks.threshold import smallest_ratio
 from hf_lowrank.surgery import factorized
 from hf_lowrank.tasks.arguments import CUT_METRICS
-from hf_lowrank.tasks.fine_tuning import dense_model
+from hf_lowrank.tasks.fine_tuning import SPECTRA_FOLDER, dense_model
 from hf_lowrank.tasks.glue import GlueArguments, load_glue_task
 from hf_lowrank.tasks.task import Task
 
@@ -109,7 +110,8 @@ def _without_training(
 ) -> dict[str, Any]:
     config = LowRankConfig(param_ratio=1.0, metric=metric, label_source="model", seed=args.seed)
     batches = task.batches(task.train, args.batch_size, args.calibration_samples)
-    analysis = analyze(model, config, batches, progress=False)
+    cache = RunCache(Path(args.cache_dir) / SPECTRA_FOLDER, model, batches, config)
+    analysis = analyze(model, config, batches, cache=cache, progress=False)
 
     def score(ratio: float, split: Any) -> float:  # noqa: ANN401
         plan = analysis.plan_for_ratio(ratio)

@@ -139,13 +139,15 @@ def read_rows(folder: Path) -> list[dict[str, Any]]:
 
 def format_table(rows: Sequence[Mapping[str, Any]]) -> str:
     """A Markdown table: before -> after fine-tuning, in percent, mean and spread over the seeds."""
+    rows = [*_dense_rows(rows), *rows]
     columns = sorted(
         {(r["task"], r["param_ratio"]) for r in rows if r["param_ratio"] is not None},
         key=lambda column: (-column[1], column[0]),
     )
     lines = [["method", *(f"{task} {ratio:g}" for task, ratio in columns)]]
     lines.append(["---", *("---:" for _ in columns)])
-    for method in dict.fromkeys(row["method"] for row in rows):
+    present = {row["method"] for row in rows}
+    for method in (name for name in METHOD_NAMES if name in present):
         cells = []
         for task, ratio in columns:
             wanted = None if method == "dense" else ratio
@@ -161,6 +163,22 @@ def format_table(rows: Sequence[Mapping[str, Any]]) -> str:
             )
         lines.append([method, *cells])
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _dense_rows(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The dense score of each task and seed that has no dense row of its own."""
+    there = {(row["task"], row["seed"]) for row in rows if row["method"] == "dense"}
+    others = {(r["task"], r["seed"]): r for r in rows if "dense_metrics" in r}
+    return [
+        {
+            "task": task,
+            "method": "dense",
+            "param_ratio": None,
+            "uncured_metrics": row["dense_metrics"],
+        }
+        for (task, seed), row in others.items()
+        if (task, seed) not in there
+    ]
 
 
 def _cell(rows: Sequence[Mapping[str, Any]]) -> str:

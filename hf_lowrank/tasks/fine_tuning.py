@@ -18,6 +18,8 @@ from hf_lowrank.tasks.arguments import TaskArguments
 from hf_lowrank.tasks.task import Task
 from hf_lowrank.training.best import BestWeights
 
+# Beside the dense models in the cache folder: spectra, from which other sizes are cut.
+SPECTRA_FOLDER = "spectra"
 # What a dense model depends on; the name of its folder is made from it.
 _DENSE_KEY = (
     *("model", "dense_epochs", "dense_learning_rate", "batch_size", "max_length"),

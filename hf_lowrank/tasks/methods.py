@@ -21,7 +21,7 @@ from hf_lowrank.tasks.arguments import (
     SELECTION_RULES,
     TaskArguments,
 )
-from hf_lowrank.tasks.fine_tuning import fine_tune, training_settings
+from hf_lowrank.tasks.fine_tuning import SPECTRA_FOLDER, fine_tune, training_settings
 from hf_lowrank.tasks.task import Task
 from hf_lowrank.training.arguments import LowRankTrainingArguments
 from hf_lowrank.training.best import BestWeights
@@ -47,7 +47,8 @@ def cut_then_train(
         _config(args, metric),
         task.batches(task.train, args.batch_size, args.calibration_samples),
         held_out=task.batches(task.held_out, args.batch_size),
-        cache_dir=Path(args.cache_dir) / "spectra",  # the other sizes are cut from the same spectra
+        cache_dir=Path(args.cache_dir)
+        / SPECTRA_FOLDER,  # the other sizes are cut from the same spectra
         progress=sys.stderr.isatty(),
     )
     seconds = {"compress": time.perf_counter() - start}

@@ -51,6 +51,15 @@ def test_the_table_shows_mean_and_spread(tmp_path: Path):
     assert lines[3] == "| svd | 50.0 → 55.0 | 41.0 ± 1.4 → 72.0 ± 2.8 |"
 
 
+def test_dense_scores_come_from_any_row_of_a_seed(tmp_path: Path):
+    rows = [row("mrpc", "svd", 0.25, seed, 0.4, 0.7) for seed in (0, 1)]
+    for number, found in enumerate(rows):
+        found["dense_metrics"] = {"accuracy": 0.8 + 0.02 * number}
+        (tmp_path / f"{number}.json").write_text(json.dumps(found))
+    lines = format_table(read_rows(tmp_path)).splitlines()
+    assert lines[2] == "| dense | 81.0 ± 1.4 |"
+
+
 def test_finished_rows_are_not_run_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     args = GlueArguments(method="svd", param_ratio=0.5)
     path = tmp_path / "mrpc-svd-0.5-seed0.json"
