@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from transformers import TrainingArguments
 
 from hf_lowrank.arguments import argument
+from hf_lowrank.config import LABEL_SOURCES
 from hf_lowrank.errors import ConfigError
 from hf_lowrank.training.penalties import RANK_PENALTIES
 
@@ -46,6 +47,12 @@ class LowRankTrainingArguments(TrainingArguments):
     )
     selection_samples: int = argument(
         512, "Training examples that the selection is measured on: a fixed, seeded subset; 0 = all."
+    )
+    selection_labels: str = argument(
+        "model",
+        "Labels of the curvature that rule price reads: model (sampled from its predictions: the "
+        "Fisher information) or data (a model that fits its training set has hardly any gradient "
+        "left there).",
     )
     selection_precision: float = argument(0.01, "Bracket width at which the bisection stops.")
     selection_steps: int = argument(
@@ -93,6 +100,7 @@ class LowRankTrainingArguments(TrainingArguments):
         for name, allowed in (
             ("rank_penalty", RANK_PENALTIES),
             ("selection_rule", SELECTION_RULES),
+            ("selection_labels", LABEL_SOURCES),
             ("tolerance_reference", TOLERANCE_REFERENCES),
             ("break_even", BREAK_EVEN_CHOICES),
         ):

@@ -48,6 +48,8 @@ class SelectionSettings:
     smallest_ratio: float = 0.02
     param_ratio: float | None = None
     dense_shapes: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+    label_source: str = "model"
+    seed: int = 0
     damping: MetricSettings = MetricSettings()
 
 
@@ -145,7 +147,14 @@ def layer_spectra(
         raise ConfigError(f"The selection rule must be relative or price, got {settings.rule!r}.")
     kfac = METRICS["kfac"]
     second_factors: dict[str, nn.Module] = {n: layer.lowrank_B for n, layer in layers.items()}
-    moments = collect_moments(model, second_factors, batches, kfac.needs)
+    moments = collect_moments(
+        model,
+        second_factors,
+        batches,
+        kfac.needs,
+        label_source=settings.label_source,
+        seed=settings.seed,
+    )
     spectra = {}
     for name, layer in layers.items():
         U, s, V = get_factors(layer)

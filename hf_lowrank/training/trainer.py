@@ -159,6 +159,8 @@ class LowRankTrainer(CheckedTrainer):
             precision=args.selection_precision,
             smallest_ratio=args.smallest_ratio,
             param_ratio=scheduled,
+            label_source=args.selection_labels,
+            seed=args.seed,
             dense_shapes={n: s for n, s in self.lowrank_shapes.items() if n not in layers},
         )
         start = time.perf_counter()

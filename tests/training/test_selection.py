@@ -1,6 +1,7 @@
 """Spectra of layers in training, and the ranks chosen from them."""
 
 import copy
+from typing import Any
 
 import pytest
 import torch
@@ -69,7 +70,9 @@ def test_thin_spectra_are_the_svd_of_the_product(name: str):
 def test_prices_are_those_of_the_dense_layer_in_its_own_moments(name: str, rank: int | None):
     model, layers = trained(name, rank)
     batches = batches_of(name)
-    found = layer_spectra(model, layers, batches, SelectionSettings("price", damping=UNDAMPED))
+    found = layer_spectra(
+        model, layers, batches, SelectionSettings("price", label_source="data", damping=UNDAMPED)
+    )
     dense = copy.deepcopy(model)
     for key in layers:
         dense.set_submodule(key, layers[key].to_dense())
@@ -184,3 +187,18 @@ def test_factors_are_not_copied():
     _, layers = trained("bert")
     layer = next(iter(layers.values()))
     assert get_factors(layer)[0].data_ptr() == layer.lowrank_B.weight.data_ptr()
+
+
+def test_labels_of_the_curvature_are_drawn_from_the_model_and_seeded():
+    model, layers = trained("bert", None)
+    batches = batches_of("bert")
+
+    def prices(**changes: Any) -> list[torch.Tensor]:
+        found = layer_spectra(model, layers, batches, SelectionSettings("price", **changes))
+        return [spectrum.price for spectrum in found.values()]
+
+    sampled, again, other = prices(seed=1), prices(seed=1), prices(seed=2)
+    data = prices(label_source="data")
+    assert all(torch.equal(a, b) for a, b in zip(sampled, again, strict=True))
+    assert not any(torch.equal(a, b) for a, b in zip(sampled, other, strict=True))
+    assert not any(torch.equal(a, b) for a, b in zip(sampled, data, strict=True))
