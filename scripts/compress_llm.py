@@ -102,7 +102,8 @@ def compressed(
 ) -> Iterator[Report]:
     """One report for each size asked for; the model is compressed while it is handled."""
     config = args.to_config()
-    options = {"cache_dir": args.cache_dir, "recover_steps": args.recover_steps} | texts
+    options = {name: getattr(args, name) for name in ("cache_dir", "recover_steps", "recover")}
+    options |= texts
     if args.param_ratio and len(args.param_ratio) > 1:
         yield from sweep(model, config, args.param_ratio, **options)
     else:
