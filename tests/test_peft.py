@@ -26,7 +26,7 @@ from hf_lowrank.evaluation.perplexity import measure_loss
 from hf_lowrank.recovery import RecoverySettings, recover_
 from hf_lowrank.surgery import factorized_layers
 from test_recovery import compressed, factor_names, snapshot
-from tests.scripts import word_tokenizer
+from tests.scripts import word_tokenizer, written_text
 from tiny_models import logits, tiny_bert_classifier, tiny_gpt2, tiny_llama, written_batches
 
 LORA = RecoverySettings(steps=20, learning_rate=1e-2, kind="lora", lora_rank=4)
@@ -233,7 +233,7 @@ def test_trl_fine_tunes_a_compressed_model(tmp_path: Path):
         save_strategy="no",
         bf16=False,
     )
-    texts = Dataset.from_dict({"text": ["one two three four"] * 16})
+    texts = Dataset.from_dict({"text": [written_text(32)] * 16})
     trainer = trl.SFTTrainer(
         model, args=settings, train_dataset=texts, processing_class=word_tokenizer()
     )
