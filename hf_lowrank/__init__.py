@@ -10,7 +10,7 @@ from hf_lowrank.errors import LowRankError
 from hf_lowrank.joint.system import compress_jointly
 from hf_lowrank.loading import load
 from hf_lowrank.modeling_lowrank import LowRankLinear
-from hf_lowrank.peft_style import get_lowrank_model
+from hf_lowrank.peft_style import get_lowrank_model, print_trainable_parameters
 from hf_lowrank.report.schema import Report
 from hf_lowrank.surgery import merge_ as merge
 from hf_lowrank.version import __version__
@@ -26,5 +26,6 @@ __all__ = [
     "get_lowrank_model",
     "load",
     "merge",
+    "print_trainable_parameters",
     "sweep",
 ]

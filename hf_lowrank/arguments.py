@@ -14,6 +14,7 @@ from transformers import HfArgumentParser
 
 from hf_lowrank.config import SEARCH_NAMES, LowRankConfig
 from hf_lowrank.errors import ConfigError, DataError, LowRankError
+from hf_lowrank.recovery import RECOVERIES, recovery_settings
 
 Parsed = TypeVar("Parsed")
 _CONFIG_FIELDS = {f.name: f for f in dataclasses.fields(LowRankConfig)}
@@ -108,6 +109,11 @@ class CompressionArguments:
     recover_steps: int = argument(
         0, "Steps of training the factors after the cut, towards the dense model."
     )
+    recover: str | None = argument(
+        None,
+        f"What these steps train: {' or '.join(RECOVERIES)} (adapters on the factors, merged into "
+        "them afterwards; needs peft). Default: factors.",
+    )
     batch_size: int = argument(4, "Token windows in a batch.")
     dtype: str = argument("auto", "auto (as stored), float32, bfloat16 or float16.")
     device: str = argument("cpu", "Device of the model.")
@@ -150,6 +156,7 @@ class CompressionArguments:
             least = 2 if name == "sequence_length" else 0 if name == "recover_steps" else 1
             if getattr(self, name) < least:
                 raise ConfigError(f"{name} must be at least {least}, got {getattr(self, name)}.")
+        recovery_settings(self.recover, self.recover_steps)
         if (
             self.calibration
             and self.calibration == self.evaluation

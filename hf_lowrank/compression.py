@@ -32,7 +32,7 @@ from hf_lowrank.ranks.tolerance import (
     paired_difference,
     search_tolerance,
 )
-from hf_lowrank.recovery import RecoveryResult, RecoverySettings, recover_
+from hf_lowrank.recovery import RecoveryResult, RecoverySettings, recover_, recovery_settings
 from hf_lowrank.report.schema import Evaluation, Report, versions
 from hf_lowrank.report.spectra import compact_spectra
 from hf_lowrank.surgery import factorize_, restore_
@@ -63,6 +63,8 @@ class RunOptions:
         cache_dir: Folder for moments and spectra, to go on from after a kill.
         moment_gib: Memory for moments; more layers take more passes over the data.
         recover_steps: Steps of training the factors after the cut, towards the dense model.
+        recover: What these steps train: "factors" (the default) or "lora", adapters on the
+            factors that are merged into them.
         progress: Whether to show progress bars.
     """
 
@@ -70,6 +72,7 @@ class RunOptions:
     cache_dir: str | Path | None = None
     moment_gib: float = DEFAULT_MOMENT_GIB
     recover_steps: int = 0
+    recover: str | None = None
     progress: bool = True
 
 
@@ -194,6 +197,7 @@ class CompressionRun:
         self.config = config
         self.texts = texts
         self.options = options
+        self.recovery = recovery_settings(options.recover, options.recover_steps, config.seed)
         self.stopwatch = Stopwatch()
         self.processes = current_processes()
         targets = find_targets(model, config)
@@ -251,7 +255,7 @@ class CompressionRun:
             originals = factorize_(self.model, self.analysis.spectra, plan)
             decided = self.config.replace(ranks=dict(plan.ranks), form="factors")
             attach_config(self.model, decided)
-        recovery = self._recover(originals) if self.options.recover_steps else None
+        recovery = self._recover(originals, self.recovery) if self.recovery else None
         evaluation = None
         if self.before is not None and self.texts.evaluation is not None:
             with self.stopwatch.phase("evaluation"):
@@ -286,8 +290,9 @@ class CompressionRun:
             spectra=compact_spectra(self.analysis.spectra),
         )
 
-    def _recover(self, originals: dict[str, nn.Module]) -> RecoveryResult:
-        settings = RecoverySettings(self.options.recover_steps, seed=self.config.seed)
+    def _recover(
+        self, originals: dict[str, nn.Module], settings: RecoverySettings
+    ) -> RecoveryResult:
         with self.stopwatch.phase("recovery"):
             return recover_(
                 self.model,

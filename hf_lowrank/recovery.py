@@ -1,8 +1,9 @@
-"""Recovery after a cut: the factors alone are trained towards the dense model.
+"""Recovery after a cut: the factors, or LoRA on them, are trained towards the dense model.
 
 Loss: a mix of the language-model loss and the KL divergence from the dense model, on the
-calibration text (docs/methods.md, section 7). Everything but the factors is frozen. The result
-is kept only if the loss on held-out text falls.
+calibration text (docs/methods.md, section 7). Everything else is frozen. LoRA is merged into the
+factors afterwards, so both kinds end with the same layers. The result is kept only if the loss on
+held-out text falls.
 """
 
 from __future__ import annotations
@@ -15,11 +16,15 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
-from hf_lowrank.errors import DataError, NumericalError
+from hf_lowrank.errors import ConfigError, DataError, NumericalError
 from hf_lowrank.evaluation.perplexity import measure_loss
+from hf_lowrank.lora import check_peft, lora_on_factors
 from hf_lowrank.losses import Batch, distillation_losses, eval_mode, hidden_states
 from hf_lowrank.modeling_lowrank import LowRankLinear
 from hf_lowrank.surgery import factorized_layers, swapped
+
+# What is trained, and at which peak rate of AdamW.
+RECOVERIES = {"factors": 1e-4, "lora": 1e-3}
 
 
 @dataclass(frozen=True)
@@ -29,17 +34,37 @@ class RecoverySettings:
     Attributes:
         steps: Optimizer steps, one batch each.
         learning_rate: Peak rate of AdamW; warm-up over a tenth of the steps, then cosine to 0.
+            None: 1e-4 for the factors, 1e-3 for LoRA.
         kl_weight: Weight of the KL divergence from the dense model; the rest is on the text's
             own labels.
         max_grad_norm: Gradients are clipped to this norm.
-        seed: Seed of the order of the batches.
+        seed: Seed of the order of the batches, and of LoRA's start.
+        kind: "factors" trains the factors, "lora" adapters on them.
+        lora_rank: Rank of the adapters.
+
+    Raises:
+        ConfigError: The kind is unknown, or it is "lora" and peft is missing.
     """
 
     steps: int
-    learning_rate: float = 1e-4
+    learning_rate: float | None = None
     kl_weight: float = 0.5
     max_grad_norm: float = 1.0
     seed: int = 0
+    kind: str = "factors"
+    lora_rank: int = 8
+
+    def __post_init__(self) -> None:
+        """Checks the kind."""
+        if self.kind not in RECOVERIES:
+            raise ConfigError(f"recover must be one of {', '.join(RECOVERIES)}; got {self.kind!r}.")
+        if self.kind == "lora":
+            check_peft()
+
+    @property
+    def peak_rate(self) -> float:
+        """The learning rate in force."""
+        return RECOVERIES[self.kind] if self.learning_rate is None else self.learning_rate
 
 
 @dataclass(frozen=True)
@@ -51,12 +76,28 @@ class RecoveryResult:
         loss_after: Held-out loss after the last step.
         accepted: Whether the trained factors were kept.
         steps: Steps taken.
+        kind: What was trained, "factors" or "lora".
     """
 
     loss_before: float
     loss_after: float
     accepted: bool
     steps: int
+    kind: str = "factors"
+
+
+def recovery_settings(kind: str | None, steps: int, seed: int = 0) -> RecoverySettings | None:
+    """The settings of a run's recovery, None without steps.
+
+    Raises:
+        ConfigError: A kind was asked for, but no steps, or the kind is unknown.
+    """
+    settings = RecoverySettings(steps, seed=seed, kind=kind or "factors")
+    if steps > 0:
+        return settings
+    if kind is not None:
+        raise ConfigError(f"recover={kind!r} does nothing without steps; give recover_steps > 0.")
+    return None
 
 
 def recover_(
@@ -67,7 +108,7 @@ def recover_(
     settings: RecoverySettings,
     progress: bool = True,
 ) -> RecoveryResult:
-    """Trains the factors in place.
+    """Trains the factors, or LoRA on them, in place.
 
     The dense layers are put back for the teacher's forward pass of each batch, so there is one
     model in memory.
@@ -90,27 +131,31 @@ def recover_(
     before = measure_loss(model, held_out).mean
     try:
         with eval_mode(model):
-            _train(model, originals, batches, factors, settings, progress)
+            if settings.kind == "lora":
+                with lora_on_factors(model, settings.lora_rank, settings.seed) as adapters:
+                    _train(model, originals, batches, adapters, settings, progress)
+            else:
+                _train(model, originals, batches, factors, settings, progress)
         after = measure_loss(model, held_out).mean
     except BaseException:
         _restore(factors, start)
         raise
     if after >= before:
         _restore(factors, start)
-    return RecoveryResult(before, after, after < before, settings.steps)
+    return RecoveryResult(before, after, after < before, settings.steps, settings.kind)
 
 
 def _train(
     model: nn.Module,
     originals: Mapping[str, nn.Module],
     batches: Sequence[Batch],
-    factors: Sequence[nn.Parameter],
+    trained: Sequence[nn.Parameter],
     settings: RecoverySettings,
     progress: bool,
 ) -> None:
-    """AdamW on fp32 copies of the factors: a step of 1e-4 is lost in bf16's rounding."""
-    masters = [nn.Parameter(parameter.detach().float().clone()) for parameter in factors]
-    optimizer = torch.optim.AdamW(masters, lr=settings.learning_rate, weight_decay=0.0)
+    """AdamW on fp32 copies of what is trained: a step of 1e-4 is lost in bf16's rounding."""
+    masters = [nn.Parameter(parameter.detach().float().clone()) for parameter in trained]
+    optimizer = torch.optim.AdamW(masters, lr=settings.peak_rate, weight_decay=0.0)
     warmup = max(1, settings.steps // 10)
     scheduler = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: _rate(step, warmup, settings.steps)
@@ -121,7 +166,7 @@ def _train(
     try:
         for parameter in frozen:
             parameter.requires_grad_(False)
-        for parameter in factors:
+        for parameter in trained:
             parameter.requires_grad_(True)
         for step in tqdm(order, desc="recover", disable=None if progress else True, leave=False):
             batch = {name: tensor.to(device) for name, tensor in batches[step].items()}
@@ -134,10 +179,10 @@ def _train(
                     f"The recovery loss is {float(loss.detach())}; lower the learning rate."
                 )
             loss.backward()
-            _step(masters, factors, optimizer, settings.max_grad_norm)
+            _step(masters, trained, optimizer, settings.max_grad_norm)
             scheduler.step()
     finally:
-        for parameter in factors:
+        for parameter in trained:
             parameter.grad = None
             parameter.requires_grad_(False)
         for parameter in frozen:
@@ -146,22 +191,22 @@ def _train(
 
 def _step(
     masters: Sequence[nn.Parameter],
-    factors: Sequence[nn.Parameter],
+    trained: Sequence[nn.Parameter],
     optimizer: torch.optim.Optimizer,
     max_grad_norm: float,
 ) -> None:
-    for master, factor in zip(masters, factors, strict=True):
-        master.grad = None if factor.grad is None else factor.grad.float()
-        factor.grad = None
+    for master, parameter in zip(masters, trained, strict=True):
+        master.grad = None if parameter.grad is None else parameter.grad.float()
+        parameter.grad = None
     torch.nn.utils.clip_grad_norm_(masters, max_grad_norm)
     optimizer.step()
-    _restore(factors, masters)
+    _restore(trained, masters)
 
 
 @torch.no_grad()
-def _restore(factors: Sequence[nn.Parameter], values: Sequence[torch.Tensor]) -> None:
-    for factor, value in zip(factors, values, strict=True):
-        factor.copy_(value)
+def _restore(parameters: Sequence[nn.Parameter], values: Sequence[torch.Tensor]) -> None:
+    for parameter, value in zip(parameters, values, strict=True):
+        parameter.copy_(value)
 
 
 def _weights(layer: LowRankLinear) -> list[nn.Parameter]:

@@ -11,10 +11,16 @@ from typing import Any
 import torch
 from huggingface_hub.constants import HF_HOME
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    GgufConfig,
+)
 
 from hf_lowrank.errors import DataError, TargetError
 from hf_lowrank.hub import prefer_offline_if_unreachable
+from hf_lowrank.loading import load
 from hf_lowrank.modeling_lowrank import QUANT_METHOD
 from hf_lowrank.saving import atomic_folder
 
@@ -47,14 +53,7 @@ def load_causal_lm(source: str, dtype: str = "auto", device: str = "cpu") -> tup
         DataError: The model can't be found or read.
         TargetError: The model is already compressed or quantized.
     """
-    if dtype not in DTYPES:
-        raise DataError(f"dtype must be one of {', '.join(DTYPES)}; got {dtype!r}.")
-    try:
-        target = torch.device(device)
-        torch.empty(0, device=target)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).split("\n", maxsplit=1)[0]
-        raise DataError(f"device {device!r} is not available: {reason}") from error
+    target = _check_place(dtype, device)
     if source == DEMO:
         source = str(_demo_folder())
     if source.endswith(".gguf"):
@@ -64,6 +63,95 @@ def load_causal_lm(source: str, dtype: str = "auto", device: str = "cpu") -> tup
         model, tokenizer = _load_pretrained(source, dtype=DTYPES[dtype])
     model.eval()
     return model.to(target), tokenizer
+
+
+def _check_place(dtype: str, device: str) -> torch.device:
+    if dtype not in DTYPES:
+        raise DataError(f"dtype must be one of {', '.join(DTYPES)}; got {dtype!r}.")
+    try:
+        target = torch.device(device)
+        torch.empty(0, device=target)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).split("\n", maxsplit=1)[0]
+        raise DataError(f"device {device!r} is not available: {reason}") from error
+    return target
+
+
+def load_any_causal_lm(
+    source: str, dtype: str = "auto", device: str = "cpu"
+) -> tuple[nn.Module, Any]:
+    """Loads a causal language model, dense or compressed, and its tokenizer.
+
+    Args:
+        source: As for `load_causal_lm`, or the folder of a compressed model.
+        dtype: As for `load_causal_lm`.
+        device: Where to put the model.
+
+    Returns:
+        The model in eval mode and the tokenizer.
+
+    Raises:
+        CheckpointError: The compressed model does not fit its config.
+        DataError: The model or its tokenizer can't be found or read.
+    """
+    if not is_compressed(source):
+        return load_causal_lm(source, dtype, device)
+    target = _check_place(dtype, device)
+    model = load(source, dtype=DTYPES[dtype])
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source)
+    except (OSError, ValueError) as error:
+        raise DataError(f"{source}: has no readable tokenizer.") from error
+    return model.to(target), tokenizer
+
+
+def load_classifier(
+    source: str, num_labels: int, dtype: str = "auto", device: str = "cpu"
+) -> nn.Module:
+    """Loads a fine-tuned sequence classifier, dense or compressed, in eval mode.
+
+    Args:
+        source: A local folder, or the Hub id of a dense model.
+        num_labels: Outputs that it must have.
+        dtype: As for `load_causal_lm`.
+        device: Where to put the model.
+
+    Raises:
+        CheckpointError: The compressed model does not fit its config.
+        DataError: The model can't be read, was not fine-tuned, or has another number of outputs.
+    """
+    target = _check_place(dtype, device)
+    if is_compressed(source):
+        model: Any = load(source, dtype=DTYPES[dtype])
+        missing: list[str] = []
+    else:
+        if not Path(source).is_dir():
+            prefer_offline_if_unreachable()
+        try:
+            loaded: Any = AutoModelForSequenceClassification.from_pretrained(
+                source, output_loading_info=True, dtype=DTYPES[dtype]
+            )
+        except Exception as error:  # a damaged file can raise anything
+            reason = " ".join(str(error).split())[:300]
+            raise DataError(f"{source}: is not a readable classifier: {reason}") from error
+        model, info = loaded
+        missing = sorted(info["missing_keys"])
+    if missing:
+        raise DataError(
+            f"{source}: was not fine-tuned for classification (it has no {missing[0]})."
+        )
+    if getattr(model.config, "num_labels", None) != num_labels:
+        raise DataError(
+            f"{source}: has {model.config.num_labels} outputs, the task has {num_labels}."
+        )
+    classifier: nn.Module = model.eval().to(target)
+    return classifier
+
+
+def is_compressed(source: str) -> bool:
+    """Whether a local folder holds a checkpoint of hf_lowrank, by its config.json."""
+    settings = _quantization(source)
+    return isinstance(settings, dict) and settings.get("quant_method") == QUANT_METHOD
 
 
 def hub_id(source: str) -> str | None:
@@ -122,14 +210,18 @@ def _load_gguf(path: Path, dtype: Any) -> tuple[Any, Any]:  # noqa: ANN401
     return model, tokenizer
 
 
+def _quantization(source: str) -> Any:  # noqa: ANN401
+    """`quantization_config` of a local folder's config.json, None where there is none."""
+    try:
+        config = json.loads((Path(source) / "config.json").read_text("utf-8"))
+    except (OSError, ValueError):
+        return None  # loading will say what is wrong
+    return config.get("quantization_config") if isinstance(config, dict) else None
+
+
 def _refuse_quantized(source: str) -> None:
     """Looks into a local config.json before any weight is read."""
-    path = Path(source) / "config.json"
-    try:
-        config = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError):
-        return  # loading will say what is wrong
-    settings = config.get("quantization_config") if isinstance(config, dict) else None
+    settings = _quantization(source)
     if settings is None:
         return
     if not isinstance(settings, dict):

@@ -5,24 +5,20 @@ python scripts/compress_llm.py --model gpt2 --param_ratio 0.8 --output_dir gpt2-
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
-from torch import nn
-
-from hf_lowrank import Report, compress, compress_jointly, sweep
+from hf_lowrank import Report
 from hf_lowrank.arguments import CompressionArguments, parse_arguments, user_errors
 from hf_lowrank.compression import check_goal, model_sizes
 from hf_lowrank.data.roles import read_texts
-from hf_lowrank.data.text import check_local_text
+from hf_lowrank.distributed import current_processes
 from hf_lowrank.evaluation.samples import continue_prompts, side_by_side
-from hf_lowrank.publishing import check_repository, publish
+from hf_lowrank.jobs import check_before_loading, compressed
+from hf_lowrank.publishing import publish
 from hf_lowrank.report.page import comparison_page
 from hf_lowrank.report.plots import can_draw
 from hf_lowrank.report.table import format_report, format_sweep
-from hf_lowrank.saving import check_cache_folder, check_output_folder, save_compressed, write_text
+from hf_lowrank.saving import check_output_folder, save_compressed, write_text
 from hf_lowrank.sources import check_windows, hub_id, load_causal_lm
 from hf_lowrank.targets import find_targets
 
@@ -51,7 +47,10 @@ def run(args: CompressionArguments) -> None:
     prompts = args.prompts() if folder else []
     dense = continue_prompts(model, tokenizer, prompts)
     reports: dict[str, Report] = {}
+    is_main = current_processes().is_main
     for (name, repo_id), report in zip(sizes.items(), compressed(args, model, texts), strict=True):
+        if not is_main:  # under accelerate launch all processes compress, one prints and saves
+            continue
         report.model, report.base_model = args.model, hub_id(args.model)
         report.data |= {role: args.text_source(role) for role in ("calibration", "evaluation")}
         written = continue_prompts(model, tokenizer, prompts)
@@ -76,40 +75,6 @@ def run(args: CompressionArguments) -> None:
             write_text(folder / "compare.html", comparison_page(reports))
             print(f"side by side: {folder / 'compare.html'}\n")
         print(format_sweep(list(reports.values())))
-
-
-def check_before_loading(args: CompressionArguments, folder: Path | None) -> dict[str, str | None]:
-    """All that can be known at once; the repository of each size by its folder's name."""
-    if folder:
-        check_output_folder(folder, args.overwrite_output_dir, source=Path(args.model))
-    if args.cache_dir:
-        check_cache_folder(Path(args.cache_dir))
-    for role in args.text_roles():
-        check_local_text(args.text_source(role), role)
-    if folder and args.html_report and not can_draw():
-        print(
-            "report.html is left out: it needs matplotlib (pip install 'hf-lowrank[plots]')",
-            file=sys.stderr,
-        )
-    return {
-        name: check_repository(repo_id, args.private) if repo_id else None
-        for name, repo_id in args.sizes().items()
-    }
-
-
-def compressed(
-    args: CompressionArguments, model: nn.Module, texts: dict[str, Any]
-) -> Iterator[Report]:
-    """One report for each size asked for; the model is compressed while it is handled."""
-    config = args.to_config()
-    options = {"cache_dir": args.cache_dir, "recover_steps": args.recover_steps} | texts
-    if args.joint:
-        sets = [texts.get(role) for role in ("calibration", "held_out", "evaluation")]
-        yield compress_jointly(model, config, *sets, cache_dir=args.cache_dir).report
-    elif args.param_ratio and len(args.param_ratio) > 1:
-        yield from sweep(model, config, args.param_ratio, **options)
-    else:
-        yield compress(model, config, **options)
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ ORDER = (
     "errors",
     "modeling_lowrank",
     "config",
+    "checkpoint",
     "targets",
     "losses",
     "decomposition",

@@ -19,7 +19,7 @@ from hf_lowrank.benchmarks.systems import (
 )
 from hf_lowrank.data.text import token_batches
 from hf_lowrank.losses import Batch
-from hf_lowrank.recovery import RecoverySettings
+from hf_lowrank.recovery import RECOVERIES, RecoverySettings
 from hf_lowrank.sources import load_causal_lm
 
 
@@ -115,7 +115,8 @@ class RecoveryArguments:
 
     model: str = argument("demo", "Dense model, as in compress_llm.py.")
     param_ratio: list[float] | None = argument(None, "Sizes; default 0.6 0.4.")
-    recover_steps: int = argument(60, "Steps of training the factors.")
+    recover: str = argument("factors", "What is trained: " + ", ".join(RECOVERIES) + ".")
+    recover_steps: int = argument(60, "Steps of training.")
     calibration: str = argument("demo", "Text for the moments and the training.")
     calibration_sequences: int = argument(48, "Its token windows.")
     held_out_sequences: int = argument(16, "Windows from its end on which the training is judged.")
@@ -141,7 +142,7 @@ def measure_recoveries(args: RecoveryArguments) -> None:
     result = measure_recovery(
         model,
         args.param_ratio or [0.6, 0.4],
-        RecoverySettings(args.recover_steps),
+        RecoverySettings(args.recover_steps, kind=args.recover),
         (calibration, held_out),
         evaluations,
     )

@@ -38,7 +38,8 @@ def format_report(report: Report) -> str:
     if report.recovery is not None:
         recovery = report.recovery
         lines.append(
-            f"recovery, {recovery['steps']} steps: held-out loss {recovery['loss_before']:.4f} -> "
+            f"recovery{' by LoRA' if recovery.get('kind') == 'lora' else ''}, "
+            f"{recovery['steps']} steps: held-out loss {recovery['loss_before']:.4f} -> "
             f"{recovery['loss_after']:.4f}, {'kept' if recovery['accepted'] else 'not kept'}"
         )
     if report.joint is not None:

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import hf_lowrank
-from hf_lowrank import sources
+from hf_lowrank import jobs, sources
 from hf_lowrank.arguments import CompressionArguments
 from hf_lowrank.config import METRIC_NAMES, RULE_NAMES, LowRankConfig
 from tests.scripts import ROOT, InProcess, Inputs, leftovers, make_inputs, run_python
@@ -410,13 +410,13 @@ def test_held_out_text_is_not_calibration_text(
     compress_llm: InProcess, inputs: Inputs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     seen = {}
-    compress = compress_llm.module.compress
+    compress = jobs.compress
 
     def spy(model: Any, config: Any, **kwargs: Any) -> Any:
         seen.update(kwargs)
         return compress(model, config, **kwargs)
 
-    monkeypatch.setattr(compress_llm.module, "compress", spy)
+    monkeypatch.setattr(jobs, "compress", spy)
     compress_llm(*inputs.arguments(loss_tolerance=0.1))
     tokenizer = AutoTokenizer.from_pretrained(inputs.model)
     tokens = tokenizer(inputs.calibration.read_text("utf-8"))["input_ids"]

@@ -1,0 +1,132 @@
+"""Speed: what is timed, how often, in which order; assisted generation's counts."""
+
+from typing import Any
+
+import pytest
+import torch
+
+from hf_lowrank import LowRankConfig, get_lowrank_model
+from hf_lowrank.errors import ConfigError, DataError
+from hf_lowrank.evaluation import assisted, speed
+from hf_lowrank.evaluation.assisted import Assisted, generate, measure_assisted
+from hf_lowrank.evaluation.speed import Speed, SpeedSettings, measure_speed, time_once
+from tests.tiny_models import tiny_bert_classifier, tiny_gpt2, tiny_llama, tiny_opt, token_batches
+
+SHORT = SpeedSettings(batch_size=2, prompt_tokens=8, new_tokens=3, repeats=3)
+
+
+def compressed(ratio: float = 0.5) -> Any:
+    settings = LowRankConfig(param_ratio=ratio, metric="plain")
+    return get_lowrank_model(tiny_llama(), settings, progress=False)
+
+
+def test_models_are_timed_in_turn_and_the_first_round_is_not_counted(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    models = {"a": tiny_llama(), "b": compressed()}
+    order: list[str] = []
+
+    def timed(model: Any, tokens: torch.Tensor, prompt_tokens: int) -> tuple[float, float]:
+        assert tokens.shape == (2, 11)
+        order.append(next(name for name, each in models.items() if each is model))
+        return float(len(order)), 0.5
+
+    monkeypatch.setattr(speed, "time_once", timed)
+    found = measure_speed(models, SHORT)
+    assert "".join(order) == "abbaabba"
+    assert found["a"].prefill == (4.0, 5.0, 8.0)
+    assert found["b"].prefill == (3.0, 6.0, 7.0)
+
+
+def test_the_summary_is_made_of_medians():
+    found = Speed(SHORT, prefill=(4.0, 1.0, 100.0), decode=(2.0, 3.0, 0.1)).summary()
+    assert found["prefill_seconds"] == 4.0
+    assert found["decode_seconds"] == 2.0
+    assert found["prefill_tokens_per_second"] == 2 * 8 / 4.0
+    assert found["decode_tokens_per_second"] == 2 * 3 / 2.0
+
+
+@pytest.mark.parametrize("build", [tiny_llama, tiny_gpt2, tiny_opt, compressed])
+def test_one_pass_reads_the_prompt_and_then_token_by_token_from_the_cache(build: Any):
+    model = build()
+    lengths, outputs = [], []
+
+    def note(module: Any, args: Any, kwargs: Any, output: Any) -> None:
+        lengths.append(kwargs["input_ids"].shape[1])
+        outputs.append(output.logits[:, -1])
+
+    handle = model.register_forward_hook(note, with_kwargs=True)
+    tokens = token_batches(1, length=11)[0]["input_ids"]
+    prefill, decode = time_once(model.train(), tokens, 8)
+    handle.remove()
+    assert lengths == [8, 1, 1, 1]
+    assert prefill > 0
+    assert decode > 0
+    assert model.training
+    whole = model.eval()(tokens).logits
+    for step, found in enumerate(outputs):
+        torch.testing.assert_close(found, whole[:, 7 + step], atol=1e-4, rtol=1e-4)
+
+
+def test_real_seconds_come_out_for_both_models():
+    found = measure_speed({"model": compressed(), "baseline": tiny_llama()}, SHORT)
+    for each in found.values():
+        assert len(each.prefill) == len(each.decode) == 3
+        assert min(each.prefill + each.decode) > 0
+
+
+def test_what_cannot_be_timed_is_refused():
+    with pytest.raises(ConfigError, match="BertForSequenceClassification is no causal language"):
+        measure_speed({"model": tiny_bert_classifier()}, SHORT)
+    with pytest.raises(DataError, match=r"60 prompt and 5 new tokens are more than .* \(64\)"):
+        measure_speed({"model": tiny_llama()}, SpeedSettings(1, 60, 5))
+    with pytest.raises(ConfigError, match="repeats must be at least 1, got 0"):
+        SpeedSettings(repeats=0)
+
+
+def prompts(count: int = 3) -> list[torch.Tensor]:
+    return [batch["input_ids"] for batch in token_batches(count, 1, 6)]
+
+
+def test_a_model_that_assists_itself_has_every_draft_accepted():
+    model, twin = tiny_llama(), tiny_llama()
+    found = measure_assisted(model, twin, prompts(), 12)
+    assert found.same_tokens == 1.0
+    assert found.accepted == found.drafted > 0
+    assert found.acceptance_rate == 1.0
+    assert found.rounds + found.accepted == found.new_tokens == 36
+
+
+def test_the_compressed_model_assists_its_dense_original():
+    model = tiny_llama()
+    near, far = (measure_assisted(model, compressed(r), prompts(), 16) for r in (0.95, 0.1))
+    for found in (near, far):
+        assert found.same_tokens == 1.0
+        assert found.rounds + found.accepted == found.new_tokens
+        assert 0 <= found.acceptance_rate <= 1
+    assert near.acceptance_rate > far.acceptance_rate
+
+
+def test_generation_leaves_no_hook_and_the_same_greedy_tokens():
+    model, draft, (prompt,) = tiny_llama(), compressed(), prompts(1)
+    measure_assisted(model, draft, [prompt], 4)
+    assert not model._forward_hooks
+    assert not draft._forward_hooks
+    expected = model.generate(prompt, max_new_tokens=5, min_new_tokens=5, do_sample=False)
+    assert torch.equal(generate(model, prompt, 5), expected)
+
+
+def test_rates_are_ratios():
+    found = Assisted(20, 8, 16, 12, plain_seconds=3.0, assisted_seconds=2.0, same_tokens=1.0)
+    assert found.acceptance_rate == 0.75
+    assert found.speed_up == 1.5
+    assert Assisted(3, 3, 0, 0, 1.0, 1.0, 1.0).acceptance_rate == 0.0
+    assert found.to_dict()["acceptance_rate"] == 0.75
+
+
+def test_assistants_that_do_not_fit_are_refused():
+    other = tiny_llama(vocab_size=80)
+    with pytest.raises(ConfigError, match="The assistant has 80 tokens, the model 96"):
+        measure_assisted(tiny_llama(), other, prompts())
+    with pytest.raises(DataError, match="needs a prompt"):
+        assisted.measure_assisted(tiny_llama(), compressed(), [])
