@@ -3,6 +3,7 @@
 import ast
 import dataclasses
 import importlib
+import importlib.util
 import re
 from pathlib import Path
 from typing import NamedTuple
@@ -10,10 +11,20 @@ from typing import NamedTuple
 import pytest
 
 from hf_lowrank.arguments import CompressionArguments
+from hf_lowrank.tasks.glue import GlueArguments
+from hf_lowrank.tasks.qa import QaArguments
+from hf_lowrank.training.arguments import LowRankTrainingArguments
+from hf_lowrank.training.language_model import LanguageModelArguments
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text("utf-8")
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+ARGUMENTS: dict[str, tuple[type, ...]] = {
+    "compress_llm": (CompressionArguments,),
+    "run_glue": (GlueArguments,),
+    "run_qa": (QaArguments,),
+    "train_llm": (LanguageModelArguments, LowRankTrainingArguments),
+}
 NOT_RUN = re.compile(r"<!--\s*not run:\s*(?P<reason>[^>]*?)\s*-->\s*\Z")
 FENCE = re.compile(r"^```(?P<info>[^\n`]*)\n(?P<body>.*?)^```[ \t]*$", re.MULTILINE | re.DOTALL)
 
@@ -117,12 +128,29 @@ def test_scripts_in_readme_exist():
     assert not missing, f"README.md names scripts that do not exist: {missing}"
 
 
-def test_options_of_scripts_in_readme_exist():
-    common = {field.name for field in dataclasses.fields(CompressionArguments)}
-    for script, options in script_calls(README):
-        own = (ROOT / "scripts" / f"{script}.py").read_text("utf-8")
-        known = common if script == "compress_llm" else common | set(re.findall(r"\w+", own))
-        assert options <= known, f"scripts/{script}.py has no such options: {options - known}"
+def options_of(script: str) -> set[str]:
+    """Options of a script: the fields of its arguments, or else every word in it."""
+    own = (ROOT / "scripts" / f"{script}.py").read_text("utf-8")
+    commands = benchmark_commands() if script == "benchmark" else ()
+    kinds = (*ARGUMENTS.get(script, ()), *commands)
+    fields = {field.name for kind in kinds for field in dataclasses.fields(kind)}
+    return fields or set(re.findall(r"\w+", own))
+
+
+def benchmark_commands() -> list[type]:
+    spec = importlib.util.spec_from_file_location("benchmark", ROOT / "scripts" / "benchmark.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return [arguments for arguments, _ in module.COMMANDS.values()]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_options_of_scripts_in_the_pages_exist(page: Path):
+    for script, options in script_calls(page.read_text("utf-8")):
+        unknown = options - options_of(script)
+        assert not unknown, f"scripts/{script}.py has no such options: {unknown}"
 
 
 def test_names_that_readme_imports_exist():
