@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 import torch
 
 from hf_lowrank.arguments import argument
+from hf_lowrank.benchmarks.figures import draw_ranks
 from hf_lowrank.benchmarks.record import write_result
 from hf_lowrank.errors import ConfigError, LowRankError
 from hf_lowrank.tasks.arguments import METHOD_NAMES, TaskArguments
@@ -33,6 +34,7 @@ _KEPT = (
     *("dense_held_out_metrics", "uncured_held_out_metrics", "held_out_metrics", "held_out_loss"),
     *("parameters", "ranks", "seconds", "commit", "hardware"),
 )
+_KEPT_OF_SELECTION = ("step", "param_ratio", "loss_passes", "decompositions", "seconds")
 
 
 @dataclass
@@ -45,6 +47,9 @@ class TableArguments:
     folder: str = argument("outputs/table", "Folder with a JSON file for each finished row.")
     workers: int = argument(1, "Rows that run side by side.")
     output: str = argument("outputs/table.json", "JSON file with all finished rows.")
+    picture: str | None = argument(
+        None, "SVG file for a picture of the ranks in the rows asked for, those of the first seed."
+    )
 
 
 def fill_table(
@@ -67,6 +72,16 @@ def fill_table(
     rows = read_rows(folder)
     print(format_table(rows))
     write_result(Path(args.output), {"arguments": vars(args), "rows": rows})
+    if args.picture:
+        wanted = {
+            (task, method, ratio, grid.seeds[0])
+            for task in tasks
+            for method in grid.methods
+            for ratio in grid.param_ratios
+        }
+        keys = ("task", "method", "param_ratio", "seed")
+        drawn = [row for row in rows if tuple(row[key] for key in keys) in wanted]
+        draw_ranks(drawn, Path(args.picture))
 
 
 def part_of(args: Any, kind: type[Row]) -> Row:  # noqa: ANN401
@@ -133,7 +148,13 @@ def read_rows(folder: Path) -> list[dict[str, Any]]:
     for path in sorted(folder.glob("*.json")):
         row = json.loads(path.read_text("utf-8"))
         row["param_ratio"] = row["arguments"]["param_ratio"]
-        rows.append({name: row[name] for name in _KEPT if name in row})
+        found = {name: row[name] for name in _KEPT if name in row}
+        if "selections" in row:
+            found["selections"] = [
+                {name: selection[name] for name in _KEPT_OF_SELECTION}
+                for selection in row["selections"]
+            ]
+        rows.append(found)
     return rows
 
 

@@ -59,12 +59,16 @@ def test_the_table_of_question_answering(
         "squad-dense-seed0.json",
         "squad-svd-0.5-seed0.json",
     }
-    again = benchmark(*command, "--methods", "svd", "kfac")
+    picture = tmp_path / "ranks.svg"
+    again = benchmark(*command, "--methods", "svd", "kfac", "--picture", picture)
     assert ThisProcess.done == ["dense", "svd", "kfac"]
     assert "| method | squad 0.5 |" in again.out
     rows = json.loads((tmp_path / "qa.json").read_text("utf-8"))["rows"]
     assert sorted(row["method"] for row in rows) == ["dense", "kfac", "svd"]
     assert all(next(iter(row["metrics"])) == "f1" for row in rows)
+    drawn = picture.read_text("utf-8")
+    assert "<!-- squad svd 0.5 -->" in drawn
+    assert "<!-- squad kfac 0.5 -->" in drawn
     other = benchmark(*command, "--methods", "svd", "--questions", 16)
     assert "was run with questions 0, not 16" in other.error
 
