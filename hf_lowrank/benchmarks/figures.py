@@ -93,15 +93,14 @@ def _draw(axes: Any, row: Mapping[str, Any]) -> None:  # noqa: ANN401
     ranks = row["ranks"]
     blocks, kinds, places = blocks_and_kinds(list(ranks))
     values = [[float("nan")] * len(kinds) for _ in blocks]
+    darkest = 1.6 * max((rank for rank in ranks.values() if rank is not None), default=1)
     for name, (block, kind) in places.items():
-        if ranks[name] is not None:
-            values[blocks.index(block)][kinds.index(kind)] = ranks[name]
-    largest = max((rank for rank in ranks.values() if rank is not None), default=1)
-    axes.imshow(values, cmap="Greys", vmin=0, vmax=1.6 * largest, aspect="auto")
-    for name, (block, kind) in places.items():
-        text = "dense" if ranks[name] is None else str(ranks[name])
-        place = kinds.index(kind), blocks.index(block)
-        axes.text(*place, text, ha="center", va="center", fontsize=7)
+        rank = ranks[name]
+        line, column = blocks.index(block), kinds.index(kind)
+        values[line][column] = darkest if rank is None else rank
+        text, color = ("dense", "white") if rank is None else (str(rank), "black")
+        axes.text(column, line, text, ha="center", va="center", fontsize=7, color=color)
+    axes.imshow(values, cmap="Greys", vmin=0, vmax=darkest, aspect="auto")
     axes.set_xticks(range(len(kinds)), map(_short, kinds), rotation=30, ha="right", fontsize=7)
     axes.set_yticks(range(len(blocks)), blocks, fontsize=7)
     axes.set_ylabel("block", fontsize=8)
