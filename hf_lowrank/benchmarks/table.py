@@ -71,6 +71,7 @@ def fill_table(
     run_rows(grid.rows(settings), load_task, folder, args.workers)
     rows = read_rows(folder)
     print(format_table(rows))
+    print(format_shares(rows))
     write_result(Path(args.output), {"arguments": vars(args), "rows": rows})
     if args.picture:
         wanted = {
@@ -184,6 +185,28 @@ def format_table(rows: Sequence[Mapping[str, Any]]) -> str:
             )
         lines.append([method, *cells])
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def format_shares(rows: Sequence[Mapping[str, Any]]) -> str:
+    """A line for each method, task and size: mean score over mean dense score, in percent.
+
+    Where ranks were selected while training, also the selections' share of the time, by seed.
+    """
+    groups: dict[tuple[Any, ...], list[Mapping[str, Any]]] = {}
+    for row in rows:
+        if row["param_ratio"] is not None and "dense_metrics" in row:
+            key = (row["task"], row["param_ratio"], row["method"])
+            groups.setdefault(key, []).append(row)
+    lines = []
+    for (task, ratio, method), group in groups.items():
+        kept, dense = (
+            sum(main_score(row[name]) for row in group) for name in ("metrics", "dense_metrics")
+        )
+        line = f"{task} {ratio:g} {method}: {100 * kept / dense:.1f} % of dense"
+        times = [row["seconds"] for row in group if "selections" in row]
+        shares = ", ".join(f"{100 * t['selection'] / t['train']:.1f} %" for t in times)
+        lines.append(f"{line}, selections {shares} of the training time" if shares else line)
+    return "\n".join(lines)
 
 
 def _dense_rows(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:

@@ -65,23 +65,7 @@ def train_language_model(
     if args.train == args.evaluation and args.train != "demo":
         raise DataError(f"{args.train}: is both training and evaluation text; give two files.")
     model, tokenizer = load_causal_lm(args.model, args.dtype)
-    size = training.per_device_eval_batch_size
-    texts = {
-        name: token_batches(
-            source,
-            tokenizer,
-            sequences=sequences,
-            sequence_length=args.sequence_length,
-            role=role,
-            batch_size=size,
-        )
-        for name, role, source, sequences in (
-            ("train", "calibration", args.train, args.train_sequences),
-            ("evaluation", "evaluation", args.evaluation, args.evaluation_sequences),
-        )
-    }
-    for name, batches in texts.items():
-        check_windows(model, batches, getattr(args, name))
+    texts = _texts(args, model, tokenizer, training.per_device_eval_batch_size)
     config = LowRankConfig(target_modules=args.target_modules, exclude_modules=args.exclude_modules)
     dense_sizes = model_sizes(model)
     untouched = untouched_weights(model, find_targets(model, config))
@@ -127,6 +111,31 @@ def train_language_model(
         },
     )
     return model, tokenizer, report
+
+
+def _texts(
+    args: LanguageModelArguments,
+    model: nn.Module,
+    tokenizer: Any,  # noqa: ANN401
+    batch_size: int,
+) -> dict[str, list[dict[str, torch.Tensor]]]:
+    """Batches for "train" and "evaluation" that the model can read."""
+    texts = {}
+    for name, role, sequences in (
+        ("train", "calibration", args.train_sequences),
+        ("evaluation", "evaluation", args.evaluation_sequences),
+    ):
+        source = getattr(args, name)
+        texts[name] = token_batches(
+            source,
+            tokenizer,
+            sequences=sequences,
+            sequence_length=args.sequence_length,
+            role=role,
+            batch_size=batch_size,
+        )
+        check_windows(model, texts[name], source)
+    return texts
 
 
 def _rows(batches: Sequence[Batch]) -> Dataset:

@@ -8,7 +8,7 @@ import pytest
 
 from hf_lowrank.benchmarks import table
 from hf_lowrank.benchmarks.glue_size import bisect_size
-from hf_lowrank.benchmarks.table import Grid, format_table, read_rows, run_rows
+from hf_lowrank.benchmarks.table import Grid, format_shares, format_table, read_rows, run_rows
 from hf_lowrank.errors import ConfigError
 from hf_lowrank.tasks.glue import GlueArguments, load_glue_task
 
@@ -58,6 +58,18 @@ def test_dense_scores_come_from_any_row_of_a_seed(tmp_path: Path):
         (tmp_path / f"{number}.json").write_text(json.dumps(found))
     lines = format_table(read_rows(tmp_path)).splitlines()
     assert lines[2] == "| dense | 81.0 ± 1.4 |"
+
+
+def test_shares_of_the_dense_score_and_of_the_time():
+    rows = [row("mrpc", "rank-selection", 0.25, seed, 0.4, 0.6) for seed in (0, 1)]
+    for found, dense, seconds in zip(rows, (0.5, 1.0), (5.0, 10.0), strict=True):
+        found["param_ratio"] = 0.25
+        found["dense_metrics"] = {"accuracy": dense}
+        found["selections"] = []
+        found["seconds"] = {"train": 100.0, "selection": seconds}
+    assert format_shares(rows) == (
+        "mrpc 0.25 rank-selection: 80.0 % of dense, selections 5.0 %, 10.0 % of the training time"
+    )
 
 
 def test_finished_rows_are_not_run_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
