@@ -15,6 +15,7 @@ from transformers import Trainer, TrainingArguments
 
 from hf_lowrank.saving import atomic_folder
 from hf_lowrank.tasks.arguments import TaskArguments
+from hf_lowrank.tasks.models import attention
 from hf_lowrank.tasks.task import Task
 from hf_lowrank.training.best import BestWeights
 
@@ -38,7 +39,7 @@ def dense_model(task: Task, args: TaskArguments) -> nn.Module:
         with atomic_folder(folder) as temporary:
             model.save_pretrained(temporary)  # type: ignore[operator]
             task.tokenizer.save_pretrained(temporary)
-    dense: nn.Module = task.model_class.from_pretrained(folder)
+    dense: nn.Module = task.model_class.from_pretrained(folder, attn_implementation=attention(args))
     return dense
 
 
