@@ -239,17 +239,14 @@ class _Collector:
                 moment.output = _add_outer(moment.output, rows)
         if inputs is None:
             return
-        # One weight gradient for each sequence, shape (batch, m, n).
         positions = gradient.shape[:-1].numel()
         sequences = self.batch_size if positions % self.batch_size == 0 else 1
         gradients = gradient.float().reshape(sequences, -1, gradient.shape[-1])
         rows = inputs.float().reshape(sequences, -1, inputs.shape[-1])
-        per_sequence = gradients.mT @ rows
         if "gradient_rows" in self.needs:
-            rows_sum = per_sequence.square().sum(dim=(0, 2))
-            moment.gradient_rows = _add(moment.gradient_rows, rows_sum)
+            moment.gradient_rows = _add(moment.gradient_rows, _squared_rows(gradients, rows))
         if "gradient" in self.needs:
-            moment.gradient = _add(moment.gradient, per_sequence.sum(dim=0))
+            moment.gradient = _add(moment.gradient, gradients.flatten(0, 1).T @ rows.flatten(0, 1))
 
     def _leads(self, part: str, name: str, inputs: torch.Tensor) -> bool:
         """Whether this layer is the first of the batch to collect this part of this very tensor."""
@@ -296,6 +293,21 @@ def _centred(tensor: torch.Tensor, mask: torch.Tensor | None, batch_size: int) -
         weights = mask.to(vectors).reshape(sequences, -1)
     total = (vectors * weights[..., None]).sum(dim=1) / weights.sum(dim=1)[:, None].clamp_min(1)
     return (vectors - total[:, None]).reshape(tensor.shape)
+
+
+def _squared_rows(gradients: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    """Row sums of the squared weight gradients `G^T X` of the sequences, summed over these.
+
+    Args:
+        gradients: G, shape (sequences, length, m).
+        rows: X, shape (sequences, length, n).
+
+    Returns:
+        Shape (m,).
+    """
+    if rows.shape[1] < rows.shape[2]:  # diag(G^T (X X^T) G), without a matrix of shape (m, n)
+        return ((rows @ rows.mT @ gradients) * gradients).sum(dim=(0, 1))
+    return (gradients.mT @ rows).square().sum(dim=(0, 2))
 
 
 def _add(total: torch.Tensor | None, part: torch.Tensor) -> torch.Tensor:
