@@ -25,6 +25,8 @@ LPAF_VARIANTS: dict[str, dict[str, Any]] = {
     "lpaf-plain-svd": {"metric": "plain"},
     "lpaf-no-mixing": {"mixed_rank": False},
     "lpaf-kfac": {"metric": "kfac"},
+    "lpaf-magnitude": {"criterion": "magnitude"},
+    "lpaf-magnitude-kfac": {"criterion": "magnitude", "metric": "kfac"},
 }
 METHOD_NAMES = ("dense", *CUT_METRICS, *SELECTION_RULES, *LPAF_VARIANTS)
 

@@ -100,6 +100,7 @@ def prune_cut_train(
     args: TaskArguments,
     *,
     metric: str = "sparsity",
+    criterion: str = "movement",
     mixed_rank: bool = True,
 ) -> dict[str, Any]:
     """LPAF (docs/methods.md, 4): the epochs are split between pruning and mixed-rank tuning."""
@@ -121,7 +122,11 @@ def prune_cut_train(
         LpafSettings(
             compression=_config(args, metric),
             mixed_rank=mixed_rank,
-            pruning={"num_train_epochs": pruning, "final_density": args.final_density},
+            pruning={
+                "num_train_epochs": pruning,
+                "final_density": args.final_density,
+                "pruning_criterion": criterion,
+            },
             fine_tuning={"num_train_epochs": args.epochs - pruning},
             training=shared,
         ),
