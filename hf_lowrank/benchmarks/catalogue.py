@@ -58,6 +58,7 @@ SYSTEMS = (
         "sp3", "whitened", "principal channels", "Hu 2024, closed form, widths only", STRUCTURED
     ),
     System("model-folding", "plain", "merged channels", "Wang 2025 (folding)", STRUCTURED),
+    System("model-folding+repair", "plain", "merged, repaired", "Wang 2025 (folding)", STRUCTURED),
     System("basis-sharing", "whitened", "shared basis", "Wang 2025 (Basis Sharing)", STRUCTURED),
 )
 

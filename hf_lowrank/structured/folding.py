@@ -50,16 +50,22 @@ def repair_scale(rows: torch.Tensor, mean: torch.Tensor, labels: torch.Tensor) -
     return (wanted / found.clamp_min(tiny)).clamp(1.0, None).minimum(members).sqrt()
 
 
-def folding_narrowing(weights: ChannelWeights, count: int, seed: int = 0) -> Narrowing:
-    """Merges the channels of each cluster, with the variance of its inputs repaired.
+def folding_narrowing(
+    weights: ChannelWeights, count: int, seed: int = 0, repair: bool = False
+) -> Narrowing:
+    """Merges the channels of each cluster.
 
     Args:
         weights: The feed-forward's weights.
         count: Number of clusters.
         seed: Seed of k-means.
+        repair: Whether the merged weights into the channels are scaled by `repair_scale`.
     """
     labels = cluster_channels(weights, count, seed)
     spread = torch.nn.functional.one_hot(labels).to(weights.output)
     mean = (spread / spread.sum(dim=0)).T
-    gather = tuple(mean * repair_scale(rows, mean, labels)[:, None] for rows in weights.inputs)
+    gather = tuple(
+        mean * repair_scale(rows, mean, labels)[:, None] if repair else mean
+        for rows in weights.inputs
+    )
     return Narrowing(gather, spread)

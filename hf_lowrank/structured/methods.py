@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 
 from torch import nn
 
@@ -107,8 +108,7 @@ def lorap(dense: Dense, param_ratio: float, seed: int = 0) -> NewLayers:
     def form(name: str) -> QuadraticForm:
         return norm_scaled(dense.whole(name))
 
-    layers, decomposed = _mixed(dense, param_ratio, narrow, form, "energy-share")
-    return NewLayers(layers, decomposed)
+    return NewLayers(*_mixed(dense, param_ratio, narrow, form, "energy-share"))
 
 
 def sp3(dense: Dense, param_ratio: float, seed: int = 0) -> NewLayers:
@@ -130,17 +130,19 @@ def sp3(dense: Dense, param_ratio: float, seed: int = 0) -> NewLayers:
     return NewLayers(layers, decomposed + len(find_feed_forwards(dense.model, dense.targets)))
 
 
-def model_folding(dense: Dense, param_ratio: float, seed: int = 0) -> NewLayers:
+def model_folding(
+    dense: Dense, param_ratio: float, seed: int = 0, *, repair: bool = False
+) -> NewLayers:
     """Channels merged by k-means, plain SVD elsewhere: no data at all; see folding.py.
 
-    Simplified: the variance is repaired for inputs of unit covariance; one seed of k-means.
+    Simplified: attention is not folded; the variance is left alone, or repaired for inputs of unit
+    covariance; one start of k-means.
     """
 
     def narrow(block: FeedForward, count: int) -> Narrowing:
-        return folding_narrowing(channel_weights(dense.model, block), count, seed)
+        return folding_narrowing(channel_weights(dense.model, block), count, seed, repair)
 
-    layers, decomposed = _mixed(dense, param_ratio, narrow, lambda name: QuadraticForm(), "uniform")
-    return NewLayers(layers, decomposed)
+    return NewLayers(*_mixed(dense, param_ratio, narrow, lambda name: QuadraticForm(), "uniform"))
 
 
 def basis_sharing(dense: Dense, param_ratio: float, seed: int = 0) -> NewLayers:
@@ -172,6 +174,7 @@ METHODS: dict[str, StructuredMethod] = {
     "lorap": StructuredMethod(_WHOLE, lorap),
     "sp3": StructuredMethod(_WHOLE, sp3),
     "model-folding": StructuredMethod(frozenset(), model_folding),
+    "model-folding+repair": StructuredMethod(frozenset(), partial(model_folding, repair=True)),
     "basis-sharing": StructuredMethod(_WHOLE, basis_sharing),
 }
 
