@@ -29,7 +29,7 @@ _SPECTRUM_SETTINGS = (
     "output_damping",
     "activation_alpha",
 )
-_SECOND_MOMENTS = ("input", "input_centred", "output")
+_SECOND_MOMENTS = ("input", "input_whole", "input_centred", "output")
 _PLAIN_MOMENTS = ("input_abs", "gradient_rows", "gradient")
 
 

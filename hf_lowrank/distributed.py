@@ -20,7 +20,8 @@ from hf_lowrank.decomposition.moments import Moments, SecondMoment
 
 Item = TypeVar("Item")
 Key = TypeVar("Key")
-_TENSORS = ("input", "input_centred", "output", "input_abs", "gradient_rows", "gradient")
+_SECOND = ("input", "input_whole", "input_centred", "output")
+_TENSORS = (*_SECOND, "input_abs", "gradient_rows", "gradient")
 
 
 @dataclass(frozen=True)

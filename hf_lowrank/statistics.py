@@ -37,6 +37,7 @@ from hf_lowrank.targets import linear_weight
 
 _BLOCK = 256
 _DECODER_PADDING = {"labels": IGNORED, "decoder_input_ids": 0, "decoder_attention_mask": 0}
+_INPUT_SIDES = ("input", "input_whole", "input_centred")
 GRADIENT_FIELDS = frozenset({"output", "gradient_rows", "gradient"})
 
 
@@ -159,12 +160,12 @@ class _Collector:
                 "or use data that reaches them."
             )
         for name, moment in self.moments.items():
-            for part in ("input", "input_centred", "input_abs"):
+            for part in (*_INPUT_SIDES, "input_abs"):
                 leader = self.leaders.get((part, name), name)
                 setattr(moment, part, getattr(self.moments[leader], part))
             if moment.output is not None:
                 _mirror_(moment.output.matrix)
-            for part in ("input", "input_centred"):
+            for part in _INPUT_SIDES:
                 found = getattr(moment, part)
                 if found is not None and self.leaders.get((part, name), name) == name:
                     _mirror_(found.matrix)
@@ -202,14 +203,14 @@ class _Collector:
     ) -> None:
         moment = self.moments[name]
         rows_out, rows_in = linear_shape(layer)
-        for part in self.needs & {"input", "input_centred"}:
+        for part in self.needs & set(_INPUT_SIDES):
             vectors, image = inputs.detach(), output
             if part == "input_centred":
                 vectors, image = (_centred(t, mask, self.batch_size) for t in (vectors, image))
-            elif rows_in > rows_out and layer.bias is not None:
+            elif rows_in > rows_out and part == "input" and layer.bias is not None:
                 image = output - layer.bias  # type: ignore[operator]
             total = getattr(moment, part)
-            if rows_in > rows_out:
+            if rows_in > rows_out and part != "input_whole":
                 squares = float(_rows(vectors, mask).float().square().sum())
                 total = _add_outer(total, _rows(image, mask), squares, rows_in)
             elif self._leads(part, name, inputs):

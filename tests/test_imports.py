@@ -25,6 +25,7 @@ ORDER = (
     "analysis",
     "surgery",
     "held_out",
+    "structured",
     "loading",
     "compression",
     "joint",

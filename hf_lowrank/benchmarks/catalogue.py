@@ -1,4 +1,4 @@
-"""Which systems are compared: a metric and a rank rule each."""
+"""Which systems are compared: most are a metric and a rank rule."""
 
 from __future__ import annotations
 
@@ -7,24 +7,27 @@ from dataclasses import dataclass
 
 from hf_lowrank.errors import ConfigError
 
-JOINT = "joint"
+RANKED, JOINT, STRUCTURED = "ranked", "joint", "structured"
 
 
 @dataclass(frozen=True)
 class System:
-    """A metric with a rank rule, or the joint system.
+    """A metric with a rank rule, the joint system, or one that changes widths or shares factors.
 
     Attributes:
         name: Key of its rows.
-        metric: A name in `METRICS`.
-        rule: A name in `RULES` or `SEARCHES`, or "joint".
+        metric: A name in `METRICS`; of a structured system, what its factors are made in.
+        rule: A name in `RULES` or `SEARCHES`; else what takes the place of a rank rule.
         source: Where it comes from; what was simplified stands with the metric and the rule.
+        kind: "ranked" for a metric with a rule, "joint", or "structured" for those of
+            structured/methods.py.
     """
 
     name: str
     metric: str
     rule: str
     source: str
+    kind: str = RANKED
 
 
 # Rank rules whose papers decompose the plain weights; each is also run on the kfac metric.
@@ -49,7 +52,14 @@ SYSTEMS = (
     System("asvd+kfac", "kfac", "sensitivity", "Yuan 2023"),
     System("bolaco+kfac", "kfac", "bayes-groups", "Ji 2024"),
     System("kfac+price", "kfac", "price", "this library"),
-    System("joint", "kfac", JOINT, "this library"),
+    System("joint", "kfac", "joint", "this library", JOINT),
+    System("lorap", "norm-scaled", "pruned channels", "Li 2024, without fine-tuning", STRUCTURED),
+    System(
+        "sp3", "whitened", "principal channels", "Hu 2024, closed form, widths only", STRUCTURED
+    ),
+    System("model-folding", "plain", "merged channels", "Wang 2025 (folding)", STRUCTURED),
+    System("model-folding+repair", "plain", "merged, repaired", "Wang 2025 (folding)", STRUCTURED),
+    System("basis-sharing", "whitened", "shared basis", "Wang 2025 (Basis Sharing)", STRUCTURED),
 )
 
 

@@ -14,7 +14,7 @@ from typing import Any
 from torch import nn
 
 from hf_lowrank.analysis import Analysis, analyze
-from hf_lowrank.benchmarks.catalogue import JOINT, System, select_systems
+from hf_lowrank.benchmarks.catalogue import JOINT, RANKED, STRUCTURED, System, select_systems
 from hf_lowrank.benchmarks.cost import Cost, counted
 from hf_lowrank.benchmarks.record import write_result
 from hf_lowrank.compression import compare
@@ -27,9 +27,11 @@ from hf_lowrank.joint.system import compress_jointly
 from hf_lowrank.loading import attach_config
 from hf_lowrank.losses import Batch
 from hf_lowrank.modeling_lowrank import linear_shape
-from hf_lowrank.ranks.plan import RankPlan, layer_cost
+from hf_lowrank.ranks.plan import RankPlan
 from hf_lowrank.ranks.search import search_plan
-from hf_lowrank.surgery import factorized, factorized_layers, restore_
+from hf_lowrank.statistics import collect_moments
+from hf_lowrank.structured.methods import METHODS, Dense
+from hf_lowrank.surgery import factorized, restore_, swapped
 from hf_lowrank.targets import find_targets
 
 Ranks = tuple[tuple[str, int | None], ...]
@@ -116,6 +118,7 @@ class _Bench:
         self.options = options
         self._analysis: tuple[Analysis, Cost] | None = None
         self._known: dict[tuple[str, int], dict[Ranks, tuple[float, Cost]]] = {}
+        self._makers = {RANKED: self._ranked, JOINT: self._joint, STRUCTURED: self._structured}
 
     @cached_property
     def dense(self) -> dict[str, LossMeasurement]:
@@ -130,8 +133,7 @@ class _Bench:
         row: dict[str, Any] = dataclasses.asdict(system) | {"param_ratio": param_ratio}
         assert self.dense is not None  # measured while the model is dense
         try:
-            make = self._joint if system.rule == JOINT else self._ranked
-            return row | make(system, param_ratio)
+            return row | self._makers[system.kind](system, param_ratio)
         except LowRankError as error:
             return row | {"error": str(error)}
 
@@ -192,6 +194,23 @@ class _Bench:
             restore_(self.model, originals)
             attach_config(self.model, None)
 
+    def _structured(self, system: System, param_ratio: float) -> dict[str, Any]:
+        method = METHODS[system.name]
+        targets = find_targets(self.model, LowRankConfig(param_ratio=param_ratio))
+        shapes = {name: linear_shape(layer) for name, layer in targets.items()}
+        self._analysis = None  # frees the spectra: whole moments are large
+        with counted(self.model) as cost:
+            moments = {}
+            if method.needs:
+                moments = collect_moments(self.model, targets, self.texts.calibration, method.needs)
+            built = method.build(
+                Dense(self.model, targets, moments), param_ratio, self.options.seed
+            )
+        found = _cost_fields(cost) | {"search_seconds": 0.0}
+        found["decompositions"] = built.decompositions
+        with swapped(self.model, built.layers):
+            return found | self._quality(shapes)
+
     def _analyze(self, metric: str) -> tuple[Analysis, Cost]:
         """Spectra in a metric; those of the metric before are forgotten."""
         if self._analysis is None or self._analysis[0].config.metric != metric:
@@ -203,15 +222,16 @@ class _Bench:
         return self._analysis
 
     def _quality(self, shapes: Mapping[str, tuple[int, int]]) -> dict[str, Any]:
-        """Parameters counted from the model as it is, and its losses on the evaluation texts."""
-        lowrank = factorized_layers(self.model)
-        kept = sum(
-            layer_cost(shape, lowrank[name].rank if name in lowrank else None)
-            for name, shape in shapes.items()
+        """Weights counted from the model as it is, a shared one once, and its losses."""
+        weights = (
+            weight
+            for name in shapes
+            for weight in self.model.get_submodule(name).parameters()
+            if weight.ndim == 2
         )
         found: dict[str, Any] = {
-            "kept_parameters": kept,
-            "dense_parameters": sum(layer_cost(shape, None) for shape in shapes.values()),
+            "kept_parameters": sum({id(weight): weight.numel() for weight in weights}.values()),
+            "dense_parameters": sum(rows * columns for rows, columns in shapes.values()),
         }
         for name, batches in self.texts.evaluation.items():
             after = measure_loss(self.model, batches, progress=f"evaluate, {name}")

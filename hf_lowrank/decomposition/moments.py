@@ -45,6 +45,8 @@ class Moments:
 
     Attributes:
         input: Moment of the inputs x; one object is shared by layers that read the same tensor.
+        input_whole: Moment of the inputs x themselves, never of their images, for what needs more
+            than a decomposition: channels of the larger side, layers that share a basis.
         input_centred: Moment of the inputs less their mean over each sequence.
         output: Moment of g, the gradient of the summed loss by the layer's output.
         input_abs: Sum of |x|, shape (n,), fp32.
@@ -56,6 +58,7 @@ class Moments:
     """
 
     input: SecondMoment | None = None
+    input_whole: SecondMoment | None = None
     input_centred: SecondMoment | None = None
     output: SecondMoment | None = None
     input_abs: torch.Tensor | None = None

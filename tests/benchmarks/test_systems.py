@@ -8,7 +8,7 @@ import torch
 
 from hf_lowrank import LowRankLinear
 from hf_lowrank.benchmarks import systems
-from hf_lowrank.benchmarks.catalogue import SYSTEMS, select_systems
+from hf_lowrank.benchmarks.catalogue import RANKED, STRUCTURED, SYSTEMS, select_systems
 from hf_lowrank.benchmarks.cost import Cost, counted
 from hf_lowrank.benchmarks.systems import (
     BenchmarkOptions,
@@ -21,8 +21,9 @@ from hf_lowrank.errors import ConfigError, DataError, NumericalError
 from hf_lowrank.evaluation.perplexity import measure_loss
 from hf_lowrank.ranks.rules import RULES
 from hf_lowrank.ranks.search import SEARCHES
+from hf_lowrank.structured.methods import METHODS
 from tests.scripts import InProcess, make_inputs
-from tests.tiny_models import tiny_llama, token_batches, written_batches
+from tests.tiny_models import tiny_llama, tiny_phi3, token_batches, written_batches
 
 SOME = ["svd", "svd-llm", "kim2020+kfac", "kfac+price", "joint"]
 
@@ -67,6 +68,28 @@ def test_rows_say_what_was_kept_and_what_it_cost(texts, tmp_path: Path):
     table = format_systems(rows).split("\n")
     assert len(table) == 2 + len(rows)
     assert len({line.count("|") for line in table}) == 1
+
+
+def test_structured_systems_have_rows_of_the_same_kind(texts, tmp_path: Path):
+    model = tiny_llama()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    rows = compare(texts, tmp_path, list(METHODS), model=model)
+    assert sorted(row["name"] for row in rows) == sorted(METHODS)
+    for row in rows:
+        assert 0.45 < row["kept_parameters"] / row["dense_parameters"] <= 0.5
+        data_free = row["name"].startswith("model-folding")
+        assert (row["forwards"], row["backwards"]) == (0 if data_free else 12, 0)
+        assert row["in_domain"]["perplexity_after"] > row["in_domain"]["perplexity_before"]
+        assert row["decompositions"] > 0
+    assert {row["kept_parameters"] for row in rows} != {rows[0]["kept_parameters"]}
+    after = model.state_dict()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert format_systems(rows).count("pruned channels") == 1
+
+
+def test_a_structured_system_says_why_it_can_not(texts, tmp_path: Path):
+    rows = compare(texts, tmp_path, ["lorap"], model=tiny_phi3())
+    assert "no feed-forward of a known kind" in rows[0]["error"]
 
 
 def test_rows_that_are_there_are_not_measured_again(texts, tmp_path: Path, monkeypatch):
@@ -123,8 +146,11 @@ def test_texts_that_overlap_are_refused(texts, tmp_path: Path):
 def test_systems_exist_once_and_name_known_parts():
     assert len({system.name for system in SYSTEMS}) == len(SYSTEMS)
     pruned = {"sparsity", "sparsity-whitened"}  # for weights that were pruned first
-    assert {system.metric for system in SYSTEMS} == set(METRICS) - pruned
-    assert {system.rule for system in SYSTEMS} == {*RULES, *SEARCHES, "joint"} - {"energy"}
+    ranked = [system for system in SYSTEMS if system.kind == RANKED]
+    assert {system.metric for system in ranked} == set(METRICS) - pruned
+    assert {system.rule for system in ranked} == {*RULES, *SEARCHES} - {"energy"}
+    assert {s.name for s in SYSTEMS if s.kind == STRUCTURED} == set(METHODS)
+    assert [s.name for s in SYSTEMS if s.kind not in (RANKED, STRUCTURED)] == ["joint"]
     assert select_systems([]) == list(SYSTEMS)
     with pytest.raises(ConfigError, match=r"^No system 'magic'; there are svd, "):
         select_systems(["svd", "magic"])
