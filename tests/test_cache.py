@@ -19,7 +19,7 @@ from hf_lowrank.errors import StorageError
 from hf_lowrank.losses import Batch, ItemLosses, item_losses
 from hf_lowrank.statistics import collect_moments
 from hf_lowrank.targets import find_targets
-from tests.tiny_models import tiny_llama, token_batches
+from tests.tiny_models import equal_states, tiny_llama, token_batches
 
 NEEDS = frozenset({"input", "output"})
 EVERYTHING = frozenset().union(*(metric.needs for metric in METRICS.values()))
@@ -240,10 +240,6 @@ def compressed_state(cache_dir: Path | None, **changes: Any) -> dict[str, torch.
     config = changes.pop("config", LowRankConfig(param_ratio=0.5))
     compress(model, config, token_batches(4), cache_dir=cache_dir, progress=False, **changes)
     return dict(model.state_dict())
-
-
-def equal_states(one: dict[str, torch.Tensor], two: dict[str, torch.Tensor]) -> bool:
-    return one.keys() == two.keys() and all(same(one[name], two[name]) for name in one)
 
 
 @pytest.mark.parametrize("metric", list(METRICS))

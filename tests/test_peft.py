@@ -25,9 +25,16 @@ from hf_lowrank.errors import ConfigError
 from hf_lowrank.evaluation.perplexity import measure_loss
 from hf_lowrank.recovery import RecoverySettings, recover_
 from hf_lowrank.surgery import factorized_layers
-from test_recovery import compressed, factor_names, snapshot
+from test_recovery import compressed, factor_names
 from tests.scripts import word_tokenizer, written_text
-from tiny_models import logits, tiny_bert_classifier, tiny_gpt2, tiny_llama, written_batches
+from tests.tiny_models import (
+    logits,
+    snapshot,
+    tiny_bert_classifier,
+    tiny_gpt2,
+    tiny_llama,
+    written_batches,
+)
 
 LORA = RecoverySettings(steps=20, learning_rate=1e-2, kind="lora", lora_rank=4)
 PLAIN = LowRankConfig(param_ratio=0.5, metric="plain")

@@ -19,7 +19,7 @@ from hf_lowrank.evaluation.perplexity import measure_loss
 from hf_lowrank.losses import distillation_losses, hidden_states
 from hf_lowrank.recovery import RecoveryResult, RecoverySettings, recover_
 from hf_lowrank.surgery import factorize_, factorized_layers
-from tiny_models import Batch, logits, tiny_gpt2, tiny_llama, written_batches
+from tests.tiny_models import Batch, logits, snapshot, tiny_gpt2, tiny_llama, written_batches
 
 GENTLE = RecoverySettings(steps=20, learning_rate=3e-3)
 HARMFUL = RecoverySettings(steps=5, learning_rate=3.0)
@@ -42,10 +42,6 @@ def factor_names(model: nn.Module) -> set[str]:
         for name in factorized_layers(model)
         for part in ("lowrank_A.weight", "lowrank_B.weight")
     }
-
-
-def snapshot(model: nn.Module) -> dict[str, torch.Tensor]:
-    return {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
 
 
 def recover(model: nn.Module, *rest: Any) -> RecoveryResult:

@@ -21,7 +21,8 @@ import hf_lowrank
 from hf_lowrank import LowRankConfig, LowRankError
 from hf_lowrank.checkpoint import check_checkpoint, tensor_shapes
 from hf_lowrank.errors import CheckpointError
-from tiny_models import logits, tiny_llama, token_batches
+from tests.loading import edit_config, refused
+from tests.tiny_models import logits, tiny_llama, token_batches
 
 LAYER = "model.layers.0.self_attn.q_proj"
 VALUES = [
@@ -187,43 +188,37 @@ def test_a_mutated_checkpoint_loads_right_or_is_refused(
     assert grown < 200_000, f"{grown} KiB more than before"
 
 
-def refused(folder: Path, message: str) -> None:
-    with pytest.raises(CheckpointError, match=message):
-        hf_lowrank.load(folder)
-
-
-def edit_config(folder: Path, **changes: Any) -> None:
-    path = folder / "config.json"
-    path.write_text(json.dumps(json.loads(path.read_text("utf-8")) | changes), "utf-8")
+def set_in_config(folder: Path, **changes: Any) -> None:
+    edit_config(folder, lambda config: config.update(changes))
 
 
 @pytest.mark.parametrize("name", ["num_hidden_layers", "num_labels", "num_local_experts"])
 @pytest.mark.parametrize("count", [10**9, 1e12, [10**7]])
 def test_counts_that_the_tensors_do_not_bear_out_are_refused(folder: Path, name: str, count: Any):
-    edit_config(folder, **{name: count})
+    set_in_config(folder, **{name: count})
     refused(folder, f"config.json has {name} 10*.*, more than its 18 tensors can be for")
 
 
 def test_a_count_inside_another_config_is_refused(folder: Path):
-    edit_config(folder, text_config={"vision": {"depths": [2, 10**9]}})
+    set_in_config(folder, text_config={"vision": {"depths": [2, 10**9]}})
     refused(folder, "config.json has depths 1000000000, more than")
 
 
 def test_a_model_far_larger_than_its_file_is_refused(folder: Path):
-    edit_config(folder, tie_word_embeddings=False, attention_bias=True, hidden_size=10**9)
+    set_in_config(folder, tie_word_embeddings=False, attention_bias=True, hidden_size=10**9)
     refused(folder, r"describes a model of [\d,]+ numbers, the tensors hold [\d,]+\.$")
 
 
 @pytest.mark.parametrize("key", ["attn_implementation", "_attn_implementation"])
 @pytest.mark.parametrize("value", ["someone/kernels", {"": "someone/kernels"}])
 def test_code_from_the_hub_is_refused(folder: Path, key: str, value: Any):
-    edit_config(folder, **{key: value})
+    set_in_config(folder, **{key: value})
     refused(folder, "code from the Hub")
 
 
 def test_other_weights_than_those_checked_are_refused(folder: Path):
     shutil.copyfile(folder / "model.safetensors", folder / "other.safetensors")
-    edit_config(folder, transformers_weights="other.safetensors")
+    set_in_config(folder, transformers_weights="other.safetensors")
     refused(folder, "config.json has transformers_weights, which is not read here")
 
 
@@ -232,9 +227,9 @@ def test_code_beside_the_weights_is_not_run(folder: Path):
     code = f"open({str(ran)!r}, 'w').close()\n"
     (folder / "modeling_lowrank.py").write_text(code, "utf-8")
     (folder / "evil.py").write_text(code, "utf-8")
-    edit_config(folder, auto_map={"AutoConfig": "evil.C", "AutoModelForCausalLM": "evil.M"})
+    set_in_config(folder, auto_map={"AutoConfig": "evil.C", "AutoModelForCausalLM": "evil.M"})
     assert loads_right(folder)
-    edit_config(folder, model_type="no_such_type")
+    set_in_config(folder, model_type="no_such_type")
     refused(folder, "contains custom code which must be executed")
     assert not ran.exists()
 

@@ -1,4 +1,6 @@
-"""Tiny models with two blocks and random weights, and batches for them. All offline and seeded.
+"""Tiny models with two blocks and random weights, batches for them, and what is asked of models.
+
+All offline and seeded.
 
 Matrices are drawn with a large enough scale that the predictions depend on every layer, and no
 bias or norm is left at its initial 0 or 1, so that losing one shows.
@@ -27,6 +29,8 @@ from transformers import (
     T5Config,
     T5ForConditionalGeneration,
 )
+
+from hf_lowrank.modeling_lowrank import LowRankLinear
 
 VOCABULARY = 96
 MAX_LENGTH = 64
@@ -252,3 +256,21 @@ def written_batches(
 def logits(model: Any, batch: Batch) -> torch.Tensor:
     """The model's output on a batch."""
     return model(**batch).logits
+
+
+def snapshot(model: nn.Module) -> Batch:
+    """A copy of every parameter and buffer, by name."""
+    return {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
+
+
+def equal_states(one: Batch, other: Batch) -> bool:
+    """Whether the same names hold bitwise equal tensors of the same type."""
+    return one.keys() == other.keys() and all(
+        tensor.dtype == other[name].dtype and torch.equal(tensor, other[name])
+        for name, tensor in one.items()
+    )
+
+
+def num_lowrank(model: nn.Module) -> int:
+    """How many of the model's layers are factorized."""
+    return sum(isinstance(module, LowRankLinear) for module in model.modules())

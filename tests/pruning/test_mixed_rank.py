@@ -8,11 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from transformers import (
-    BertForQuestionAnswering,
-    BertForSequenceClassification,
-    TrainingArguments,
-)
+from transformers import BertForQuestionAnswering, BertForSequenceClassification, TrainingArguments
 
 import hf_lowrank
 from hf_lowrank.errors import ConfigError, TargetError
@@ -32,8 +28,7 @@ from tests.tiny_models import (
     tiny_gpt2,
     tiny_llama,
 )
-from tests.training import arguments, sentence_rows, settings
-from tests.training.test_trainer import StopAt
+from tests.training import StopAt, arguments, sentence_rows, settings
 
 # Renamed in the course of transformers 5.
 CHECKPOINTING = "activation_checkpointing"

@@ -15,8 +15,7 @@ from hf_lowrank.pruning.trainer import STATE_FILE, PruningTrainer
 from hf_lowrank.targets import find_targets, linear_weight
 from tests.pruning import pruning_trainer
 from tests.tiny_models import tiny_bert_classifier, tiny_gpt2
-from tests.training import arguments, sentence_rows, settings, text_rows
-from tests.training.test_trainer import PoisonAt, StopAt
+from tests.training import PoisonAt, StopAt, arguments, sentence_rows, settings, text_rows
 
 
 def density(model: nn.Module) -> float:

@@ -4,19 +4,9 @@ import numpy as np
 import pytest
 import torch
 
-from hf_lowrank.decomposition.spectrum import Spectrum
 from hf_lowrank.errors import ConfigError
 from hf_lowrank.ranks.rules import RULES
-
-
-def spectrum_of(shape, sigma, price=None):
-    m, n = shape
-    rank = len(sigma)
-    price = None if price is None else torch.tensor(price, dtype=torch.float64)
-    return Spectrum(
-        torch.zeros(m, rank), torch.zeros(rank, n), torch.tensor(sigma, dtype=torch.float64), price
-    )
-
+from tests.ranks import spectrum_of
 
 EXAMPLE = spectrum_of((6, 4), [4.0, 2.0, 1.0, 0.0], [0.8, 0.5, 0.1, 0.0])
 

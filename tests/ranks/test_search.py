@@ -13,7 +13,7 @@ from hf_lowrank.ranks.problem import RankProblem, best_of, layer_groups
 from hf_lowrank.ranks.rules import RULES
 from hf_lowrank.ranks.search import SEARCHES, search_plan
 from hf_lowrank.ranks.sensitivity import SHARES
-from tests.ranks.test_rules import spectrum_of
+from tests.ranks import spectrum_of
 
 SHAPES = {
     f"layers.{block}.{kind}": shape

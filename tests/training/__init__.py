@@ -1,14 +1,16 @@
 """Tiny training runs: data sets of a few rows, and trainers that train for a second."""
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
+from transformers import TrainerCallback
 
 from hf_lowrank.decomposition.thin import thin_svd
-from hf_lowrank.modeling_lowrank import LowRankLinear
+from hf_lowrank.modeling_lowrank import LowRankLinear, linear_shape
 from hf_lowrank.training.arguments import LowRankTrainingArguments
 from hf_lowrank.training.trainer import LowRankTrainer
 from tests.tiny_models import (
@@ -104,3 +106,49 @@ def training_layer(
         if bias:
             layer.lowrank_B.bias.copy_(torch.randn(out_features, generator=generator))
     return layer
+
+
+def kept_ratio(model: nn.Module, shapes: dict[str, tuple[int, int]]) -> float:
+    """Parameters of the named layers now, as a share of the dense ones, counted one by one."""
+    kept = 0
+    for name in shapes:
+        layer = model.get_submodule(name)
+        kept += sum(p.numel() for n, p in layer.named_parameters() if not n.endswith("bias"))
+    return kept / sum(rows * columns for rows, columns in shapes.values())
+
+
+def target_shapes(trainer: LowRankTrainer) -> dict[str, tuple[int, int]]:
+    return {n: linear_shape(trainer.model.get_submodule(n)) for n in list(trainer.lowrank_shapes)}
+
+
+def selection_logs(trainer: LowRankTrainer) -> list[float]:
+    return [log["param_ratio"] for log in trainer.state.log_history if "param_ratio" in log]
+
+
+class StopAt(TrainerCallback):
+    """Ends a run after a step, as a kill would, but before the epoch's end is reached."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == self.step:
+            raise InterruptedError
+
+
+class PoisonAt(TrainerCallback):
+    """Puts a NaN into the model before a step."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == self.step - 1:
+            with torch.no_grad():
+                kwargs["model"].classifier.weight[0, 0] = math.nan
+
+
+def run_to_the_end(folder: Path, **changes: Any) -> LowRankTrainer:
+    trainer = trainer_for(tiny_bert_classifier(), sentence_rows(), folder, **changes)
+    trainer.train()
+    return trainer

@@ -1,0 +1,11 @@
+"""What tests in several folders start from."""
+
+import pytest
+
+from tests.tiny_models import Batch, tiny_llama, written_batches
+
+
+@pytest.fixture(scope="session")
+def text() -> list[Batch]:
+    """Twelve batches that the dense tiny Llama wrote, to be shared out by each test."""
+    return written_batches(tiny_llama(), num_batches=12)
