@@ -10,20 +10,22 @@ from typing import NamedTuple
 
 import pytest
 
-from hf_lowrank.arguments import CompressionArguments
+from hf_lowrank.arguments import CompressionArguments, PublishingArguments
 from hf_lowrank.tasks.glue import GlueArguments
 from hf_lowrank.tasks.qa import QaArguments
-from hf_lowrank.training.arguments import LowRankTrainingArguments
-from hf_lowrank.training.language_model import LanguageModelArguments
+from hf_lowrank.training.language_model import (
+    LanguageModelArguments,
+    LanguageModelTrainingArguments,
+)
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text("utf-8")
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 ARGUMENTS: dict[str, tuple[type, ...]] = {
-    "compress_llm": (CompressionArguments,),
-    "run_glue": (GlueArguments,),
-    "run_qa": (QaArguments,),
-    "train_llm": (LanguageModelArguments, LowRankTrainingArguments),
+    "compress_llm": (CompressionArguments, PublishingArguments),
+    "run_glue": (GlueArguments, PublishingArguments),
+    "run_qa": (QaArguments, PublishingArguments),
+    "train_llm": (LanguageModelArguments, LanguageModelTrainingArguments, PublishingArguments),
 }
 NOT_RUN = re.compile(r"<!--\s*not run:\s*(?P<reason>[^>]*?)\s*-->\s*\Z")
 FENCE = re.compile(r"^```(?P<info>[^\n`]*)\n(?P<body>.*?)^```[ \t]*$", re.MULTILINE | re.DOTALL)
