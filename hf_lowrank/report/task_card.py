@@ -90,7 +90,10 @@ def _made(report: TaskReport) -> str:
     """The steps of the run, a line each."""
     given = report.arguments
     dense = _epochs(given, "dense_epochs", "dense_learning_rate")
-    lines = [f"Dense: fine-tuned for {dense}, in batches of {given['batch_size']}."]
+    lines = [
+        f"Dense: fine-tuned on {report.data['train_examples']:,} examples for {dense}, in batches "
+        f"of {given['batch_size']}."
+    ]
     again = (
         f"for {_epochs(given, 'epochs', 'learning_rate')}; of the start and the epochs, the one "
         "with the lowest held-out loss was kept."
@@ -101,12 +104,15 @@ def _made(report: TaskReport) -> str:
             f"density of {given['final_density']:g}, cut, tuned. {describe_run(report)}"
         )
     elif report.training is not None:
-        lines.append(f"Then {describe_run(report)}")
+        lines.append(describe_run(report))
     elif report.method == "dense":
         lines.append(f"Then fine-tuned {again}" if given["epochs"] > 0 else "")
         lines.append(f"Seed {report.seed}.")
     else:
-        lines.append(f"Then cut. {describe_run(report)}")
+        examples = min(given["calibration_samples"], report.data["train_examples"])
+        lines.append(
+            f"Then cut. {describe_run(report)} Calibration: {examples:,} of these examples."
+        )
         lines.append(f"Then fine-tuned {again}" if given["epochs"] > 0 else "Not trained after it.")
     return "\n".join(line for line in lines if line)
 
@@ -118,10 +124,9 @@ def _epochs(given: Mapping[str, Any], epochs: str, learning_rate: str) -> str:
 def _measured(report: TaskReport) -> str:
     data = report.data
     lines = [
-        f"Data: {_name(report)}; {data['train_examples']:,} training examples, "
-        f"{data['held_out_examples']:,} more held out of the training set for every choice.",
-        f"Scores: on the {data['evaluation_examples']:,} examples of the development set, which "
-        "were used for these figures alone. One run with one seed.",
+        f"Choices: on {data['held_out_examples']:,} examples held out of the training set.",
+        f"Scores: on the {data['evaluation_examples']:,} examples of the development set of "
+        f"{_name(report)}, used for these figures alone. One run with one seed.",
     ]
     if report.uncured_metrics is not None and report.arguments["epochs"] > 0:
         found = ", ".join(f"{name} {value:.4f}" for name, value in report.uncured_metrics.items())
