@@ -1,4 +1,4 @@
-"""Comparisons whose figures stand in README and docs; each writes a JSON with its provenance.
+r"""Comparisons whose figures stand in README and docs; each writes a JSON with its provenance.
 
 python scripts/benchmark.py metrics --calibration FILE --evaluation FILE --output result.json
 python scripts/benchmark.py systems --calibration FILE --evaluation FILE --output_dir rows

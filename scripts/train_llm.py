@@ -1,4 +1,4 @@
-"""Train a causal language model to lower ranks, chosen by the loss while it trains.
+r"""Train a causal language model to lower ranks, chosen by the loss while it trains.
 
 python scripts/train_llm.py --model gpt2 --train my.txt --evaluation other.txt --output_dir out \
     --num_train_epochs 2 --selection_tolerance 0.05

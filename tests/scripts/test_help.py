@@ -44,9 +44,9 @@ def test_help_names_and_explains_every_option(
                 explained = field.metadata["help"]
                 assert len(explained) > 10
                 assert squeezed(explained.replace("%%", "%")) in text
-    # argparse does not break a list of choices
-    too_long = [line for line in done.out.splitlines() if len(line) > COLUMNS and "{" not in line]
-    assert too_long == []
+    # argparse breaks neither the names of an option nor a list of choices
+    lines = [line for line in done.out.splitlines() if not line.startswith("  -")]
+    assert [line for line in lines if len(line) > COLUMNS and "{" not in line] == []
 
 
 @pytest.mark.parametrize("script", ["benchmark", "compare_reports"])

@@ -15,7 +15,7 @@ from hf_lowrank.report.task import TaskReport, load_report
 from hf_lowrank.surgery import factorized_layers
 from hf_lowrank.tasks import fine_tuning
 from tests.fake_hub import FakeHub, acting_as_the_hub
-from tests.scripts import Finished, InProcess, make_inputs, save_encoder
+from tests.scripts import Finished, InProcess, Inputs, make_inputs, save_encoder
 from tests.scripts.test_run_glue import pairs
 from tests.squad import article, write_squad
 
@@ -155,16 +155,20 @@ def test_a_mistake_is_found_before_anything_is_read(
 # train_llm.py
 
 
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> Inputs:
+    return make_inputs(tmp_path_factory.mktemp("train_llm"))
+
+
 @pytest.fixture
 def train(
     hub: FakeHub,
-    tmp_path_factory: pytest.TempPathFactory,
+    inputs: Inputs,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> Run:
     script = InProcess("train_llm", monkeypatch, capsys)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
-    inputs = make_inputs(tmp_path_factory.mktemp("train_llm"))
 
     def start(*more: object) -> Finished:
         texts = ("--train", inputs.calibration, "--evaluation", inputs.evaluation)
@@ -198,7 +202,7 @@ def test_without_a_token_nothing_is_trained(
     monkeypatch.delenv("HF_TOKEN")
     done = train("--output_dir", tmp_path / "out", "--push_to_hub", "ada/small")
     assert "publishing needs a token" in done.error
-    assert not (tmp_path / "out").exists()
+    assert list((tmp_path / "out").iterdir()) == []
 
 
 def test_the_trainers_own_way_to_the_hub_is_closed(train: Run, tmp_path: Path):
