@@ -45,7 +45,7 @@ def test_help_names_and_explains_every_option(
                 assert len(explained) > 10
                 assert squeezed(explained.replace("%%", "%")) in text
     # argparse breaks neither the names of an option nor a list of choices
-    lines = [line for line in done.out.splitlines() if not line.startswith("  -")]
+    lines = [line for line in done.out.splitlines() if not line.lstrip(" [").startswith("-")]
     assert [line for line in lines if len(line) > COLUMNS and "{" not in line] == []
 
 
