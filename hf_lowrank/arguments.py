@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -34,14 +35,40 @@ def argument(default: Any, help: str) -> Any:  # noqa: ANN401
     return field(default=default, metadata={"help": help})
 
 
-def parse_arguments(arguments: type[Parsed], description: str | None) -> Parsed:
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Shows defaults, and keeps the lines of a description: they hold commands."""
+
+
+def parse_arguments(
+    arguments: type[Parsed], description: str | None, command_line: Sequence[str] | None = None
+) -> Parsed:
     """The command line as a dataclass; a wrong option ends with argparse's usual message."""
-    parser = HfArgumentParser(arguments, description=description)  # type: ignore[arg-type]
-    parsed, unknown = parser.parse_args_into_dataclasses(return_remaining_strings=True)
-    if unknown:
-        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+    (parsed,) = parse_several((arguments,), description, command_line)
     result: Parsed = parsed
     return result
+
+
+def parse_several(
+    arguments: Sequence[type], description: str | None, command_line: Sequence[str] | None = None
+) -> tuple[Any, ...]:
+    """The command line as several dataclasses, whose fields have different names.
+
+    Args:
+        arguments: The dataclasses.
+        description: For `--help`.
+        command_line: The words; by default those after the script's name.
+    """
+    parser = HfArgumentParser(
+        arguments,  # type: ignore[arg-type]
+        description=description,
+        formatter_class=HelpFormatter,
+    )
+    *parsed, unknown = parser.parse_args_into_dataclasses(
+        command_line and list(command_line), return_remaining_strings=True
+    )
+    if unknown:
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+    return tuple(parsed)
 
 
 @contextmanager
@@ -55,6 +82,39 @@ def user_errors() -> Iterator[None]:
     except KeyboardInterrupt:
         print("interrupted; nothing was saved under the output folder's name", file=sys.stderr)
         raise SystemExit(130) from None
+
+
+@dataclass
+class PublishingArguments:
+    """Arguments of all scripts that make a model: what its card says, and where it goes."""
+
+    push_to_hub: str | None = argument(
+        None,
+        "Repository on the Hub (namespace/name) that the saved model is published to, in one "
+        "commit; each of several sizes goes to a repository of its own, NAME-SIZE.",
+    )
+    private: bool = argument(False, "Make the repository on the Hub private.")
+    base_model: str | None = argument(
+        None,
+        "Hub id of the dense model, for the model card; needed only where --model is not that id.",
+    )
+
+    def check(self, output_dir: str | None) -> None:
+        """Refuses what would not be read.
+
+        Raises:
+            ConfigError: With the first such setting.
+        """
+        if self.push_to_hub and not output_dir:
+            raise ConfigError("push_to_hub publishes the saved folder; give --output_dir as well.")
+        if self.private and not self.push_to_hub:
+            raise ConfigError("private is about the repository; give --push_to_hub as well.")
+        if self.base_model and not output_dir:
+            raise ConfigError("base_model is for the model card; give --output_dir as well.")
+
+    def repository(self, size: str = "") -> str | None:
+        """The repository of a size, or None if nothing is published."""
+        return f"{self.push_to_hub}-{size}" if self.push_to_hub and size else self.push_to_hub
 
 
 SAMPLE_PROMPTS = ("The capital of France is", "In Python, a list is")
@@ -127,12 +187,6 @@ class CompressionArguments:
         "Texts that the dense and the compressed model continue in the report; 'none' skips this. "
         f"Default: {' / '.join(SAMPLE_PROMPTS)}",
     )
-    push_to_hub: str | None = argument(
-        None,
-        "Repository on the Hub (namespace/name) that the output folder is published to, in one "
-        "commit; each of several sizes goes to a repository of its own, NAME-SIZE.",
-    )
-    private: bool = argument(False, "Make the repository on the Hub private.")
     seed: int = config_option("seed")
     cache_dir: str | None = argument(
         None, "Folder for moments and spectra, so that a killed or repeated run goes on from there."
@@ -166,22 +220,14 @@ class CompressionArguments:
                 f"{self.calibration}: is both calibration and evaluation text; the result would "
                 "look better than it is. Give two files."
             )
-        if self.push_to_hub and not self.output_dir:
-            raise ConfigError("push_to_hub publishes the saved folder; give --output_dir as well.")
-        if self.private and not self.push_to_hub:
-            raise ConfigError("private is about the repository; give --push_to_hub as well.")
         if self.prompts() and self.sample_prompt and not self.output_dir:
             raise ConfigError("sample_prompt is for the report; give --output_dir as well.")
         return LowRankConfig(**(values | {"param_ratio": ratios[0] if ratios else None}))
 
-    def sizes(self) -> dict[str, str]:
-        """Name of each size's folder below the output folder, and its repository or ""."""
+    def sizes(self) -> list[str]:
+        """Name of each size's folder below the output folder; "" for the folder itself."""
         ratios = [str(ratio) for ratio in self.param_ratio or []]
-        if len(ratios) < 2:
-            return {"": self.push_to_hub or ""}
-        return {
-            ratio: f"{self.push_to_hub}-{ratio}" if self.push_to_hub else "" for ratio in ratios
-        }
+        return ratios if len(ratios) > 1 else [""]
 
     def prompts(self) -> list[str]:
         """The sample prompts, defaults filled in."""

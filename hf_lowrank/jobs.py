@@ -1,25 +1,28 @@
-"""Steps of scripts/compress_llm.py: what to check first, and which verb the arguments ask for."""
+"""Steps that scripts share: what to check first, which verb is asked for, saving, publishing."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from hf_lowrank.arguments import CompressionArguments
+from hf_lowrank.arguments import CompressionArguments, PublishingArguments
 from hf_lowrank.compression import compress, sweep
 from hf_lowrank.data.text import check_local_text
 from hf_lowrank.joint.system import compress_jointly
-from hf_lowrank.publishing import check_repository
+from hf_lowrank.publishing import check_repository, publish
 from hf_lowrank.report.plots import can_draw
 from hf_lowrank.report.schema import Report
-from hf_lowrank.saving import check_cache_folder, check_output_folder
+from hf_lowrank.saving import check_cache_folder, check_output_folder, save_compressed
+from hf_lowrank.sources import check_hub_id, hub_id
 
 
-def check_before_loading(args: CompressionArguments, folder: Path | None) -> dict[str, str | None]:
+def check_before_loading(
+    args: CompressionArguments, publishing: PublishingArguments, folder: Path | None
+) -> dict[str, str | None]:
     """All that can be known at once; the repository of each size by its folder's name."""
     if folder:
         check_output_folder(folder, args.overwrite_output_dir, source=Path(args.model))
@@ -32,10 +35,62 @@ def check_before_loading(args: CompressionArguments, folder: Path | None) -> dic
             "report.html is left out: it needs matplotlib (pip install 'hf-lowrank[plots]')",
             file=sys.stderr,
         )
+    return check_publishing(publishing, args.output_dir, args.sizes())
+
+
+def check_publishing(
+    publishing: PublishingArguments, output_dir: str | None, sizes: Sequence[str] = ("",)
+) -> dict[str, str | None]:
+    """The full name of each size's repository, or None; asks the Hub, changes nothing there.
+
+    Raises:
+        ConfigError: A setting would not be read, or is no name of a model on the Hub.
+        PublishError: A repository can't be published to.
+    """
+    publishing.check(output_dir)
+    if publishing.base_model:
+        check_hub_id(publishing.base_model)
+    wanted = {size: publishing.repository(size) for size in sizes}
     return {
-        name: check_repository(repo_id, args.private) if repo_id else None
-        for name, repo_id in args.sizes().items()
+        size: check_repository(repo_id, publishing.private) if repo_id else None
+        for size, repo_id in wanted.items()
     }
+
+
+def name_models(report: Report, model: str, publishing: PublishingArguments) -> None:
+    """Puts the dense model's name, and its Hub id if there is one, into a report."""
+    report.model, report.base_model = model, publishing.base_model or hub_id(model)
+
+
+def save_and_publish(
+    model: nn.Module,
+    tokenizer: Any,  # noqa: ANN401
+    report: Report,
+    folder: Path,
+    repo_id: str | None = None,
+    *,
+    private: bool = False,
+    **options: bool,
+) -> None:
+    """Saves a model with report and card, publishes it if asked to, and says where it is.
+
+    Args:
+        model: The model.
+        tokenizer: Its tokenizer.
+        report: What was done and measured.
+        folder: Where to.
+        repo_id: Repository on the Hub, from `check_publishing`, or None.
+        private: Whether it is to be private.
+        **options: `overwrite` and `page` of `save_compressed`.
+
+    Raises:
+        StorageError: Nothing is saved.
+        PublishError: It is saved, and nothing is published.
+    """
+    save_compressed(model, tokenizer, report, folder, repo_id=repo_id, **options)
+    print(f"saved to {folder}\n", flush=True)
+    if repo_id:
+        print(f"published as {publish(folder, repo_id, private)}\n", flush=True)
 
 
 def compressed(

@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 from huggingface_hub.constants import HF_HOME
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
@@ -18,7 +20,7 @@ from transformers import (
     GgufConfig,
 )
 
-from hf_lowrank.errors import DataError, TargetError
+from hf_lowrank.errors import ConfigError, DataError, TargetError
 from hf_lowrank.hub import prefer_offline_if_unreachable
 from hf_lowrank.loading import load
 from hf_lowrank.modeling_lowrank import QUANT_METHOD
@@ -159,6 +161,18 @@ def hub_id(source: str) -> str | None:
     if source == DEMO:
         return DEMO_HUB_ID
     return None if Path(source).exists() or source.endswith(".gguf") else source
+
+
+def check_hub_id(name: str) -> None:
+    """Refuses what can't be a model's name on the Hub; does not ask whether it is there.
+
+    Raises:
+        ConfigError: With the reason.
+    """
+    try:
+        validate_repo_id(name)
+    except HFValidationError as error:
+        raise ConfigError(f"base_model: {error}") from error
 
 
 def _load_pretrained(source: str, **kwargs: Any) -> tuple[Any, Any]:

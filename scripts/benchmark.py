@@ -1,4 +1,4 @@
-"""Comparisons whose figures stand in README and docs; each writes a JSON with its provenance.
+r"""Comparisons whose figures stand in README and docs; each writes a JSON with its provenance.
 
 python scripts/benchmark.py metrics --calibration FILE --evaluation FILE --output result.json
 python scripts/benchmark.py systems --calibration FILE --evaluation FILE --output_dir rows
@@ -13,9 +13,7 @@ from __future__ import annotations
 
 import sys
 
-from transformers import HfArgumentParser
-
-from hf_lowrank.arguments import user_errors
+from hf_lowrank.arguments import parse_arguments, user_errors
 from hf_lowrank.benchmarks.glue import GlueTableArguments, fill_glue_table
 from hf_lowrank.benchmarks.glue_size import GlueSizeArguments, find_smallest_sizes
 from hf_lowrank.benchmarks.language_models import (
@@ -42,13 +40,15 @@ COMMANDS = {
 
 def main() -> None:
     """Runs the comparison named by the first argument."""
+    usage = f"usage: benchmark.py {{{','.join(COMMANDS)}}} ..."
+    if sys.argv[1:2] in (["-h"], ["--help"]):
+        print(f"{usage}\n\n{__doc__}\nOptions: benchmark.py NAME --help")
+        return
     if len(sys.argv) < 2 or sys.argv[1] not in COMMANDS:
-        print(f"usage: benchmark.py {{{','.join(COMMANDS)}}} ...", file=sys.stderr)
+        print(usage, file=sys.stderr)
         raise SystemExit(2)
     arguments, run = COMMANDS[sys.argv[1]]
-    (args,) = HfArgumentParser(arguments, description=__doc__).parse_args_into_dataclasses(
-        sys.argv[2:]
-    )
+    args = parse_arguments(arguments, __doc__, sys.argv[2:])
     with user_errors():
         run(args)
 

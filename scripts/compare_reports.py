@@ -10,7 +10,7 @@ import os
 from pathlib import Path
 
 from hf_lowrank import Report
-from hf_lowrank.arguments import user_errors
+from hf_lowrank.arguments import HelpFormatter, user_errors
 from hf_lowrank.errors import ConfigError
 from hf_lowrank.report.page import comparison_page
 from hf_lowrank.report.plots import require_matplotlib
@@ -27,7 +27,7 @@ def short_names(paths: list[str]) -> dict[str, Path]:
 
 def main() -> None:
     """Parses, reads, prints, writes."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     parser.add_argument(
         "reports", nargs="+", help="Folders of compressed models, or their report.json files."
     )

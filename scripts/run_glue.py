@@ -1,4 +1,4 @@
-"""Fine-tune and compress an encoder on a GLUE task.
+r"""Fine-tune and compress an encoder on a GLUE task.
 
 python scripts/run_glue.py --model FOLDER --task mrpc --method kfac --param_ratio 0.25 \
     --data_dir GLUE_FOLDER --output_dir outputs/mrpc

@@ -1,4 +1,4 @@
-"""Fine-tune and compress an encoder on questions in SQuAD's format.
+r"""Fine-tune and compress an encoder on questions in SQuAD's format.
 
 python scripts/run_qa.py --model FOLDER --data_file dev-v1.1.json --questions 2000 \
     --method kfac --param_ratio 0.25 --output_dir outputs/squad

@@ -3,27 +3,30 @@
 import ast
 import dataclasses
 import importlib
-import importlib.util
 import re
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
 
-from hf_lowrank.arguments import CompressionArguments
+from hf_lowrank.arguments import CompressionArguments, PublishingArguments
 from hf_lowrank.tasks.glue import GlueArguments
 from hf_lowrank.tasks.qa import QaArguments
-from hf_lowrank.training.arguments import LowRankTrainingArguments
-from hf_lowrank.training.language_model import LanguageModelArguments
+from hf_lowrank.training.language_model import (
+    LanguageModelArguments,
+    LanguageModelTrainingArguments,
+)
+from tests.scripts import ROOT, script_module
 
-ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text("utf-8")
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 ARGUMENTS: dict[str, tuple[type, ...]] = {
-    "compress_llm": (CompressionArguments,),
-    "run_glue": (GlueArguments,),
-    "run_qa": (QaArguments,),
-    "train_llm": (LanguageModelArguments, LowRankTrainingArguments),
+    "compress_llm": (CompressionArguments, PublishingArguments),
+    "run_glue": (GlueArguments, PublishingArguments),
+    "run_qa": (QaArguments, PublishingArguments),
+    "evaluate_model": (script_module("evaluate_model").EvaluationArguments,),
+    "generate": (script_module("generate").GenerationArguments,),
+    "train_llm": (LanguageModelArguments, LanguageModelTrainingArguments, PublishingArguments),
 }
 NOT_RUN = re.compile(r"<!--\s*not run:\s*(?P<reason>[^>]*?)\s*-->\s*\Z")
 FENCE = re.compile(r"^```(?P<info>[^\n`]*)\n(?P<body>.*?)^```[ \t]*$", re.MULTILINE | re.DOTALL)
@@ -138,12 +141,7 @@ def options_of(script: str) -> set[str]:
 
 
 def benchmark_commands() -> list[type]:
-    spec = importlib.util.spec_from_file_location("benchmark", ROOT / "scripts" / "benchmark.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return [arguments for arguments, _ in module.COMMANDS.values()]
+    return [arguments for arguments, _ in script_module("benchmark").COMMANDS.values()]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

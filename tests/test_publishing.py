@@ -14,7 +14,7 @@ from hf_lowrank import LowRankConfig
 from hf_lowrank.errors import PublishError, StorageError
 from hf_lowrank.publishing import check_repository, publish
 from hf_lowrank.saving import save_compressed
-from tests.fake_hub import FakeHub, Repository, running_hub
+from tests.fake_hub import FakeHub, Repository, acting_as_the_hub
 from tests.scripts import InProcess, Inputs, make_inputs, run_python, word_tokenizer
 from tests.tiny_models import tiny_llama
 
@@ -36,22 +36,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[FakeHub]:
-    """A running fake that this process takes for the Hub, with a token that may write."""
-    with running_hub() as fake:
-        constants = huggingface_hub.constants
-        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
-        monkeypatch.setattr(constants, "ENDPOINT", fake.url)
-        monkeypatch.setattr(
-            constants,
-            "HUGGINGFACE_CO_URL_TEMPLATE",
-            f"{fake.url}/{{repo_id}}/resolve/{{revision}}/{{filename}}",
-        )
-        monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "no-token"))
-        monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda seconds: None)
-        monkeypatch.setattr("transformers.utils.hub._hf_api", None, raising=False)  # a cache
-        monkeypatch.setenv("HF_TOKEN", "hf_write")
-        monkeypatch.delenv("HUGGING_FACE_HUB_TOKEN", raising=False)
+    with acting_as_the_hub(monkeypatch, tmp_path) as fake:
         yield fake
 
 

@@ -275,7 +275,7 @@ def run_row(row: Row, load_task: Callable[[Row], Task], folder: Path) -> dict[st
     path = _path(row, folder)
     if not _is_done(row, folder):
         _, report = run_task(load_task(row), row)
-        write_result(path, report)
+        write_result(path, report.to_dict())
     found: dict[str, Any] = json.loads(path.read_text("utf-8"))
     return found
 

@@ -63,6 +63,7 @@ TASKS: dict[str, GlueTask] = {
     "rte": GlueTask("RTE", ("sentence1", "sentence2", "label"), _ENTAILMENT),
     "wnli": GlueTask("WNLI", ("sentence1", "sentence2", "label")),
 }
+HUB_DATASET = "nyu-mll/glue"
 _STEMS = {"train": ("train",), "validation": ("dev", "dev_matched", "validation")}
 
 
@@ -87,13 +88,18 @@ def load_glue(task: str, split: str, data_dir: str | None = None) -> Dataset:
     return Dataset.from_list(rows)
 
 
+def hub_split(task: str, split: str) -> str:
+    """What the Hub's version calls the split of `load_glue`."""
+    return "validation_matched" if task == "mnli" and split == "validation" else split
+
+
 def _hub_rows(task: str, split: str) -> list[dict[str, Any]]:
     spec = TASKS[task]
     first, second = spec.hub_columns or spec.columns[:2]
-    name = "validation_matched" if task == "mnli" and split == "validation" else split
+    name = hub_split(task, split)
     prefer_offline_if_unreachable()
     try:
-        data = load_dataset("nyu-mll/glue", task, split=name)
+        data = load_dataset(HUB_DATASET, task, split=name)
     except Exception as error:  # the datasets library raises many kinds
         reason = str(error).split("\n", maxsplit=1)[0]
         raise DataError(

@@ -10,11 +10,12 @@ import re
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from hf_lowrank.errors import DataError
 from hf_lowrank.version import __version__
 
+AnyReport = TypeVar("AnyReport", bound="Report")
 _VERSIONED = ("torch", "transformers", "accelerate", "datasets", "safetensors")
 # A list of numbers, one to a line; a string in JSON holds no line break.
 _NUMBERS = re.compile(r"\[\n\s+(-?\d[-+.\deE,\s]*?)\n\s+\]")
@@ -58,6 +59,8 @@ class Report:
         recovery: Held-out loss before and after training the factors, and whether that was kept.
         joint: What joint compression accepted (`method`), plain `price` on the same data
             (`baseline`, `baseline_ratio`), and every candidate measured (`trials`).
+        training: How low-rank training went: `epochs`, `learning_rate`, `rule`, the number of
+            `selections`, and their goal: `param_ratio`, or `tolerance` in nats.
         failures: Reason by layer name, for layers kept dense because their decomposition failed.
         untouched: Parameters of matrices inside the blocks that were no targets, by name.
         data: Which text was used for what.
@@ -83,6 +86,7 @@ class Report:
     held_out: dict[str, Any] | None = None
     recovery: dict[str, Any] | None = None
     joint: dict[str, Any] | None = None
+    training: dict[str, Any] | None = None
     failures: dict[str, str] = field(default_factory=dict)
     untouched: dict[str, int] = field(default_factory=dict)
     data: dict[str, Any] = field(default_factory=dict)
@@ -104,7 +108,7 @@ class Report:
         )
 
     @classmethod
-    def load(cls, path: Path) -> Report:
+    def load(cls: type[AnyReport], path: Path) -> AnyReport:
         """Reads a report, or the `report.json` of a folder; fields it does not know are left out.
 
         Raises:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from hf_lowrank.report.schema import Evaluation, Report
+from hf_lowrank.report.task import TaskReport
 
 
 def format_report(report: Report) -> str:
@@ -127,18 +129,42 @@ def format_comparison(reports: Mapping[str, Report]) -> str:
 
 def describe_run(report: Report) -> str:
     """Goal, metric and rule in a sentence."""
+    if report.training is not None:
+        return f"{_describe_training(report.training)}; seed {report.seed}."
     config = report.config
     goals = {
         "param_ratio": "at most {:.1%} of the targeted layers' weights kept",
         "loss_tolerance": "the smallest model within {} nats per token of the dense one",
         "rank": "rank {} everywhere",
     }
+    if isinstance(report, TaskReport):
+        goals["loss_tolerance"] = "the smallest model within {} nats of the dense one"
     found = [
         text.format(config[name]) for name, text in goals.items() if config.get(name) is not None
     ]
     rule = config.get("rule")
     how = f"metric {config.get('metric')}" + (f", rule {rule}" if rule else "")
     return f"Goal: {found[0] if found else 'a loss tolerance'}. Ranks by {how}; seed {report.seed}."
+
+
+def _describe_training(training: Mapping[str, Any]) -> str:
+    ratio = training["param_ratio"]
+    goal = (
+        f"each raising the loss by at most {training['tolerance']:g} nats"
+        if ratio is None
+        else f"down to {ratio:.1%} of the targeted layers' weights"
+    )
+    epochs = counted(training["epochs"], "epoch")
+    selections = counted(training["selections"], "selection")
+    return (
+        f"Trained for {epochs} (learning rate {training['learning_rate']:g}) from full rank, with "
+        f"{selections} of ranks by rule {training['rule']}, {goal}"
+    )
+
+
+def counted(amount: float, what: str) -> str:
+    """`1 epoch`, `2.5 epochs`."""
+    return f"{amount:g} {what}{'' if amount == 1 else 's'}"
 
 
 def align(rows: Sequence[Sequence[str]]) -> str:

@@ -44,7 +44,7 @@ class TaskArguments:
     loss_tolerance: float | None = argument(
         None, "Goal: largest rise of the loss on a held-out part of the training set, nats."
     )
-    output_dir: str | None = argument(None, "Folder for the model and report.json.")
+    output_dir: str | None = argument(None, "Folder for the model, report.json and the model card.")
     cache_dir: str = argument(
         "outputs/dense", "Folder for dense fine-tuned models and their spectra."
     )

@@ -15,7 +15,7 @@ from transformers import (
 )
 
 from hf_lowrank.arguments import argument
-from hf_lowrank.data.glue import TASKS, load_glue
+from hf_lowrank.data.glue import HUB_DATASET, TASKS, hub_split, load_glue
 from hf_lowrank.errors import DataError
 from hf_lowrank.evaluation.glue import MAIN_METRIC, GlueMetric
 from hf_lowrank.tasks.arguments import TaskArguments
@@ -67,11 +67,12 @@ def load_glue_task(args: GlueArguments) -> Task:
         return split.map(tokenize, remove_columns=split.column_names)
 
     collator = DataCollatorWithPadding(tokenizer)
+    validation = load_glue(args.task, "validation", args.data_dir)
     return Task(
         name=args.task,
         train=prepare(train.select(range(held_out, len(train)))),
         held_out=prepare(train.select(range(held_out))),
-        validation=prepare(load_glue(args.task, "validation", args.data_dir)),
+        validation=prepare(validation),
         collator=collator,
         tokenizer=tokenizer,
         new_model=partial(
@@ -82,6 +83,15 @@ def load_glue_task(args: GlueArguments) -> Task:
         ),
         model_class=AutoModelForSequenceClassification,
         score=partial(evaluate_glue, task=args.task, collator=collator),
+        data={
+            "name": f"GLUE {args.task}",
+            "dataset": HUB_DATASET,
+            "config": args.task,
+            "split": hub_split(args.task, "validation"),
+            "train_examples": len(train) - held_out,
+            "held_out_examples": held_out,
+            "evaluation_examples": len(validation),
+        },
     )
 
 

@@ -54,8 +54,10 @@ def cut_then_train(
     seconds = {"compress": time.perf_counter() - start}
     report = _then_fine_tune(model, task, args)
     return report | {
+        "config": found.config,
         "probes": found.probes,
         "held_out": found.held_out,
+        "failures": found.failures,
         "seconds": seconds | report["seconds"],
     }
 
@@ -91,7 +93,11 @@ def cut_while_training(
         "train": time.perf_counter() - start,
         "selection": sum(found["seconds"] for found in trainer.selections),
     }
-    return {"selections": trainer.selections, "seconds": seconds}
+    return {
+        "training": trainer.summary(),
+        "selections": trainer.selections,
+        "seconds": seconds,
+    }
 
 
 def prune_cut_train(
@@ -115,12 +121,13 @@ def prune_cut_train(
     shared = training_settings(args, "", 0, args.learning_rate)
     for name in ("output_dir", "num_train_epochs", "eval_strategy", "save_strategy"):
         del shared[name]
+    config = _config(args, metric)
     found = lpaf_(
         model,
         task.train,
         task.collator,
         LpafSettings(
-            compression=_config(args, metric),
+            compression=config,
             mixed_rank=mixed_rank,
             pruning={
                 "num_train_epochs": pruning,
@@ -136,7 +143,7 @@ def prune_cut_train(
         work_dir=Path(args.cache_dir) / "lpaf",
         on_stage=on_stage,
     )
-    return {"lpaf": found, "seconds": dict(found["seconds"])} | uncured
+    return {"config": config.to_dict(), "lpaf": found, "seconds": dict(found["seconds"])} | uncured
 
 
 def _config(args: TaskArguments, metric: str) -> LowRankConfig:

@@ -8,6 +8,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -99,6 +100,13 @@ def load_qa_task(args: QaArguments) -> Task:
         new_model=partial(new_model, args, AutoModelForQuestionAnswering),
         model_class=AutoModelForQuestionAnswering,
         score=partial(evaluate_qa, examples=concatenate_datasets(parts), collator=collator),
+        data={
+            "name": args.task,
+            "train_examples": len(train),
+            "held_out_examples": len(held_out),
+            "evaluation_examples": len(validation),
+            "files": [Path(name).name for name in (args.train_file, args.data_file) if name],
+        },
         data_key=(_digest(questions), args.doc_stride),
     )
 

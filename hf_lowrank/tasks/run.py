@@ -7,11 +7,15 @@ from typing import Any
 
 from torch import nn
 
+from hf_lowrank.compression import model_sizes
 from hf_lowrank.config import LowRankConfig
 from hf_lowrank.evaluation.perplexity import measure_loss
 from hf_lowrank.modeling_lowrank import linear_shape
 from hf_lowrank.ranks.plan import RankPlan
-from hf_lowrank.targets import find_targets
+from hf_lowrank.report.schema import versions
+from hf_lowrank.report.task import TaskReport
+from hf_lowrank.sources import hub_id
+from hf_lowrank.targets import find_targets, untouched_weights
 from hf_lowrank.tasks.arguments import TaskArguments
 from hf_lowrank.tasks.fine_tuning import dense_model
 from hf_lowrank.tasks.methods import METHODS
@@ -19,40 +23,49 @@ from hf_lowrank.tasks.task import Task
 from hf_lowrank.training.forms import current_ranks
 
 
-def run_task(task: Task, args: TaskArguments) -> tuple[nn.Module, dict[str, Any]]:
+def run_task(task: Task, args: TaskArguments) -> tuple[nn.Module, TaskReport]:
     """The whole run.
 
     Returns:
-        The compressed model and the report: `task`, `method`, `seed`, `arguments`; the metrics on
-        the development set `metrics`, `uncured_metrics` (before fine-tuning) and `dense_metrics`;
-        the same on the held-out part of the training set (`held_out_metrics` ...), with its loss;
-        `parameters`, `ranks`, `seconds`.
+        The compressed model and the report.
     """
     start = time.perf_counter()
     model = dense_model(task, args)
     seconds = {"dense": time.perf_counter() - start}
     targets = find_targets(model, LowRankConfig())
     shapes = {name: linear_shape(layer) for name, layer in targets.items()}
-    report: dict[str, Any] = {
-        "task": task.name,
-        "method": args.method,
-        "seed": args.seed,
-        "arguments": vars(args),
+    untouched = untouched_weights(model, targets)
+    dense_sizes = model_sizes(model)
+    found: dict[str, Any] = {
         "dense_metrics": task.score(model, task.validation),
         "dense_held_out_metrics": task.score(model, task.held_out),
     }
-    report |= METHODS[args.method](model, task, args)
-    ranks = current_ranks(model, shapes)
-    plan = RankPlan(ranks, shapes)
+    found |= {"config": {}} | METHODS[args.method](model, task, args)
+    found["seconds"] = seconds | found["seconds"]
+    plan = RankPlan(current_ranks(model, shapes), shapes)
+    sizes = model_sizes(model)
     held_out = task.batches(task.held_out, args.batch_size)
-    return model, report | {
-        "metrics": task.score(model, task.validation),
-        "held_out_metrics": task.score(model, task.held_out),
-        "held_out_loss": measure_loss(model, held_out).mean,
-        "parameters": {
+    return model, TaskReport(
+        **found,
+        model=args.model,
+        base_model=hub_id(args.model),
+        architecture=type(model).__name__,
+        seed=args.seed,
+        versions=versions(),
+        parameters={
+            "dense": dense_sizes[0],
+            "kept": sizes[0],
             "targeted_dense": plan.dense_parameters,
             "targeted_kept": plan.kept_parameters,
         },
-        "ranks": ranks,
-        "seconds": seconds | report["seconds"],
-    }
+        bytes={"dense": dense_sizes[1], "kept": sizes[1]},
+        ranks=dict(plan.ranks),
+        untouched=untouched,
+        data=task.data,
+        task=task.name,
+        method=args.method,
+        arguments=dict(vars(args)),
+        metrics=task.score(model, task.validation),
+        held_out_metrics=task.score(model, task.held_out),
+        held_out_loss=measure_loss(model, held_out).mean,
+    )

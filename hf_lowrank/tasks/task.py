@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -29,6 +29,7 @@ class Task:
         new_model: The model before any fine-tuning, with a fresh head.
         model_class: Its auto class, which loads a fine-tuned copy.
         score: Metrics of a model on examples of the task; the first one is the main one.
+        data: What the report says of the examples, see `TaskReport`.
         data_key: What a dense model depends on besides the name and the arguments that all tasks
             share: anything that JSON can hold.
     """
@@ -42,6 +43,7 @@ class Task:
     new_model: Callable[[], nn.Module]
     model_class: Any
     score: Callable[[nn.Module, Dataset], dict[str, float]]
+    data: dict[str, Any] = field(default_factory=dict)
     data_key: tuple[object, ...] = ()
 
     def batches(self, split: Dataset, size: int, limit: int | None = None) -> Sequence[Batch]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +43,22 @@ class LanguageModelArguments:
     dtype: str = argument("float32", "Data type of the weights; bf16 autocast is --bf16.")
     target_modules: list[str] | None = config_option("target_modules")
     exclude_modules: list[str] | None = config_option("exclude_modules")
+
+
+@dataclass
+class LanguageModelTrainingArguments(LowRankTrainingArguments):
+    """`LowRankTrainingArguments` for a script that publishes the result alone.
+
+    `Trainer` would push every checkpoint; these settings of its own are off the command line.
+    """
+
+    push_to_hub: bool = field(default=False, init=False)
+    hub_token: str | None = field(default=None, init=False)
+    hub_private_repo: bool | None = field(default=None, init=False)
+    hub_model_id: str | None = field(default=None, init=False)
+    hub_strategy: str = field(default="end", init=False)
+    hub_always_push: bool = field(default=False, init=False)
+    hub_revision: str | None = field(default=None, init=False)
 
 
 def train_language_model(
@@ -104,8 +120,11 @@ def train_language_model(
         evaluation=compare(before, after),
         seconds=watch.seconds,
         untouched=untouched,
+        training=trainer.summary(),
+        architecture=type(model).__name__,
         data={
             "train": args.train,
+            "train_tokens": sum(batch["input_ids"].numel() for batch in texts["train"]),
             "evaluation": args.evaluation,
             "selections": trainer.selections,
         },

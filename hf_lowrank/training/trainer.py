@@ -201,6 +201,17 @@ class LowRankTrainer(CheckedTrainer):
         }
         return RankPlan(useful, self.lowrank_shapes).param_ratio
 
+    def summary(self) -> dict[str, Any]:
+        """How the training went, as `Report.training` has it."""
+        return {
+            "epochs": self.args.num_train_epochs,
+            "learning_rate": self.args.learning_rate,
+            "rule": self.args.selection_rule,
+            "selections": len(self.selections),
+            "param_ratio": self.args.target_param_ratio,
+            "tolerance": self.args.selection_tolerance,
+        }
+
     def _check_target(self) -> None:
         target = self.args.target_param_ratio
         if target is not None:

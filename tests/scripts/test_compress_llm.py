@@ -1,6 +1,5 @@
 """`scripts/compress_llm.py` on good input, and `scripts/generate.py` on what it saved."""
 
-import dataclasses
 import json
 import math
 import sys
@@ -17,8 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import hf_lowrank
 from hf_lowrank import jobs, sources
-from hf_lowrank.arguments import CompressionArguments
-from hf_lowrank.config import METRIC_NAMES, RULE_NAMES, LowRankConfig
+from hf_lowrank.config import METRIC_NAMES, RULE_NAMES
 from tests.scripts import ROOT, InProcess, Inputs, leftovers, make_inputs, run_python
 
 PAIRS = [
@@ -645,22 +643,6 @@ def test_the_demo_uses_three_parts_of_the_demo_text(
     assert report["model"] == "demo"
     assert (report["data"]["calibration"], report["data"]["evaluation"]) == ("demo", "demo")
     assert report["probes"]
-
-
-def test_help_names_every_option_and_explains_it_in_the_words_of_the_config(
-    compress_llm: InProcess, monkeypatch: pytest.MonkeyPatch
-):
-    monkeypatch.setenv("COLUMNS", "4000")
-    done = compress_llm("--help")
-    assert done.code == 0
-    text = " ".join(done.out.split())
-    config_fields = {field.name: field for field in dataclasses.fields(LowRankConfig)}
-    for field in dataclasses.fields(CompressionArguments):
-        assert f"--{field.name}" in text
-        assert " ".join(field.metadata["help"].split()) in text
-        if field.name in config_fields:
-            assert field.metadata["help"] == config_fields[field.name].metadata["help"]
-            assert field.default == config_fields[field.name].default
 
 
 def test_a_new_process_compresses_and_another_one_generates(inputs: Inputs, tmp_path: Path):

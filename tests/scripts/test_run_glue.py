@@ -156,7 +156,7 @@ def test_the_best_epoch_is_kept(place: Path, tmp_path: Path):
     changes = {"method": "svd", "param_ratio": 0.6, "learning_rate": 10.0}
     args = GlueArguments(**settings(place, **changes))
     _, report = run_task(load_glue_task(args), args)
-    assert report["metrics"] == report["uncured_metrics"]
+    assert report.metrics == report.uncured_metrics
 
 
 @pytest.mark.parametrize(

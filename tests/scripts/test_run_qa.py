@@ -2,7 +2,6 @@
 
 import json
 import re
-from dataclasses import fields
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -176,10 +175,6 @@ def test_every_kind_of_method_reports_and_saves(
     model = hf_lowrank.load(output)
     assert type(model).__name__ == "BertForQuestionAnswering"
     assert factorized_layers(model)
-
-
-def test_all_arguments_have_a_help_text():
-    assert all(field.metadata.get("help") for field in fields(QaArguments))
 
 
 @pytest.mark.parametrize(

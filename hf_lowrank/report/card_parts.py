@@ -1,0 +1,110 @@
+"""What the cards of all kinds of runs share: names without folders, tables, the kind of model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import PurePath
+from typing import Any, NamedTuple
+
+from hf_lowrank.report.schema import Report
+
+
+class ModelKind(NamedTuple):
+    """What follows from the class of a model.
+
+    Attributes:
+        tag: The Hub's pipeline tag, or None.
+        auto_class: The class that loads it.
+        is_text: Whether exp(loss) is a perplexity of text.
+    """
+
+    tag: str | None
+    auto_class: str
+    is_text: bool
+
+
+@dataclass(frozen=True)
+class CardParts:
+    """What one kind of run says in its card.
+
+    Attributes:
+        title: The card's heading, and the model's name in the evaluation results.
+        intro: What the model is.
+        quality: Rows below those of the size: what, dense, compressed, kept.
+        made: How it was made.
+        measured: How it was measured.
+        limits: What a reader must know.
+        metadata: Fields of `ModelCardData`: `datasets`, and `metrics` with `eval_results`.
+    """
+
+    title: str
+    intro: str
+    quality: list[list[str]]
+    made: str
+    measured: str
+    limits: list[str]
+    metadata: dict[str, Any]
+
+
+_KINDS = {
+    "ForCausalLM": ModelKind("text-generation", "AutoModelForCausalLM", True),
+    "LMHeadModel": ModelKind("text-generation", "AutoModelForCausalLM", True),
+    "ForConditionalGeneration": ModelKind("text2text-generation", "AutoModelForSeq2SeqLM", True),
+    "ForMaskedLM": ModelKind("fill-mask", "AutoModelForMaskedLM", True),
+    "ForSequenceClassification": ModelKind(
+        "text-classification", "AutoModelForSequenceClassification", False
+    ),
+    "ForTokenClassification": ModelKind(
+        "token-classification", "AutoModelForTokenClassification", False
+    ),
+    "ForQuestionAnswering": ModelKind("question-answering", "AutoModelForQuestionAnswering", False),
+}
+COMMON_LIMITS = (
+    "Biases and other faults of the dense model are still there; its license applies.",
+    "Fewer parameters are not always less time: each low-rank layer is two matrix products.",
+)
+
+
+def model_kind(report: Report) -> ModelKind:
+    """The kind of model by the ending of its class's name."""
+    ending = next((end for end in _KINDS if report.architecture.endswith(end)), None)
+    return _KINDS[ending] if ending else ModelKind(None, "AutoModel", False)
+
+
+def is_factorized(report: Report) -> bool:
+    """Whether any layer is low-rank."""
+    return any(rank is not None for rank in report.ranks.values())
+
+
+def kept_share(report: Report) -> float:
+    """Share of all parameters that is left."""
+    return report.parameters["kept"] / report.parameters["dense"]
+
+
+def base_name(report: Report) -> str:
+    """Name of the dense model without its owner or folder."""
+    return PurePath(without_folders(report.base_model or report.model)).name
+
+
+def base_link(report: Report) -> str:
+    """The dense model as a link, or its name alone where it is not on the Hub."""
+    source = without_folders(report.base_model or report.model)
+    return f"[{source}](https://huggingface.co/{source})" if report.base_model else f"`{source}`"
+
+
+def without_folders(source: str) -> str:
+    """A source without the folders of the machine that it was on."""
+    is_path = source[:1] in ("/", ".", "~") or "\\" in source or source.count("/") > 1
+    return PurePath(source.replace("\\", "/")).name if is_path else source
+
+
+def sentences(lines: list[str]) -> list[str]:
+    """Each line with a capital letter and a full stop."""
+    return [f"{line[0].upper()}{line[1:]}." for line in lines]
+
+
+def markdown_table(rows: list[list[str]]) -> str:
+    """A table in Markdown, the first row its header."""
+    marks = ["---"] + ["---:"] * (len(rows[0]) - 1)
+    filled = [[*row, *[""] * (len(rows[0]) - len(row))] for row in rows]
+    return "\n".join(f"| {' | '.join(row)} |" for row in [filled[0], marks, *filled[1:]])
