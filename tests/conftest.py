@@ -2,7 +2,9 @@
 
 import pytest
 
-from tests.tiny_models import Batch, tiny_llama, written_batches
+pytest.register_assert_rewrite("tests")  # helpers fail with details, too
+
+from tests.tiny_models import Batch, tiny_llama, written_batches  # noqa: E402
 
 
 @pytest.fixture(scope="session")

@@ -13,7 +13,7 @@ import hf_lowrank
 from hf_lowrank import LowRankConfig, LowRankLinear, Report, compress
 from hf_lowrank.losses import item_losses
 from hf_lowrank.targets import find_targets
-from tiny_models import TINY_MODELS, batches_for, logits, token_batches
+from tests.tiny_models import TINY_MODELS, batches_for, logits, token_batches
 
 RATIO = 0.6
 ATTENTION = [f"self_attn.{part}_proj" for part in "qkvo"]

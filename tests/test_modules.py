@@ -12,7 +12,7 @@ from hf_lowrank.modeling_lowrank import (
     replace_with_lowrank,
     resolve_module_name,
 )
-from tiny_models import tiny_gpt2, tiny_llama
+from tests.tiny_models import tiny_gpt2, tiny_llama
 
 SHAPES = [(5, 8), (8, 5), (6, 6), (1, 7)]
 

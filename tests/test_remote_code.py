@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 import hf_lowrank
 from hf_lowrank import LowRankConfig, LowRankLinear, compress
 from hf_lowrank.loading import LowRankHfQuantizer
-from tiny_models import batches_for, logits, tiny_bert_classifier, tiny_gpt2, tiny_llama
+from tests.tiny_models import batches_for, logits, tiny_bert_classifier, tiny_gpt2, tiny_llama
 
 AUTO_CLASSES = {
     "llama": "AutoModelForCausalLM",

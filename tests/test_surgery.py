@@ -13,7 +13,7 @@ from hf_lowrank.modeling_lowrank import linear_shape
 from hf_lowrank.ranks.plan import RankPlan
 from hf_lowrank.surgery import factorize_, factorized, lowrank_from_spectrum, restore_
 from hf_lowrank.targets import find_targets, linear_weight
-from tiny_models import logits, tiny_bert_classifier, tiny_gpt2, tiny_llama, token_batches
+from tests.tiny_models import logits, tiny_bert_classifier, tiny_gpt2, tiny_llama, token_batches
 
 Q_PROJ = "model.layers.0.self_attn.q_proj"
 UP_PROJ = "model.layers.1.mlp.up_proj"

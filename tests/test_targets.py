@@ -14,7 +14,7 @@ from hf_lowrank.targets import (
     match_name,
     untouched_weights,
 )
-from tiny_models import tiny_bert_classifier, tiny_gpt2, tiny_llama, tiny_mixtral
+from tests.tiny_models import tiny_bert_classifier, tiny_gpt2, tiny_llama, tiny_mixtral
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from hf_lowrank.errors import DataError, NumericalError
 from hf_lowrank.evaluation.perplexity import LossMeasurement, iterate_losses, measure_loss
 from hf_lowrank.losses import IGNORED, ItemLosses, item_losses
-from tiny_models import sentence_batches, tiny_bert_classifier, tiny_llama, token_batches
+from tests.tiny_models import sentence_batches, tiny_bert_classifier, tiny_llama, token_batches
 
 
 def whole_loss(model, batches):
