@@ -30,7 +30,7 @@ from hf_lowrank.tasks.task import Task
 class PrunedRanksArguments(GlueArguments):
     """Arguments of the comparison; the pruning takes `epochs` down to `final_density`."""
 
-    output: str = argument("outputs/pruned-ranks.json", "JSON file with the result.")
+    output: str = argument("outputs/pruned-ranks.json", "JSON file with the ranks.")
     picture: str = argument("outputs/pruned-ranks.svg", "SVG file with the spectra.")
 
 
@@ -39,14 +39,12 @@ def compare_pruned_ranks(args: PrunedRanksArguments) -> None:
     settings = part_of(args, GlueArguments)
     found = pruned_ranks(load_glue_task(settings), settings)
     print(format_ranks(found))
+    spectra = {
+        way: {name: layer.pop("spectrum") for name, layer in result["layers"].items()}
+        for way, result in found.items()
+    }
     write_result(Path(args.output), {"arguments": vars(args), "ranks": found})
-    draw_spectra(
-        {
-            way: {name: layer["spectrum"] for name, layer in result["layers"].items()}
-            for way, result in found.items()
-        },
-        Path(args.picture),
-    )
+    draw_spectra(spectra, Path(args.picture))
 
 
 def pruned_ranks(task: Task, args: TaskArguments) -> dict[str, dict[str, Any]]:
