@@ -22,6 +22,7 @@ from hf_lowrank.held_out import HeldOutLoss, check_fixed_ranks
 from hf_lowrank.loading import attach_config
 from hf_lowrank.losses import Batch, LossFunction
 from hf_lowrank.modeling_lowrank import linear_shape
+from hf_lowrank.quantization import num_bytes
 from hf_lowrank.ranks.plan import RankPlan
 from hf_lowrank.ranks.rules import RULES
 from hf_lowrank.ranks.search import SEARCHES, search_plan
@@ -395,5 +396,5 @@ def model_sizes(model: nn.Module) -> tuple[int, int]:
     parameters = list(model.parameters())  # tied weights appear once
     return (
         sum(parameter.numel() for parameter in parameters),
-        sum(parameter.numel() * parameter.element_size() for parameter in parameters),
+        sum(num_bytes(parameter) for parameter in parameters),
     )

@@ -9,6 +9,8 @@ from transformers import AutoTokenizer, pipeline
 
 import hf_lowrank
 from hf_lowrank import LowRankConfig, LowRankLinear
+from hf_lowrank.compression import model_sizes
+from hf_lowrank.quantization import quantize_int8_
 from tests.scripts import save_checkpoint, word_tokenizer
 from tests.tiny_models import logits, tiny_llama, token_batches
 
@@ -109,16 +111,14 @@ def test_the_compressed_model_drafts_for_the_dense_one(model: Any):
 
 @pytest.mark.filterwarnings("ignore")
 def test_factors_in_int8_by_torchao(model: Any):
-    quantization = pytest.importorskip("torchao.quantization")
+    pytest.importorskip("torchao.quantization")
     (batch,) = token_batches(1)
-    before = logits(model, batch)
-    quantization.quantize_(
-        model,
-        quantization.Int8WeightOnlyConfig(),
-        lambda module, name: name.endswith(("lowrank_A", "lowrank_B")),
-    )
+    before, size = logits(model, batch), model_sizes(model)[1]
+    quantize_int8_(model)
     layer = next(m for m in model.modules() if isinstance(m, LowRankLinear))
     assert type(layer.lowrank_A.weight) is not torch.nn.Parameter
+    assert type(model.get_output_embeddings().weight) is torch.nn.Parameter
+    assert model_sizes(model)[1] < size
     after = logits(model, batch)
     assert 0 < float((after - before).abs().max()) < 0.5 * float(before.std())
     output = model.generate(batch["input_ids"], **LENGTH)

@@ -95,6 +95,10 @@ def test_one_model_without_speed_and_text(evaluate: InProcess, small: Path, tmp_
         (["--assisted"], "assisted needs a model to draft for; give --baseline as well."),
         (["--repeats", "0"], "repeats must be at least 1, got 0."),
         (["--evaluation", "missing.txt"], "missing.txt: no such file."),
+        (
+            ["--glue_task", "mrpc", "--int8"],
+            "glue_task scores classifiers; leave int8 and assisted out.",
+        ),
     ],
 )
 def test_mistakes_are_found_before_a_model_is_loaded(
@@ -108,12 +112,18 @@ def test_prompts_that_are_too_long_get_one_sentence(evaluate: InProcess, small: 
     assert "63 prompt and 32 new tokens are more than the model reads (64)" in done.error
 
 
-def test_tasks_without_lm_eval_get_one_sentence(
-    evaluate: InProcess, small: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--tasks", "piqa"], "Tasks need the package lm_eval: pip install lm_eval."),
+        (["--int8"], "int8 needs the package torchao: pip install torchao."),
+    ],
+)
+def test_missing_packages_get_one_sentence(
+    evaluate: InProcess, monkeypatch: pytest.MonkeyPatch, arguments: list[str], message: str
 ):
     monkeypatch.setattr(harness.importlib.util, "find_spec", lambda name: None)
-    error = evaluate("--model", small, "--tasks", "piqa").error
-    assert error == "Tasks need the package lm_eval: pip install lm_eval."
+    assert evaluate("--model", "nothing/there", *arguments).error == message
 
 
 TASK = """\
