@@ -130,7 +130,8 @@ def _measured(report: TaskReport) -> str:
     ]
     if report.uncured_metrics is not None and report.arguments["epochs"] > 0:
         found = ", ".join(f"{name} {value:.4f}" for name, value in report.uncured_metrics.items())
-        lines.append(f"Before the last fine-tuning: {found}.")
+        same = "the same, " if report.uncured_metrics == report.metrics else ""
+        lines.append(f"Before the last fine-tuning: {same}{found}.")
     return "\n".join(lines)
 
 
@@ -142,7 +143,7 @@ def _limits(report: TaskReport) -> list[str]:
     ]
     if report.arguments["epochs"] > 0:
         lines.append(
-            f"This model was trained for {counted(report.arguments['epochs'], 'epoch')} more than "
-            "the dense one beside it in the table, which can hide a loss or show a gain."
+            f"The run had {counted(report.arguments['epochs'], 'epoch')} of training more than the "
+            "dense model beside it in the table, which can hide a loss or show a gain."
         )
     return [*lines, *sentences(warnings(report))]

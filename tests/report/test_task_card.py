@@ -80,7 +80,7 @@ def test_scores_steps_and_examples_are_told():
     assert "Choices: on 366 examples held out of the training set." in text
     assert "the 408 examples of the development set of GLUE mrpc" in text
     assert "Before the last fine-tuning: accuracy 0.7745, f1 0.8411." in text
-    assert "trained for 1 epoch more than the dense one" in text
+    assert "The run had 1 epoch of training more than the dense model" in text
     assert "per token" not in text
     assert "/home" not in text
 
