@@ -135,3 +135,10 @@ def test_matrices_summed_in_blocks_are_symmetric_and_the_same(monkeypatch, block
     for moment in blocks.values():
         for second in (moment.input, moment.output):
             assert torch.equal(second.matrix, second.matrix.T)
+
+
+@pytest.mark.parametrize(("length", "columns"), [(3, 8), (8, 3)])
+def test_squared_rows_of_short_and_long_sequences(length, columns):
+    gradients, rows = torch.randn(5, length, 4), torch.randn(5, length, columns)
+    wanted = sum((g.T @ x).square().sum(dim=1) for g, x in zip(gradients, rows, strict=True))
+    torch.testing.assert_close(statistics._squared_rows(gradients, rows), wanted)
