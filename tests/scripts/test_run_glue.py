@@ -151,6 +151,17 @@ def test_no_row_of_the_held_out_tenth_is_trained_on(place: Path):
     assert not train & held_out
 
 
+@pytest.mark.parametrize(("bf16", "on_gpu", "wanted"), [
+    (True, False, "eager"), (False, False, "sdpa"), (True, True, "sdpa"),
+])  # fmt: skip
+def test_attention_is_plain_under_bf16_on_a_cpu_alone(
+    place: Path, monkeypatch: pytest.MonkeyPatch, bf16: bool, on_gpu: bool, wanted: str
+):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: on_gpu)
+    args = GlueArguments(**settings(place) | {"bf16": bf16})
+    assert load_glue_task(args).new_model().config._attn_implementation == wanted
+
+
 def test_the_best_epoch_is_kept(place: Path, tmp_path: Path):
     """A rate that ruins the model leaves the start, which is an epoch like the others."""
     changes = {"method": "svd", "param_ratio": 0.6, "learning_rate": 10.0}
