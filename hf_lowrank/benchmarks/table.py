@@ -133,7 +133,7 @@ def run_rows(
         ConfigError: The folder holds a row that was run with other settings.
     """
     missing = [row for row in rows if not _is_done(row, folder)]
-    threads = max(1, (os.cpu_count() or 1) // workers)
+    threads = max(1, _usable_cores() // workers)
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(workers, context, torch.set_num_threads, (threads,)) as pool:
         firsts = {(row.task, row.seed): row for row in missing}.values()
@@ -141,6 +141,13 @@ def run_rows(
         jobs = {pool.submit(_run_and_tell, row, load_task, folder): row for row in missing}
         for number, done in enumerate(as_completed(jobs), 1):
             print(f"[{number}/{len(jobs)}] {done.result()}", flush=True)
+
+
+def _usable_cores() -> int:
+    """Cores that this process may run on, where the system tells; else all."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def read_rows(folder: Path) -> list[dict[str, Any]]:
