@@ -187,6 +187,11 @@ class CompressionArguments:
         "Texts that the dense and the compressed model continue in the report; 'none' skips this. "
         f"Default: {' / '.join(SAMPLE_PROMPTS)}",
     )
+    speed: bool = argument(
+        True,
+        "Time the dense and the compressed model in turn, for the report: prompts read at once, "
+        "then token by token.",
+    )
     seed: int = config_option("seed")
     cache_dir: str | None = argument(
         None, "Folder for moments and spectra, so that a killed or repeated run goes on from there."

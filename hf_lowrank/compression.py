@@ -18,9 +18,10 @@ from hf_lowrank.config import LowRankConfig
 from hf_lowrank.distributed import current_processes
 from hf_lowrank.errors import ConfigError, DataError
 from hf_lowrank.evaluation.perplexity import LossMeasurement, measure_loss
+from hf_lowrank.evaluation.speed import speed_before_and_after
 from hf_lowrank.held_out import HeldOutLoss, check_fixed_ranks
 from hf_lowrank.loading import attach_config
-from hf_lowrank.losses import Batch, LossFunction
+from hf_lowrank.losses import Batch, LossFunction, is_causal_lm
 from hf_lowrank.modeling_lowrank import linear_shape
 from hf_lowrank.quantization import num_bytes
 from hf_lowrank.ranks.plan import RankPlan
@@ -66,6 +67,8 @@ class RunOptions:
         recover_steps: Steps of training the factors after the cut, towards the dense model.
         recover: What these steps train: "factors" (the default) or "lora", adapters on the
             factors that are merged into them.
+        speed: Whether to time the model before and after, in turn, for the report; of causal
+            language models only, see `speed_before_and_after`.
         progress: Whether to show progress bars.
     """
 
@@ -74,6 +77,7 @@ class RunOptions:
     moment_gib: float = DEFAULT_MOMENT_GIB
     recover_steps: int = 0
     recover: str | None = None
+    speed: bool = False
     progress: bool = True
 
 
@@ -263,6 +267,7 @@ class CompressionRun:
                 evaluation = compare(
                     self.before, self._measure(self.texts.evaluation, "evaluate compressed")
                 )
+        speed = self._speed(originals)
         parameters, size = model_sizes(self.model)
         predicted = predicted_rise(self.analysis.spectra, plan)
         return Report(
@@ -279,6 +284,7 @@ class CompressionRun:
             bytes={"dense": self.sizes[1], "kept": size},
             ranks=dict(plan.ranks),
             evaluation=evaluation,
+            speed=speed,
             predicted_loss_difference=None if math.isnan(predicted) else predicted,
             seconds=dict(self.stopwatch.seconds),
             probes=[dataclasses.asdict(probe) for probe in probes],
@@ -302,6 +308,16 @@ class CompressionRun:
                 self.texts.held_out or [],
                 settings,
                 self.options.progress,
+            )
+
+    def _speed(self, originals: dict[str, nn.Module]) -> dict[str, Any] | None:
+        """Timed by the main process while the others wait, so that they do not disturb it."""
+        if not (self.options.speed and originals and is_causal_lm(self.model)):
+            return None
+        with self.stopwatch.phase("speed"):
+            is_main = self.processes.is_main
+            return self.processes.decide(
+                speed_before_and_after(self.model, originals) if is_main else None
             )
 
     def held_out_loss(self) -> HeldOutLoss:

@@ -98,7 +98,9 @@ def compressed(
 ) -> Iterator[Report]:
     """One report for each size asked for; the model is compressed while it is handled."""
     config = args.to_config()
-    options = {name: getattr(args, name) for name in ("cache_dir", "recover_steps", "recover")}
+    options = {
+        name: getattr(args, name) for name in ("cache_dir", "recover_steps", "recover", "speed")
+    }
     options |= texts
     if args.joint:
         gradient, acceptance = texts["calibration"], texts["held_out"]
@@ -109,6 +111,7 @@ def compressed(
             acceptance,
             texts.get("evaluation"),
             cache_dir=args.cache_dir,
+            speed=args.speed,
         ).report
     elif args.param_ratio and len(args.param_ratio) > 1:
         yield from sweep(model, config, args.param_ratio, **options)

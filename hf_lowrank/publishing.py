@@ -12,6 +12,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, Repository
 from huggingface_hub.utils import validate_repo_id
 
 from hf_lowrank.errors import PublishError, StorageError
+from hf_lowrank.report.public import public_report
 
 _REASONS = {
     401: "the token is not valid or may not do this, log in again with `hf auth login`",
@@ -71,7 +72,8 @@ def publish(folder: Path, repo_id: str, private: bool = False, token: str | None
     """Uploads all files of a folder as one commit; the repository is made if there is none.
 
     `HfApi.upload_folder` splits an upload into several commits, so that a reader can meet half a
-    model; here weights are uploaded first and appear with everything else in one commit.
+    model; here weights are uploaded first and appear with everything else in one commit. Of local
+    paths in `report.json` only the last component is uploaded; the file in the folder stays.
 
     Args:
         folder: What `save_pretrained` or `save_compressed` wrote.
@@ -97,12 +99,19 @@ def publish(folder: Path, repo_id: str, private: bool = False, token: str | None
         commit = api.create_commit(
             repo_id,
             [
-                CommitOperationAdd(path.relative_to(folder).as_posix(), os.fspath(path))
+                CommitOperationAdd(path.relative_to(folder).as_posix(), _content(path))
                 for path in files
             ],
             commit_message="Upload a model compressed with hf_lowrank",
         )
     return str(commit.commit_url)
+
+
+def _content(path: Path) -> str | bytes:
+    """What is uploaded of a file: the file itself, or a report without this machine's folders."""
+    if path.name != "report.json":
+        return os.fspath(path)
+    return public_report(path.read_text("utf-8")).encode()
 
 
 def _check_visibility(api: HfApi, repo_id: str, private: bool) -> None:

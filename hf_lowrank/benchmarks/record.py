@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import platform
 import subprocess
 import sys
 from datetime import datetime, timezone
@@ -13,6 +12,7 @@ from typing import Any
 
 import torch
 
+from hf_lowrank.hardware import processor_name
 from hf_lowrank.report.schema import jsonable, versions
 from hf_lowrank.saving import write_text
 
@@ -24,7 +24,7 @@ def provenance() -> dict[str, Any]:
         "commit": _COMMIT,
         "date": datetime.now(timezone.utc).date().isoformat(),
         "hardware": {
-            "processor": _processor(),
+            "processor": processor_name(),
             "threads": torch.get_num_threads(),
             "cpus": os.cpu_count(),
         },
@@ -50,16 +50,6 @@ def _commit() -> str:
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
     return found.stdout.strip()
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text("utf-8").split("\n")
-        return next(
-            line.partition(":")[2].strip() for line in lines if line.startswith("model name")
-        )
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
 
 
 # Read once, when the code is: the working tree may change while a benchmark runs.

@@ -3,17 +3,25 @@
 from __future__ import annotations
 
 import inspect
+import math
 import statistics
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass
+import warnings
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 
 from hf_lowrank.errors import ConfigError, DataError
+from hf_lowrank.hardware import device_name
 from hf_lowrank.losses import eval_mode, is_causal_lm
+from hf_lowrank.surgery import swapped
+
+REPORT_SECONDS = 20.0
 
 
 @dataclass(frozen=True)
@@ -26,9 +34,10 @@ class SpeedSettings:
         new_tokens: Tokens of each that are read one by one afterwards.
         repeats: Rounds; each times every model once.
         seed: Seed of the tokens.
+        max_seconds: No further round begins after so many seconds, once one has been counted.
 
     Raises:
-        ConfigError: One of them is below 1.
+        ConfigError: One of the counts is below 1.
     """
 
     batch_size: int = 1
@@ -36,6 +45,7 @@ class SpeedSettings:
     new_tokens: int = 32
     repeats: int = 5
     seed: int = 0
+    max_seconds: float | None = None
 
     def __post_init__(self) -> None:
         """Checks the counts."""
@@ -71,7 +81,8 @@ class Speed:
 
 
 def measure_speed(
-    models: Mapping[str, nn.Module], settings: SpeedSettings | None = None
+    models: Mapping[str, nn.Module | Callable[[], AbstractContextManager[nn.Module]]],
+    settings: SpeedSettings | None = None,
 ) -> dict[str, Speed]:
     """Times causal language models on the same tokens.
 
@@ -79,7 +90,8 @@ def measure_speed(
     that is not counted. The new tokens are given, not sampled, so all models do the same steps.
 
     Args:
-        models: Model by name.
+        models: By name, a model, or what opens a block in which it is there: then it is opened
+            for each round, and opening it is not timed.
         settings: What to time.
 
     Raises:
@@ -87,24 +99,89 @@ def measure_speed(
         DataError: The tokens are more than a model reads.
     """
     settings = settings or SpeedSettings()
-    for name, model in models.items():
-        _check_model(name, model, settings)
-    rows = min(m.get_input_embeddings().weight.shape[0] for m in models.values())  # type: ignore[operator]
+    rows = []
+    for name, each in models.items():
+        with _opened(each) as model:
+            _check_model(name, model, settings)
+            rows.append(model.get_input_embeddings().weight.shape[0])  # type: ignore[operator]
     generator = torch.Generator().manual_seed(settings.seed)
     shape = (settings.batch_size, settings.prompt_tokens + settings.new_tokens)
-    tokens = torch.randint(rows, shape, generator=generator)
+    tokens = torch.randint(min(rows), shape, generator=generator)
     seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in models}
-    names = list(models)
+    names, begin = list(models), time.perf_counter()
     for turn in range(settings.repeats + 1):
+        limit = math.inf if settings.max_seconds is None else settings.max_seconds
+        if turn > 1 and time.perf_counter() - begin > limit:
+            break
         start = turn % len(names)
         for name in names[start:] + names[:start]:
-            found = time_once(models[name], tokens, settings.prompt_tokens)
+            with _opened(models[name]) as model:
+                found = time_once(model, tokens, settings.prompt_tokens)
             if turn:
                 seconds[name].append(found)
     return {
         name: Speed(settings, tuple(p for p, _ in found), tuple(d for _, d in found))
         for name, found in seconds.items()
     }
+
+
+def speed_before_and_after(
+    model: nn.Module, originals: Mapping[str, nn.Module], settings: SpeedSettings | None = None
+) -> dict[str, Any] | None:
+    """Speed of a compressed causal language model and of its dense self, for a report.
+
+    The dense layers are put back for each dense round and taken out after it: no second model is
+    in memory, and both are timed in turn.
+
+    Args:
+        model: The compressed model, as it is to be used.
+        originals: Its dense layers by name, from `factorize_`.
+        settings: What to time. By default at most 20 seconds (and a round more), with fewer tokens
+            where the model reads fewer.
+
+    Returns:
+        `dense` and `compressed`: `prefill` and `decode`, the seconds of each round, and the medians
+        of `Speed.summary`; `settings`: what was timed, the number of `rounds`, and where. None if
+        the model can't be timed; a warning says why.
+    """
+    try:
+        chosen = settings or _settings_for(model)
+        found = measure_speed(
+            {"dense": partial(swapped, model, originals), "compressed": model}, chosen
+        )
+    except Exception as error:  # a long compression is not lost because its speed is not known
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        warnings.warn(f"The speed was not measured: {reason}", stacklevel=2)
+        return None
+    weight = next(model.parameters())
+    place = {
+        "rounds": len(found["dense"].prefill),
+        "device": str(weight.device),
+        "hardware": device_name(weight.device),
+        "threads": torch.get_num_threads(),
+        "dtype": str(weight.dtype).removeprefix("torch."),
+    }
+    timed = {
+        name: {"prefill": list(each.prefill), "decode": list(each.decode)} | each.summary()
+        for name, each in found.items()
+    }
+    return timed | {"settings": asdict(chosen) | place}
+
+
+def _settings_for(model: nn.Module) -> SpeedSettings:
+    """The default settings of a report, with fewer tokens where the model reads fewer."""
+    wanted = SpeedSettings(max_seconds=REPORT_SECONDS)
+    limit = getattr(model.config, "max_position_embeddings", None)
+    if limit is None or limit >= wanted.prompt_tokens + wanted.new_tokens:
+        return wanted
+    new_tokens = max(1, limit // 5)
+    return replace(wanted, prompt_tokens=limit - new_tokens, new_tokens=new_tokens)
+
+
+def _opened(
+    model: nn.Module | Callable[[], AbstractContextManager[nn.Module]],
+) -> AbstractContextManager[nn.Module]:
+    return nullcontext(model) if isinstance(model, nn.Module) else model()
 
 
 @torch.no_grad()
@@ -115,6 +192,9 @@ def time_once(model: nn.Module, tokens: torch.Tensor, prompt_tokens: int) -> tup
         model: A causal language model.
         tokens: Token ids, shape (batch, prompt and new tokens).
         prompt_tokens: How many of them are read at once.
+
+    Raises:
+        ConfigError: The model hands no cache back.
     """
     device = next(model.parameters()).device
     tokens = tokens.to(device)
@@ -124,6 +204,11 @@ def time_once(model: nn.Module, tokens: torch.Tensor, prompt_tokens: int) -> tup
         start = _now(device)
         outputs = model(input_ids=tokens[:, :prompt_tokens], use_cache=True, **last)
         middle = _now(device)
+        if getattr(outputs, "past_key_values", None) is None:
+            raise ConfigError(
+                f"{type(model).__name__} hands back no past_key_values, so it can't be read token "
+                "by token."
+            )
         for step in range(prompt_tokens, tokens.shape[1]):
             outputs = model(
                 input_ids=tokens[:, step : step + 1],

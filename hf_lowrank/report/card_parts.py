@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import PurePath
 from typing import Any, NamedTuple
@@ -59,6 +60,7 @@ _KINDS = {
     ),
     "ForQuestionAnswering": ModelKind("question-answering", "AutoModelForQuestionAnswering", False),
 }
+_LOCAL_SUFFIXES = (".txt", ".jsonl", ".parquet", ".raw", ".json", ".gz", ".gguf")
 COMMON_LIMITS = (
     "Biases and other faults of the dense model are still there; its license applies.",
     "Fewer parameters are not always less time: each low-rank layer is two matrix products.",
@@ -88,14 +90,26 @@ def base_name(report: Report) -> str:
 
 def base_link(report: Report) -> str:
     """The dense model as a link, or its name alone where it is not on the Hub."""
-    source = without_folders(report.base_model or report.model)
-    return f"[{source}](https://huggingface.co/{source})" if report.base_model else f"`{source}`"
+    source = report.base_model
+    if source is None:
+        return f"`{without_folders(report.model)}`"
+    return f"[{source}](https://huggingface.co/{source})"
 
 
 def without_folders(source: str) -> str:
-    """A source without the folders of the machine that it was on."""
+    """The last component of a local path; a source on the Hub as it is."""
+    return last_component(source) if is_local(source) else source
+
+
+def is_local(source: str) -> bool:
+    """Whether a source is a path: it exists on this machine, or can't be a name on the Hub."""
     is_path = source[:1] in ("/", ".", "~") or "\\" in source or source.count("/") > 1
-    return PurePath(source.replace("\\", "/")).name if is_path else source
+    return is_path or PurePath(source).suffix in _LOCAL_SUFFIXES or os.path.exists(source)
+
+
+def last_component(path: str) -> str:
+    """Name of a file or folder, given with the separators of any system; "." and "/" have none."""
+    return PurePath(path.replace("\\", "/")).name or path
 
 
 def sentences(lines: list[str]) -> list[str]:

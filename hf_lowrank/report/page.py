@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from html import escape
+from typing import Any
 
+from hf_lowrank.report.card_parts import sentences, without_folders
 from hf_lowrank.report.document import (
     bar_cell,
     cell,
@@ -24,6 +26,7 @@ from hf_lowrank.report.plots import (
     spectra_figures,
 )
 from hf_lowrank.report.schema import Report
+from hf_lowrank.report.speed import speed_note, speed_rows
 from hf_lowrank.report.table import (
     comparison_rows,
     describe_run,
@@ -43,7 +46,8 @@ def report_page(report: Report) -> str:
     """
     require_matplotlib()
     kept = report.parameters["kept"] / report.parameters["dense"]
-    title = f"{report.base_model or report.model}, compressed to {kept:.1%} of its parameters"
+    name = report.base_model or without_folders(report.model)
+    title = f"{name}, compressed to {kept:.1%} of its parameters"
     return document(
         title,
         [
@@ -101,6 +105,7 @@ def _before_and_after(report: Report) -> list[str]:
         texts = [name, spec.format(dense), spec.format(kept), f"{kept / dense:.1%}"]
         rows.append([*map(cell, texts), bar_cell(kept / dense)])
     parts = []
+    bare = cell("", "td", ' class="bar"')
     found = report.evaluation
     if found is not None:
         for name, before, after, spec in (
@@ -108,18 +113,22 @@ def _before_and_after(report: Report) -> list[str]:
             ("loss (nats/token)", found.loss_before, found.loss_after, ".4f"),
         ):
             texts = [name, number(before, spec), number(after, spec), ""]
-            rows.append([*map(cell, texts), cell("", "td", ' class="bar"')])
+            rows.append([*map(cell, texts), bare])
         rise, error = number(found.loss_difference, "+.4f"), number(found.standard_error, ".4f")
+        source = without_folders(str(report.data.get("evaluation", "source not recorded")))
         parts.append(
             paragraph(
                 f"The loss differs by {rise} ± {error} nats per token over {found.tokens:,} tokens "
-                f"of evaluation text ({report.data.get('evaluation', 'source not recorded')})."
+                f"of evaluation text ({source})."
             )
         )
     if report.predicted_loss_difference is not None:
         parts.append(
             paragraph(f"The prices predicted {report.predicted_loss_difference:+.4f}.", "note")
         )
+    rows += [[*map(cell, texts), bare] for texts in speed_rows(report)]
+    if report.speed is not None:
+        parts += [paragraph(line, "note") for line in sentences([speed_note(report)])]
     header = [cell(text, "th") for text in ("", "dense", "compressed", "kept")]
     header.append(cell("", "th", ' class="bar"'))
     return [table(header, rows), *parts, *(paragraph(line, "note") for line in warnings(report))]
@@ -209,7 +218,7 @@ def _samples(reports: Mapping[str, Report]) -> list[str]:
 def _settings(report: Report) -> list[str]:
     config = {k: v for k, v in report.config.items() if v not in (None, {}, [])}
     groups = {
-        "setting": config | {f"text: {k}": v for k, v in report.data.items()},
+        "setting": config | {f"text: {k}": _public(v) for k, v in report.data.items()},
         "seconds": {name: f"{value:.1f}" for name, value in report.seconds.items()},
         "version": report.versions,
     }
@@ -219,6 +228,10 @@ def _settings(report: Report) -> list[str]:
         if values
     ]
     return [f'<div class="figures">{"".join(tables)}</div>']
+
+
+def _public(value: Any) -> Any:  # noqa: ANN401
+    return without_folders(value) if isinstance(value, str) else value
 
 
 def _size_quality(reports: Mapping[str, Report]) -> str:

@@ -68,6 +68,9 @@ class Report:
         base_model: Hub id of the dense model, or None where it has none.
         spectra: By layer name: `shape` (out, in), `sigma` at a few components in the metric (see
             `compact_spectra`), and `price_scale`: nats per squared sigma, or None.
+        speed: `dense` and `compressed`: seconds of each round of `prefill` and `decode`, their
+            medians and tokens per second; `settings`: what was timed, and on what. None where it
+            was not measured. See `speed_before_and_after`.
         samples: What the dense and the compressed model wrote after a `prompt`: `dense`,
             `compressed`.
     """
@@ -94,6 +97,7 @@ class Report:
     base_model: str | None = None
     spectra: dict[str, dict[str, Any]] = field(default_factory=dict, repr=False)
     samples: list[dict[str, str]] = field(default_factory=list)
+    speed: dict[str, Any] | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON data; numbers that JSON can't hold become null."""
@@ -102,10 +106,7 @@ class Report:
 
     def save(self, path: Path) -> None:
         """Writes the report as JSON, each list of numbers on one line."""
-        text = json.dumps(self.to_dict(), indent=2) + "\n"
-        path.write_text(
-            _NUMBERS.sub(lambda match: f"[{' '.join(match[1].split())}]", text), encoding="utf-8"
-        )
+        path.write_text(report_text(self.to_dict()), encoding="utf-8")
 
     @classmethod
     def load(cls: type[AnyReport], path: Path) -> AnyReport:
@@ -134,6 +135,12 @@ class Report:
         ):
             raise DataError(f"{path}: is not a report of hf_lowrank (its sizes are not counts).")
         return report
+
+
+def report_text(data: dict[str, Any]) -> str:
+    """The text of a `report.json`, each list of numbers on one line."""
+    text = json.dumps(data, indent=2) + "\n"
+    return _NUMBERS.sub(lambda match: f"[{' '.join(match[1].split())}]", text)
 
 
 def versions() -> dict[str, str]:

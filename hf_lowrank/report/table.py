@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from hf_lowrank.report.schema import Evaluation, Report
+from hf_lowrank.report.speed import speed_columns, speed_conditions, speed_note, speed_rows
 from hf_lowrank.report.task import TaskReport
 
 
@@ -51,6 +52,9 @@ def format_report(report: Report) -> str:
             f"acceptance set; price alone {baseline['mean']:+.4f}, keeping "
             f"{report.joint['baseline_ratio']:.2%}"
         )
+    rows += speed_rows(report)
+    if report.speed is not None:
+        lines.append(speed_note(report))
     parts = [align(rows), *lines, *_search_lines(report), "", align(rank_rows(report)), ""]
     parts.append(
         "seconds: " + ", ".join(f"{name} {value:.1f}" for name, value in report.seconds.items())
@@ -72,7 +76,7 @@ def format_sweep(reports: Sequence[Report]) -> str:
                 "-" if found is None else f"{found.standard_error:.4f}",
             ]
         )
-    return align(rows)
+    return align([row + more for row, more in zip(rows, speed_columns(reports), strict=True)])
 
 
 def comparison_rows(reports: Mapping[str, Report]) -> list[list[str]]:
@@ -93,7 +97,8 @@ def comparison_rows(reports: Mapping[str, Report]) -> list[list[str]]:
         rows.append(
             [name, sizes["kept"], *after, f"{kept:.4f}", sizes["dense"], before, how, seconds]
         )
-    return rows
+    speeds = speed_columns(list(reports.values()))
+    return [row + more for row, more in zip(rows, speeds, strict=True)]
 
 
 def _quality(found: Evaluation) -> tuple[str, list[str]]:
@@ -114,6 +119,10 @@ def differences(reports: Mapping[str, Report]) -> list[str]:
         (
             "numbers of evaluation tokens",
             {str(r.evaluation and r.evaluation.tokens) for r in reports.values()},
+        ),
+        (
+            "conditions of the speed",
+            {speed_conditions(report) for report in reports.values() if report.speed},
         ),
     ):
         if len(values) > 1:

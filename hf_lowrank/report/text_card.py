@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import PurePath
 from typing import Any
 
 from huggingface_hub import EvalResult
@@ -18,6 +17,7 @@ from hf_lowrank.report.card_parts import (
     without_folders,
 )
 from hf_lowrank.report.schema import Report
+from hf_lowrank.report.speed import speed_note, speed_rows
 from hf_lowrank.report.table import describe_run, number, warnings
 
 
@@ -30,7 +30,7 @@ def text_card_parts(report: Report) -> CardParts:
             "its linear layers are products of two thin matrices, with a rank for every layer "
             "chosen by its effect on the loss."
         ),
-        quality=_quality(report),
+        quality=[*_quality(report), *speed_rows(report)],
         made=describe_run(report),
         measured=_measured(report),
         limits=_limits(report),
@@ -78,8 +78,7 @@ def _result(report: Report, metric: str, value: float) -> EvalResult:
 def _hub_dataset(source: Any) -> str | None:  # noqa: ANN401
     """`namespace/name` of a text source on the Hub, None for files and the demo text."""
     name = str(source or "").split(":")[0]
-    is_file = PurePath(name).suffix in (".txt", ".jsonl", ".parquet", ".raw", ".json", ".gz")
-    return name if name.count("/") == 1 and name[0] not in "./~" and not is_file else None
+    return name if name.count("/") == 1 and without_folders(name) == name else None
 
 
 def _described(source: str) -> str:
@@ -106,15 +105,17 @@ def _measured(report: Report) -> str:
         if tokens:
             text = _described(str(report.data.get(role) or ""))
             lines.append(f"{name}: {tokens:,} tokens of {text}.")
+    speed = sentences([speed_note(report)]) if report.speed else []
     found = report.evaluation
     if found is None:
-        return "\n".join([*lines, "Quality: not measured."])
+        return "\n".join([*lines, "Quality: not measured.", *speed])
     text = _described(str(report.data.get("evaluation") or ""))
     rise, error = number(found.loss_difference, "+.4f"), number(found.standard_error, ".4f")
     lines += [
         f"Evaluation: {found.tokens:,} scored tokens of {text}, used for these figures alone.",
         f"Both models read the same windows; their loss differs by {rise} ± {error} nats per token "
         "(standard error over windows).",
+        *speed,
     ]
     return "\n".join(lines)
 
