@@ -1,5 +1,6 @@
 """Publishing to the Hub, against a local fake of its HTTP interface: all of it or nothing."""
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -257,11 +258,32 @@ def test_the_script_publishes_what_it_saved(
     assert done.code == 0, done.err
     repository = hub.repositories["ada/small"]
     assert repository.private
-    assert repository.files == {
-        path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()
-    }
+    saved = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+    assert {**repository.files, "report.json": saved["report.json"]} == saved
     assert 'from_pretrained("ada/small")' in repository.files["README.md"].decode()
     assert f"published as {hub.url}/ada/small/commit/" in done.out
+
+
+def test_no_published_file_names_a_folder_of_this_machine(
+    compress_llm: InProcess, hub: FakeHub, inputs: Inputs, tmp_path: Path
+):
+    pytest.importorskip("matplotlib")
+    arguments = inputs.arguments(
+        param_ratio=0.6, output_dir=tmp_path / "out", push_to_hub="ada/small", html_report=True
+    )
+    assert compress_llm(*arguments).code == 0
+    files = hub.repositories["ada/small"].files
+    assert "report.html" in files
+    folder = str(inputs.model.parent).encode()
+    assert [name for name, content in files.items() if folder in content] == []
+    kept, published = (
+        json.loads(text)
+        for text in ((tmp_path / "out" / "report.json").read_bytes(), files["report.json"])
+    )
+    assert kept["data"]["calibration"] == str(inputs.calibration)
+    assert published["data"]["calibration"] == inputs.calibration.name
+    assert published["model"] == inputs.model.name
+    assert {**published, "model": "", "data": {}} == {**kept, "model": "", "data": {}}
 
 
 def test_each_of_several_sizes_gets_a_repository(

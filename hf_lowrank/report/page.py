@@ -26,7 +26,7 @@ from hf_lowrank.report.plots import (
     spectra_figures,
 )
 from hf_lowrank.report.schema import Report
-from hf_lowrank.report.speed import speed_note, speed_rows
+from hf_lowrank.report.speed import speed_notes, speed_rows
 from hf_lowrank.report.table import (
     comparison_rows,
     describe_run,
@@ -128,7 +128,7 @@ def _before_and_after(report: Report) -> list[str]:
         )
     rows += [[*map(cell, texts), bare] for texts in speed_rows(report)]
     if report.speed is not None:
-        parts += [paragraph(line, "note") for line in sentences([speed_note(report)])]
+        parts.append(paragraph(" ".join(sentences(speed_notes(report))), "note"))
     header = [cell(text, "th") for text in ("", "dense", "compressed", "kept")]
     header.append(cell("", "th", ' class="bar"'))
     return [table(header, rows), *parts, *(paragraph(line, "note") for line in warnings(report))]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from hf_lowrank.report.schema import Report
 
@@ -22,32 +23,40 @@ def speed_rows(report: Report) -> list[list[str]]:
     return rows
 
 
-def speed_note(report: Report) -> str:
-    """How the speed was measured, and how far its rounds differ; "" without it."""
+def speed_notes(report: Report) -> list[str]:
+    """Where and how the speed was measured, and how far its rounds differ; none without it."""
     if report.speed is None:
-        return ""
+        return []
     settings = report.speed["settings"]
     ranges = []
     for phase in _PHASES:
         pairs = zip(report.speed["dense"][phase], report.speed["compressed"][phase], strict=True)
         ups = [dense / compressed for dense, compressed in pairs]
         ranges.append(f"{phase} {min(ups):.2f}x to {max(ups):.2f}x")
-    return (
-        f"speed on the machine of this run alone ({speed_conditions(report)}): medians of "
-        f"{settings['rounds']} rounds in which both models took turns; speed-up round by round: "
-        f"{', '.join(ranges)}"
-    )
+    return [
+        f"speed on the machine of this run alone: {_machine(settings)}",
+        f"timed: {_work(settings)}; medians of {settings['rounds']} rounds, both models in turn",
+        f"speed-up from round to round: {', '.join(ranges)}",
+    ]
 
 
 def speed_conditions(report: Report) -> str:
-    """Machine and amount of work, the same for speeds that may be compared; "" without them."""
+    """Machine and work of a speed, the same for speeds that may be compared; "" without it."""
     if report.speed is None:
         return ""
     settings = report.speed["settings"]
+    return f"{_machine(settings)}, {_work(settings)}"
+
+
+def _machine(settings: Mapping[str, Any]) -> str:
+    threads = f"{settings['threads']} CPU thread{'' if settings['threads'] == 1 else 's'}"
+    return f"{settings['hardware']}, device {settings['device']}, {threads}, {settings['dtype']}"
+
+
+def _work(settings: Mapping[str, Any]) -> str:
     return (
-        f"{settings['hardware']}, device {settings['device']}, CPU threads: {settings['threads']}, "
-        f"{settings['dtype']}; batch size {settings['batch_size']}, {settings['prompt_tokens']} "
-        f"tokens read at once, then {settings['new_tokens']} one by one"
+        f"batch size {settings['batch_size']}, {settings['prompt_tokens']} tokens read at once "
+        f"(prefill), then {settings['new_tokens']} one by one (decode)"
     )
 
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from hf_lowrank.report.schema import Evaluation, Report
-from hf_lowrank.report.speed import speed_columns, speed_conditions, speed_note, speed_rows
+from hf_lowrank.report.speed import speed_columns, speed_conditions, speed_notes, speed_rows
 from hf_lowrank.report.task import TaskReport
 
 
@@ -53,8 +53,7 @@ def format_report(report: Report) -> str:
             f"{report.joint['baseline_ratio']:.2%}"
         )
     rows += speed_rows(report)
-    if report.speed is not None:
-        lines.append(speed_note(report))
+    lines += speed_notes(report)
     parts = [align(rows), *lines, *_search_lines(report), "", align(rank_rows(report)), ""]
     parts.append(
         "seconds: " + ", ".join(f"{name} {value:.1f}" for name, value in report.seconds.items())

@@ -17,7 +17,7 @@ from hf_lowrank.report.card_parts import (
     without_folders,
 )
 from hf_lowrank.report.schema import Report
-from hf_lowrank.report.speed import speed_note, speed_rows
+from hf_lowrank.report.speed import speed_notes, speed_rows
 from hf_lowrank.report.table import describe_run, number, warnings
 
 
@@ -105,7 +105,7 @@ def _measured(report: Report) -> str:
         if tokens:
             text = _described(str(report.data.get(role) or ""))
             lines.append(f"{name}: {tokens:,} tokens of {text}.")
-    speed = sentences([speed_note(report)]) if report.speed else []
+    speed = sentences(speed_notes(report))
     found = report.evaluation
     if found is None:
         return "\n".join([*lines, "Quality: not measured.", *speed])

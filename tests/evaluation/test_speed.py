@@ -4,13 +4,30 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 from hf_lowrank import LowRankConfig, get_lowrank_model
+from hf_lowrank.analysis import analyze
 from hf_lowrank.errors import ConfigError, DataError
 from hf_lowrank.evaluation import assisted, speed
 from hf_lowrank.evaluation.assisted import Assisted, generate, measure_assisted
-from hf_lowrank.evaluation.speed import Speed, SpeedSettings, measure_speed, time_once
-from tests.tiny_models import tiny_bert_classifier, tiny_gpt2, tiny_llama, tiny_opt, token_batches
+from hf_lowrank.evaluation.speed import (
+    Speed,
+    SpeedSettings,
+    measure_speed,
+    speed_before_and_after,
+    time_once,
+)
+from hf_lowrank.surgery import factorize_, restore_
+from tests.tiny_models import (
+    MAX_LENGTH,
+    num_lowrank,
+    tiny_bert_classifier,
+    tiny_gpt2,
+    tiny_llama,
+    tiny_opt,
+    token_batches,
+)
 
 SHORT = SpeedSettings(batch_size=2, prompt_tokens=8, new_tokens=3, repeats=3)
 
@@ -73,6 +90,106 @@ def test_real_seconds_come_out_for_both_models():
     for each in found.values():
         assert len(each.prefill) == len(each.decode) == 3
         assert min(each.prefill + each.decode) > 0
+
+
+# Before and after, in one model
+
+
+def cut_model() -> tuple[Any, dict[str, nn.Module]]:
+    """A compressed model and the dense layers that it had."""
+    model = tiny_llama()
+    config = LowRankConfig(param_ratio=0.5, metric="plain")
+    found = analyze(model, config, progress=False)
+    return model, factorize_(model, found.spectra, found.plan_for_ratio(0.5))
+
+
+def watch(
+    monkeypatch: pytest.MonkeyPatch, fail_at: int = 0, error: type[BaseException] = RuntimeError
+) -> list[str]:
+    """Lets each round note what it is given: d for dense layers, c for low-rank ones."""
+    rounds: list[str] = []
+
+    def timed(model: Any, tokens: torch.Tensor, prompt_tokens: int) -> tuple[float, float]:
+        rounds.append("c" if num_lowrank(model) else "d")
+        if len(rounds) == fail_at:
+            raise error("broken on purpose")
+        return (2.0, 8.0) if rounds[-1] == "d" else (1.0, 16.0)
+
+    monkeypatch.setattr(speed, "time_once", timed)
+    return rounds
+
+
+def test_dense_and_compressed_rounds_alternate_in_one_model(monkeypatch: pytest.MonkeyPatch):
+    model, originals = cut_model()
+    modules, rounds = dict(model.named_modules()), watch(monkeypatch)
+    found = speed_before_and_after(model, originals, SHORT)
+    assert "".join(rounds) == "dccddccd"
+    assert dict(model.named_modules()) == modules
+    assert found is not None
+    assert set(found) == {"dense", "compressed", "settings"}
+    assert found["dense"]["prefill"] == [2.0, 2.0, 2.0]
+    assert found["dense"]["prefill_tokens_per_second"] == 2 * 8 / 2.0
+    assert found["compressed"]["decode"] == [16.0, 16.0, 16.0]
+    assert found["compressed"]["decode_tokens_per_second"] == 2 * 3 / 16.0
+
+
+@pytest.mark.parametrize("fail_at", [1, 2, 4, 5])
+def test_the_compressed_layers_are_back_after_an_interrupt(
+    monkeypatch: pytest.MonkeyPatch, fail_at: int
+):
+    model, originals = cut_model()
+    modules, rounds = dict(model.named_modules()), watch(monkeypatch, fail_at, KeyboardInterrupt)
+    with pytest.raises(KeyboardInterrupt):
+        speed_before_and_after(model, originals, SHORT)
+    assert len(rounds) == fail_at
+    assert dict(model.named_modules()) == modules
+    restore_(model, originals)
+    assert num_lowrank(model) == 0
+
+
+def test_a_failed_measurement_is_a_warning_and_no_lost_run(monkeypatch: pytest.MonkeyPatch):
+    model, originals = cut_model()
+    modules = dict(model.named_modules())
+    watch(monkeypatch, fail_at=1)
+    with pytest.warns(UserWarning, match="The speed was not measured: broken on purpose"):
+        assert speed_before_and_after(model, originals) is None
+    assert dict(model.named_modules()) == modules
+
+
+def test_a_model_without_a_cache_is_not_timed():
+    model, originals = cut_model()
+
+    def forget(module: Any, args: Any, output: Any) -> Any:
+        output.past_key_values = None
+        return output
+
+    model.register_forward_hook(forget)
+    with pytest.warns(UserWarning, match="LlamaForCausalLM hands back no past_key_values"):
+        assert speed_before_and_after(model, originals, SHORT) is None
+
+
+def test_the_default_settings_fit_the_model_and_say_where_it_ran():
+    model, originals = cut_model()
+    found = speed_before_and_after(model, originals)
+    assert found is not None
+    settings = found["settings"]
+    assert settings["prompt_tokens"] + settings["new_tokens"] == MAX_LENGTH
+    assert settings["rounds"] == len(found["dense"]["prefill"]) == settings["repeats"] == 5
+    assert settings["threads"] == torch.get_num_threads()
+    assert (settings["device"], settings["dtype"]) == ("cpu", "float32")
+    assert settings["hardware"]
+    large = speed._settings_for(tiny_llama(max_position_embeddings=4096))
+    assert (large.prompt_tokens, large.new_tokens) == (128, 32)
+
+
+def test_no_round_begins_after_the_time_is_up(monkeypatch: pytest.MonkeyPatch):
+    model, originals = cut_model()
+    rounds = watch(monkeypatch)
+    short = SpeedSettings(2, 8, 3, repeats=9, max_seconds=0.0)
+    found = speed_before_and_after(model, originals, short)
+    assert "".join(rounds) == "dccd"
+    assert found is not None
+    assert found["settings"]["rounds"] == 1
 
 
 def test_what_cannot_be_timed_is_refused():

@@ -111,6 +111,7 @@ class Inputs(NamedTuple):
             "sequence_length": 32,
             "html_report": False,
             "sample_prompt": "none",
+            "speed": False,
             **changes,
         }
         given = [(name, value) for name, value in settings.items() if value is not None]

@@ -235,6 +235,31 @@ def test_several_ratios_get_a_folder_each_and_a_table(
         assert float(row[0]) == pytest.approx(ratio, abs=0.01)
 
 
+def test_the_speed_is_measured_unless_it_is_not_wanted(
+    compress_llm: InProcess, inputs: Inputs, tmp_path: Path
+):
+    arguments = inputs.arguments(speed=None, evaluation="none", metric="plain")
+    sizes = ("--param_ratio", "0.7", "0.4", "--output_dir", tmp_path / "timed")
+    done = compress_llm(*arguments, *sizes)
+    assert done.code == 0
+    assert done.messages == []
+    for size in ("0.7", "0.4"):
+        report = read_report(tmp_path / "timed" / size)
+        rates = [
+            f"{report['speed'][side]['decode_tokens_per_second']:,.1f}"
+            for side in ("dense", "compressed")
+        ]
+        assert f"decode (tokens/s) {' '.join(rates)} " in " ".join(done.out.split())
+        assert report["seconds"]["speed"] > 0
+    assert done.out.splitlines()[-3].endswith("prefill speed-up  decode speed-up")
+    other = ("--no_speed", "--param_ratio", "0.7", "--output_dir", tmp_path / "untimed")
+    done = compress_llm(*arguments, *other)
+    report = read_report(tmp_path / "untimed")
+    assert report["speed"] is None
+    assert "speed" not in report["seconds"]
+    assert "speed" not in done.out
+
+
 def test_several_ratios_decompose_only_once(
     compress_llm: InProcess, inputs: Inputs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):

@@ -1,0 +1,82 @@
+"""A report for readers elsewhere names no folder of the machine that it was made on."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from hf_lowrank.report.card import model_card
+from hf_lowrank.report.page import report_page
+from hf_lowrank.report.public import public_report
+from tests.report.test_page import full_report
+
+
+def public(**fields: Any) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(public_report(json.dumps(fields)))
+    return found
+
+
+@pytest.mark.parametrize(
+    ("source", "expected"),
+    [
+        ("/home/ada/texts/wiki.raw", "wiki.raw"),
+        ("../texts/wiki.raw", "wiki.raw"),
+        ("texts/wiki.jsonl", "wiki.jsonl"),
+        ("models/tiny.gguf", "tiny.gguf"),
+        ("C:\\Users\\ada\\tiny", "tiny"),
+        ("~/models/tiny/", "tiny"),
+        ("demo", "demo"),
+        (".", "."),
+        ("acme/dense", "acme/dense"),
+        ("acme/dense-1.5", "acme/dense-1.5"),
+        (
+            "Salesforce/wikitext:wikitext-2-raw-v1:test",
+            "Salesforce/wikitext:wikitext-2-raw-v1:test",
+        ),
+    ],
+)
+def test_only_local_paths_are_shortened(source: str, expected: str):
+    found = public(model=source, data={"calibration": source, "tokens": 5})
+    assert found == {"model": expected, "data": {"calibration": expected, "tokens": 5}}
+
+
+def test_what_exists_here_is_a_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    (tmp_path / "acme" / "dense").mkdir(parents=True)
+    assert public(model="acme/dense") == {"model": "acme/dense"}
+    monkeypatch.chdir(tmp_path)
+    assert public(model="acme/dense") == {"model": "dense"}
+
+
+def test_arguments_and_the_command_of_a_task_are_shortened_too():
+    found = public(
+        model="/home/ada/models/bert",
+        arguments={"model": "/home/ada/models/bert", "data_dir": "/data/my texts", "epochs": 3.0},
+        command="python /home/ada/run_qa.py --model /home/ada/models/bert "
+        "--data_dir /data/my texts --cache_dir=/scratch/x --output_dir .",
+        ranks={"bert.a": 3},
+        samples=[{"prompt": "/home is a folder"}],
+    )
+    assert found["arguments"] == {"model": "bert", "data_dir": "my texts", "epochs": 3.0}
+    assert found["command"] == (
+        "python run_qa.py --model bert --data_dir my texts --cache_dir=x --output_dir ."
+    )
+    assert found["ranks"] == {"bert.a": 3}
+    assert found["samples"] == [{"prompt": "/home is a folder"}]
+
+
+@pytest.mark.parametrize("text", ["[1, 2]\n", "no report", ""])
+def test_what_is_no_report_stays_as_it_is(text: str):
+    assert public_report(text) == text
+
+
+def test_page_and_card_name_no_folder():
+    local = full_report(
+        model="/home/ada/models/tiny",
+        data={"calibration": "/home/ada/a.txt", "evaluation": "texts/b.txt", "tokens": 7},
+    )
+    for text in (report_page(local), str(model_card(local, "ada/small"))):
+        assert "/home" not in text
+        assert "texts/" not in text
+        assert "tiny" in text
+        assert "b.txt" in text
