@@ -26,7 +26,7 @@ from hf_lowrank.report.plots import (
     spectra_figures,
 )
 from hf_lowrank.report.schema import Report
-from hf_lowrank.report.speed import speed_notes, speed_rows
+from hf_lowrank.report.speed import speed_comparison, speed_conditions, speed_notes, speed_rows
 from hf_lowrank.report.table import (
     comparison_rows,
     describe_run,
@@ -79,6 +79,7 @@ def comparison_page(reports: Mapping[str, Report]) -> str:
         [
             f"<h1>{escape(title)}</h1>",
             section("Sizes and quality", plain_table(comparison_rows(reports)), *notes),
+            section("Speed", *_speeds(reports)),
             section("Quality by size", _size_quality(reports)),
             section("What the models write", *_samples(reports)),
             *(
@@ -87,6 +88,14 @@ def comparison_page(reports: Mapping[str, Report]) -> str:
             ),
         ],
     )
+
+
+def _speeds(reports: Mapping[str, Report]) -> list[str]:
+    conditions = dict.fromkeys(speed_conditions(each) for each in reports.values() if each.speed)
+    if not conditions:
+        return []
+    notes = [paragraph(f"Timed on {each}.", "note") for each in conditions]
+    return [plain_table(speed_comparison(reports)), *notes]
 
 
 def _before_and_after(report: Report) -> list[str]:

@@ -66,3 +66,19 @@ def speed_columns(reports: Sequence[Report]) -> list[list[str]]:
         return [[] for _ in range(len(reports) + 1)]
     cells = [[row[3] for row in speed_rows(report)] or ["-"] * 2 for report in reports]
     return [[f"{phase} speed-up" for phase in _PHASES], *cells]
+
+
+def speed_comparison(reports: Mapping[str, Report]) -> list[list[str]]:
+    """Runs side by side, a line for each that was timed, with a header.
+
+    Args:
+        reports: Report by the name of its run.
+    """
+    header = ["run (tokens/s)"]
+    for phase in _PHASES:
+        header += [f"{phase} dense", "compressed", "speed-up"]
+    rows = [header]
+    for name, report in reports.items():
+        cells = [cell for row in speed_rows(report) for cell in row[1:]]
+        rows += [[name, *cells]] if cells else []
+    return rows

@@ -7,7 +7,13 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from hf_lowrank.report.schema import Evaluation, Report
-from hf_lowrank.report.speed import speed_columns, speed_conditions, speed_notes, speed_rows
+from hf_lowrank.report.speed import (
+    speed_columns,
+    speed_comparison,
+    speed_conditions,
+    speed_notes,
+    speed_rows,
+)
 from hf_lowrank.report.task import TaskReport
 
 
@@ -96,8 +102,7 @@ def comparison_rows(reports: Mapping[str, Report]) -> list[list[str]]:
         rows.append(
             [name, sizes["kept"], *after, f"{kept:.4f}", sizes["dense"], before, how, seconds]
         )
-    speeds = speed_columns(list(reports.values()))
-    return [row + more for row, more in zip(rows, speeds, strict=True)]
+    return rows
 
 
 def _quality(found: Evaluation) -> tuple[str, list[str]]:
@@ -132,7 +137,10 @@ def differences(reports: Mapping[str, Report]) -> list[str]:
 def format_comparison(reports: Mapping[str, Report]) -> str:
     """Runs side by side as text, with what makes them hard to compare."""
     notes = [f"not comparable at sight: {each}" for each in differences(reports)]
-    return "\n".join([align(comparison_rows(reports)), *notes])
+    parts = [align(comparison_rows(reports))]
+    if any(report.speed for report in reports.values()):
+        parts += ["", align(speed_comparison(reports))]
+    return "\n".join([*parts, *notes])
 
 
 def describe_run(report: Report) -> str:

@@ -7,7 +7,7 @@ from typing import Any
 from hf_lowrank import Report
 from hf_lowrank.report.card import model_card
 from hf_lowrank.report.page import comparison_page, report_page
-from hf_lowrank.report.speed import speed_columns
+from hf_lowrank.report.speed import speed_columns, speed_conditions
 from hf_lowrank.report.table import differences, format_comparison, format_report, format_sweep
 from tests.report.test_page import Page, full_report
 from tests.report.test_report import lines_of, report
@@ -93,7 +93,7 @@ def test_without_speed_nothing_is_said_about_it():
     assert not any("speed" in text or "tokens/s" in text for text in [*texts, card])
 
 
-def test_sizes_and_runs_side_by_side_have_a_column_for_each_speed_up():
+def test_sizes_have_a_column_for_each_speed_up():
     pair = [report(speed=speed()), report()]
     assert speed_columns(pair) == [
         ["prefill speed-up", "decode speed-up"],
@@ -104,12 +104,16 @@ def test_sizes_and_runs_side_by_side_have_a_column_for_each_speed_up():
         ["1.60x", "0.84x"],
         ["-"] * 2,
     ]
-    named = dict(zip("ab", pair, strict=True))
-    assert [line[-2:] for line in lines_of(format_comparison(named))[1:]] == [
-        ["1.60x", "0.84x"],
-        ["-", "-"],
-    ]
-    assert "0.84x" in Page(comparison_page(named)).words
+
+
+def test_runs_side_by_side_have_a_table_of_the_timed_ones():
+    named = {"a": report(speed=speed()), "b": report()}
+    row = ["a", "51.2", "82.0", "1.60x", "8.0", "6.8", "0.84x"]
+    assert lines_of(format_comparison(named))[-1] == row
+    words = Page(comparison_page(named)).words
+    at = words.index("1.60x")
+    assert words[at - 3 : at + 4] == row
+    assert f"Timed on {speed_conditions(named['a'])}." in words
 
 
 def test_speeds_of_other_machines_are_not_comparable():
