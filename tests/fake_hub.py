@@ -18,8 +18,16 @@ from urllib.parse import unquote, urlsplit
 import huggingface_hub.constants
 import pytest
 
+from hf_lowrank.report.public import public_report
+
 OWNER = "ada"
 TOKENS = {"hf_write": "write", "hf_read": "read"}
+
+
+def published(folder: Path) -> dict[str, bytes]:
+    """What the files of a folder become on the Hub: the same, but for the paths in the report."""
+    files = {path.name: path.read_bytes() for path in folder.iterdir()}
+    return files | {"report.json": public_report(files["report.json"].decode()).encode()}
 
 
 class Repository:

@@ -15,7 +15,7 @@ from hf_lowrank import LowRankConfig
 from hf_lowrank.errors import PublishError, StorageError
 from hf_lowrank.publishing import check_repository, publish
 from hf_lowrank.saving import save_compressed
-from tests.fake_hub import FakeHub, Repository, acting_as_the_hub
+from tests.fake_hub import FakeHub, Repository, acting_as_the_hub, published
 from tests.scripts import InProcess, Inputs, make_inputs, run_python, word_tokenizer
 from tests.tiny_models import tiny_llama
 
@@ -258,8 +258,7 @@ def test_the_script_publishes_what_it_saved(
     assert done.code == 0, done.err
     repository = hub.repositories["ada/small"]
     assert repository.private
-    saved = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
-    assert {**repository.files, "report.json": saved["report.json"]} == saved
+    assert repository.files == published(tmp_path / "out")
     assert 'from_pretrained("ada/small")' in repository.files["README.md"].decode()
     assert f"published as {hub.url}/ada/small/commit/" in done.out
 

@@ -136,8 +136,8 @@ def speed_before_and_after(
     Args:
         model: The compressed model, as it is to be used.
         originals: Its dense layers by name, from `factorize_`.
-        settings: What to time. By default at most 20 seconds (and a round more), with fewer tokens
-            where the model reads fewer.
+        settings: What to time. By default no round begins after 20 seconds, once one is counted,
+            and there are fewer tokens where the model reads fewer.
 
     Returns:
         `dense` and `compressed`: `prefill` and `decode`, the seconds of each round, and the medians

@@ -14,7 +14,7 @@ from hf_lowrank.report.schema import Report
 from hf_lowrank.report.task import TaskReport, load_report
 from hf_lowrank.surgery import factorized_layers
 from hf_lowrank.tasks import fine_tuning
-from tests.fake_hub import FakeHub, acting_as_the_hub
+from tests.fake_hub import FakeHub, acting_as_the_hub, published
 from tests.scripts import Finished, InProcess, Inputs, make_inputs, save_encoder
 from tests.scripts.test_run_glue import pairs
 from tests.squad import article, write_squad
@@ -83,7 +83,10 @@ def test_a_classifier_goes_up_in_one_commit_and_comes_back(run: Run, hub: FakeHu
     repository = hub.repositories["ada/small"]
     assert repository.private
     assert len(repository.commits) == 1
-    assert repository.files == {path.name: path.read_bytes() for path in output.iterdir()}
+    assert repository.files == published(output)
+    assert [
+        name for name, text in repository.files.items() if str(tmp_path.parent).encode() in text
+    ] == []
     assert {"README.md", "report.json", "modeling_lowrank.py", "tokenizer.json"} <= set(
         repository.files
     )
@@ -186,7 +189,7 @@ def test_a_trained_language_model(train: Run, hub: FakeHub, tmp_path: Path):
     assert done.code == 0, done.err
     repository, final = hub.repositories["ada/small"], tmp_path / "out" / "final"
     assert len(repository.commits) == 1
-    assert repository.files == {path.name: path.read_bytes() for path in final.iterdir()}
+    assert repository.files == published(final)
     report = load_report(final)
     assert type(report) is Report
     assert (report.architecture, report.base_model) == ("LlamaForCausalLM", "acme/llama")
