@@ -172,7 +172,8 @@ def test_the_command(tmp_path: Path, monkeypatch, capsys):
     inputs = make_inputs(tmp_path)
     run = InProcess("benchmark", monkeypatch, capsys)
     output = tmp_path / "output"
-    given = inputs.arguments(output_dir=output, html_report=None, sample_prompt=None)
+    unknown = {"html_report": None, "sample_prompt": None, "speed": None}
+    given = inputs.arguments(output_dir=output, **unknown)
     arguments = ["systems", *given, "--param_ratio", "0.6", "0.4", "--systems"]
     finished = run(*arguments, "svd-llm", "kfac+price")
     assert finished.code == 0, finished.err
