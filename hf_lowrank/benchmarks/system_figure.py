@@ -15,9 +15,13 @@ from hf_lowrank.errors import ConfigError
 # Of two systems that share a dash, the markers differ; of a rank rule on two metrics, the dashes.
 _DASHES = {"plain": "-", "kfac": "--"}
 _OTHER_DASH = ":"
-_MARKERS = "osv^D<>phX*d"
+_MARKERS = "os^Dv<>*X+"
 _LINE_INCHES = 0.125
-_BEYOND_NOTE = "at an edge: no rise (below), overflow (above)"
+_FRAME_INCHES = 1.1  # title, ticks and the first line of the caption
+_CARET_UP, _CARET_DOWN = 10, 11  # matplotlib's numbers of markers that stand on a point
+_AXIS = "kept share of the parameters"
+_LEGEND = "thin lines: solid plain metric, dashed kfac, dotted others"
+_BEYOND = "arrows: no rise (down), overflow (up)"
 
 Point = tuple[float, float]
 
@@ -27,8 +31,8 @@ def draw_systems(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
 
     This library's systems are thick and black, all others thin and grey: solid in the plain metric,
     dashed in `kfac`, dotted in others. Every line has its name at the right edge, in the order of
-    the lines there. A rise that is not positive is drawn on the lower edge of the log scale, one
-    that overflowed on the upper edge; failed rows are named below the panel.
+    the lines there. A rise that is not positive is drawn on the lower edge of the log scale with an
+    arrow, one that overflowed on the upper edge; failed rows are named below the panel.
 
     Args:
         rows: Rows of `compare_systems`.
@@ -40,12 +44,19 @@ def draw_systems(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
     texts = all_texts(rows)
     if not texts:
         raise ConfigError("There is no measured row to draw.")
-    names = {row["name"] for row in rows}
-    height = max(3.2, 1.1 + _LINE_INCHES * len(names))
+    captions = {text: _caption(rows, text) for text in texts}
+    extra = max(caption.count("\n") for caption in captions.values())
+    names = _LINE_INCHES * max(16, len({row["name"] for row in rows}))
+    height = _FRAME_INCHES + names + _LINE_INCHES * extra
     figure, panels = panels_of(len(texts), (6.4, height))
     styles = _styles(rows)
     for axes, text in zip(panels, texts, strict=True):
-        _draw(axes, text, rows, styles)
+        ends = _draw_lines(axes, text, rows, styles)
+        _label(axes, ends, styles, _LINE_INCHES / names)
+        _ticks(axes)
+        axes.set_title(text, loc="left", fontsize=10, pad=10)
+        axes.set_xlabel(captions[text], fontsize=8)
+        axes.set_ylabel("rise of the loss over dense (nats, log scale)", fontsize=8)
     save_figure(figure, path)
 
 
@@ -95,23 +106,20 @@ def _styles(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
     return styles
 
 
-def _draw(
+def _draw_lines(
     axes: Any,  # noqa: ANN401
     text: str,
     rows: Sequence[Mapping[str, Any]],
     styles: Mapping[str, Mapping[str, Any]],
-) -> None:
-    measured = [row for row in rows if text in row]
-    low, high = _limits([row[text]["loss_difference"] for row in measured])
+) -> dict[str, Point]:
+    """Draws the lines; returns where each ends on the right, in shares of the panel."""
     lines: dict[str, list[Point]] = {}
-    beyond = False
-    for row in measured:
-        rise = _number(row[text]["loss_difference"])
-        inside = min(max(rise, low), high)
-        beyond |= inside != rise
-        share = row["kept_parameters"] / row["dense_parameters"]
-        lines.setdefault(row["name"], []).append((share, inside))
+    for row in rows:
+        if text in row:
+            share = row["kept_parameters"] / row["dense_parameters"]
+            lines.setdefault(row["name"], []).append((share, _rise(row, text)))
     shares = [share for points in lines.values() for share, _ in points]
+    low, high = _limits([rise for points in lines.values() for _, rise in points])
     margin = 0.06 * (max(shares) - min(shares)) or 0.02
     left, right = min(shares) - margin, max(shares) + margin
     axes.set_yscale("log")
@@ -119,27 +127,27 @@ def _draw(
     axes.set_ylim(low, high)
     ends = {}
     for name, points in lines.items():
-        points.sort()
-        axes.plot(*zip(*points, strict=True), clip_on=False, **styles[name])
-        share, rise = points[-1]
-        height = math.log(rise / low) / math.log(high / low)
+        drawn = [(share, min(max(rise, low), high)) for share, rise in sorted(points)]
+        axes.plot(*zip(*drawn, strict=True), clip_on=False, **styles[name])
+        for (share, rise), (_, inside) in zip(sorted(points), drawn, strict=True):
+            if rise != inside:
+                caret = _CARET_UP if rise > inside else _CARET_DOWN
+                axes.plot([share], [inside], marker=caret, markersize=8, color="0", clip_on=False)
+        share, inside = drawn[-1]
+        height = math.log(inside / low) / math.log(high / low)
         ends[name] = ((share - left) / (right - left), height)
-    _label(axes, ends, styles)
-    _ticks(axes)
-    axes.set_title(text, loc="left", fontsize=10)
-    axes.set_xlabel(_caption(rows, text, beyond), fontsize=8)
-    axes.set_ylabel("rise of the loss over dense (nats, log scale)", fontsize=8)
+    return ends
 
 
 def _label(
     axes: Any,  # noqa: ANN401
     ends: Mapping[str, Point],
     styles: Mapping[str, Mapping[str, Any]],
+    gap: float,
 ) -> None:
     """Names at the right edge, each joined to its line's end by a line that ends in its marker."""
     names = sorted(ends, key=lambda name: ends[name][1])
-    inches = axes.figure.get_size_inches()[1] - 1.1
-    places = spread([ends[name][1] for name in names], _LINE_INCHES / inches)
+    places = spread([ends[name][1] for name in names], gap)
     for name, place in zip(names, places, strict=True):
         style, (across, height) = styles[name], ends[name]
         common = {"transform": axes.transAxes, "clip_on": False, "color": style["color"]}
@@ -172,11 +180,13 @@ def _ticks(axes: Any) -> None:  # noqa: ANN401
         axes.spines[side].set_visible(False)
 
 
-def _caption(rows: Sequence[Mapping[str, Any]], text: str, beyond: bool) -> str:
-    """The axis' name, and below it what the panel does not show as it is."""
-    lines = ["kept share of the parameters"]
-    if beyond:
-        lines.append(_BEYOND_NOTE)
+def _caption(rows: Sequence[Mapping[str, Any]], text: str) -> str:
+    """The axis' name, and below it what the lines mean and what the panel lacks."""
+    rises = [_rise(row, text) for row in rows if text in row]
+    low, high = _limits(rises)
+    lines = [_AXIS, _LEGEND]
+    if any(not low <= rise <= high for rise in rises):
+        lines.append(_BEYOND)
     failed = [f"{row['name']} {row['param_ratio']:g}" for row in rows if text not in row]
     for start in range(0, len(failed), 4):
         head = "not measured: " if start == 0 else ""
@@ -184,14 +194,15 @@ def _caption(rows: Sequence[Mapping[str, Any]], text: str, beyond: bool) -> str:
     return "\n".join(lines)
 
 
-def _number(rise: float | None) -> float:
-    """Infinity in place of what JSON could not hold."""
+def _rise(row: Mapping[str, Any], text: str) -> float:
+    """Rise of the loss; infinity in place of what JSON could not hold."""
+    rise: float | None = row[text]["loss_difference"]
     return math.inf if rise is None or math.isnan(rise) else rise
 
 
-def _limits(rises: Sequence[float | None]) -> tuple[float, float]:
+def _limits(rises: Sequence[float]) -> tuple[float, float]:
     """Of the log scale, with room for markers on its edges."""
-    drawn = [rise for each in rises if 0 < (rise := _number(each)) < math.inf]
+    drawn = [rise for rise in rises if 0 < rise < math.inf]
     if not drawn:
         return 1e-3, 1.0
     return min(drawn) / 1.25, max(drawn) * 1.25

@@ -11,7 +11,9 @@ from hf_lowrank.benchmarks.catalogue import select_systems
 DENSE = {"in_domain": 3.0, "out_of_domain": 4.0}
 
 
-def made_up_row(name: str, param_ratio: float, rise: float | None, **changes: Any) -> dict[str, Any]:
+def made_up_row(
+    name: str, param_ratio: float, rise: float | None, **changes: Any
+) -> dict[str, Any]:
     """A measured row whose loss rose by so much in domain, and by twice that out of domain."""
     row: dict[str, Any] = dataclasses.asdict(select_systems([name])[0])
     row |= {"param_ratio": param_ratio, "kept_parameters": int(1000 * param_ratio)}
@@ -28,7 +30,7 @@ def made_up_row(name: str, param_ratio: float, rise: float | None, **changes: An
             "standard_error": None if up is None else 0.004,
             "tokens": 100,
         }
-    return row | changes
+    return row
 
 
 def failed_row(name: str, param_ratio: float) -> dict[str, Any]:
