@@ -77,7 +77,9 @@ class SystemsArguments:
     trials: int = argument(24, "Plans that a search of ranks may measure.")
     seed: int = argument(0, "Seed of everything random.")
     dtype: str = argument("auto", "Data type of the model.")
-    output_dir: str = argument("outputs/systems", "Folder of rows; rows in it are not run again.")
+    output_dir: str = argument(
+        "outputs/systems", "Folder of rows; rows in it are not run again, and all are in the table."
+    )
 
 
 def compare_all_systems(args: SystemsArguments) -> None:
