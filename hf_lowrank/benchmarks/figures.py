@@ -30,10 +30,10 @@ def draw_ranks(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
     """
     if not rows:
         raise ConfigError("There is no row to draw ranks of.")
-    figure, panels = _panels(len(rows))
+    figure, panels = panels_of(len(rows))
     for axes, row in zip(panels, rows, strict=True):
         _draw(axes, row)
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def draw_spectra(
@@ -53,7 +53,7 @@ def draw_spectra(
     if not names:
         raise ConfigError("There is no layer to draw spectra of.")
     _, kinds, places = blocks_and_kinds(names)
-    figure, panels = _panels(len(kinds))
+    figure, panels = panels_of(len(kinds))
     for axes, kind in zip(panels, kinds, strict=True):
         members = [name for name in names if places[name][1] == kind]
         for (way, layers), style in zip(spectra.items(), cycle(_LINES), strict=False):
@@ -66,7 +66,7 @@ def draw_spectra(
         axes.set_xlabel("component", fontsize=8)
     panels[0].set_ylabel("sigma / sigma_1, mean over the blocks", fontsize=8)
     panels[0].legend(fontsize=7, frameon=False)
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def blocks_and_kinds(
@@ -107,22 +107,31 @@ def _draw(axes: Any, row: Mapping[str, Any]) -> None:  # noqa: ANN401
     axes.set_title(f"{row['task']} {row['method']} {row['param_ratio']:g}", fontsize=9)
 
 
-def _panels(count: int) -> tuple[Any, list[Any]]:
-    """A figure and so many panels in rows of three."""
+def panels_of(count: int, size: tuple[float, float] = (4.2, 3.0)) -> tuple[Any, list[Any]]:
+    """A figure and so many panels in rows of three.
+
+    Args:
+        count: Panels.
+        size: Width and height of each in inches.
+
+    Raises:
+        ConfigError: matplotlib is missing.
+    """
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise ConfigError("Pictures need matplotlib: pip install 'hf-lowrank[plots]'.") from error
     columns = min(3, count)
     lines = -(-count // columns)
-    figure = Figure(figsize=(4.2 * columns, 3.0 * lines), layout="constrained")
+    figure = Figure(figsize=(size[0] * columns, size[1] * lines), layout="constrained")
     panels = list(figure.subplots(lines, columns, squeeze=False).flat)
     for axes in panels[count:]:
         axes.set_axis_off()
     return figure, panels[:count]
 
 
-def _save(figure: Any, path: Path) -> None:  # noqa: ANN401
+def save_figure(figure: Any, path: Path) -> None:  # noqa: ANN401
+    """Writes a figure as an SVG file."""
     with atomic_file(path) as temporary:
         figure.savefig(temporary, format="svg", metadata={"Date": None})
 

@@ -11,15 +11,19 @@ from hf_lowrank.arguments import argument
 from hf_lowrank.benchmarks.metrics import compare_metrics, format_metrics
 from hf_lowrank.benchmarks.record import write_result
 from hf_lowrank.benchmarks.recovery import measure_recovery
+from hf_lowrank.benchmarks.system_figure import draw_systems
+from hf_lowrank.benchmarks.system_rows import dense_row, read_rows
+from hf_lowrank.benchmarks.system_tables import format_report
 from hf_lowrank.benchmarks.systems import (
     BenchmarkOptions,
     BenchmarkTexts,
     compare_systems,
-    format_systems,
 )
 from hf_lowrank.data.text import token_batches
+from hf_lowrank.errors import ConfigError
 from hf_lowrank.losses import Batch
 from hf_lowrank.recovery import RECOVERIES, RecoverySettings
+from hf_lowrank.saving import write_text
 from hf_lowrank.sources import load_causal_lm
 
 
@@ -73,7 +77,9 @@ class SystemsArguments:
     trials: int = argument(24, "Plans that a search of ranks may measure.")
     seed: int = argument(0, "Seed of everything random.")
     dtype: str = argument("auto", "Data type of the model.")
-    output_dir: str = argument("outputs/systems", "Folder of rows; rows in it are not run again.")
+    output_dir: str = argument(
+        "outputs/systems", "Folder of rows; rows in it are not run again, and all are in the table."
+    )
 
 
 def compare_all_systems(args: SystemsArguments) -> None:
@@ -103,10 +109,20 @@ def compare_all_systems(args: SystemsArguments) -> None:
     same = {
         k: v for k, v in vars(args).items() if k not in ("param_ratio", "systems", "output_dir")
     }
-    rows = compare_systems(model, texts, options, folder / "rows", same)
-    print(format_systems(rows))
-    write_result(folder / "systems.json", {"arguments": vars(args), "rows": rows})
-    (folder / "systems.md").write_text(format_systems(rows) + "\n", encoding="utf-8")
+    compare_systems(model, texts, options, folder / "rows", same)
+    rows = read_rows(folder / "rows")
+    while True:
+        result = {"arguments": vars(args), "dense": dense_row(rows), "rows": rows}
+        write_result(folder / "systems.json", result)
+        write_text(folder / "systems.md", format_report(rows) + "\n")
+        before, rows = rows, read_rows(folder / "rows")
+        if rows == before:  # else another process wrote a row that its own table may have had
+            break
+    print(format_report(rows))
+    try:
+        draw_systems(rows, folder / "systems.svg")
+    except ConfigError as error:
+        print(f"systems.svg is left out: {error}")
 
 
 @dataclass

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -17,9 +16,11 @@ from hf_lowrank.analysis import Analysis, analyze
 from hf_lowrank.benchmarks.catalogue import JOINT, RANKED, STRUCTURED, System, select_systems
 from hf_lowrank.benchmarks.cost import Cost, counted
 from hf_lowrank.benchmarks.record import write_result
+from hf_lowrank.benchmarks.system_rows import claim, read_row, row_path
+from hf_lowrank.benchmarks.system_tables import format_row
 from hf_lowrank.compression import compare
 from hf_lowrank.config import LowRankConfig
-from hf_lowrank.errors import ConfigError, LowRankError
+from hf_lowrank.errors import LowRankError
 from hf_lowrank.evaluation.perplexity import LossMeasurement, measure_loss
 from hf_lowrank.held_out import HeldOutLoss
 from hf_lowrank.joint.disjoint import check_disjoint
@@ -88,23 +89,25 @@ def compare_systems(
         settings: What else the rows depend on (names of model and texts, ...).
 
     Returns:
-        All rows asked for, in the order of systems and sizes.
+        All rows asked for, in the order of systems and sizes. `read_rows` has all of the folder,
+        which other processes may fill with other systems at the same time.
 
     Raises:
         ConfigError: A system is unknown, or the folder holds rows of other settings.
         DataError: Two texts share an item.
+        StorageError: A row's file is damaged.
     """
     systems = select_systems(options.systems)
     check_disjoint(calibration=texts.calibration, held_out=texts.held_out, **texts.evaluation)
-    _claim(folder, dict(settings) | {"trials": options.trials, "seed": options.seed})
+    claim(folder, dict(settings) | {"trials": options.trials, "seed": options.seed})
     bench = _Bench(model, texts, options)
     rows = []
     for system in sorted(systems, key=lambda each: _metric_order(systems, each)):
         for ratio in options.param_ratios:
-            path = folder / f"{system.name}-{ratio:g}.json"
+            path = row_path(folder, system.name, ratio)
             if not path.exists():
                 write_result(path, bench.row(system, ratio))
-            rows.append(json.loads(path.read_text("utf-8")))
+            rows.append(read_row(path))
             print(format_row(rows[-1]), flush=True)
     return rows
 
@@ -248,53 +251,3 @@ def _cost_fields(cost: Cost) -> dict[str, Any]:
 def _metric_order(systems: Sequence[System], system: System) -> int:
     """Systems of one metric next to each other, so that its spectra are made once."""
     return [each.metric for each in systems].index(system.metric)
-
-
-def _claim(folder: Path, settings: dict[str, Any]) -> None:
-    """Notes what a folder's rows depend on, or checks that it is the same."""
-    path = folder / "settings.json"
-    if not path.exists():
-        write_result(path, {"settings": settings})
-    elif json.loads(path.read_text("utf-8"))["settings"] != json.loads(json.dumps(settings)):
-        raise ConfigError(
-            f"{folder}: holds rows of other settings (see settings.json); name another folder."
-        )
-
-
-def format_row(row: Mapping[str, Any]) -> str:
-    """One line for the terminal while the comparison runs."""
-    if "error" in row:
-        outcome = row["error"]
-    else:
-        figures = (f"{name} {_perplexity(row, name)}" for name in _texts(row))
-        outcome = f"perplexity {', '.join(figures)}; {row['total_seconds']:.1f} s"
-    return f"{row['name']:>22} {row['param_ratio']:.2f}: {outcome}"
-
-
-def format_systems(rows: Sequence[Mapping[str, Any]]) -> str:
-    """The comparison as a Markdown table, one line for each system and size."""
-    texts = list(dict.fromkeys(name for row in rows for name in _texts(row)))
-    heads = ["size", "system", "metric", "rule", "kept parameters"]
-    heads += [f"perplexity, {name}" for name in texts]
-    heads += ["seconds", "of these search", "decompositions", "forward", "backward", "peak MiB"]
-    lines = [heads, *[["---:", "---", "---", "---", *["---:"] * (len(heads) - 4)]]]
-    for row in sorted(rows, key=lambda row: -row["param_ratio"]):
-        cells = [f"{row['param_ratio']:g}", row["name"], row["metric"], row["rule"]]
-        if "error" in row:
-            cells += [f"failed: {row['error']}", *[""] * (len(heads) - 5)]
-        else:
-            cells += [f"{row['kept_parameters']:,}", *(_perplexity(row, name) for name in texts)]
-            cells += [f"{row[key]:.1f}" for key in ("total_seconds", "search_seconds")]
-            cells += [str(row[key]) for key in ("decompositions", "forwards", "backwards")]
-            cells.append(f"{row['peak_mib']:.0f}")
-        lines.append(cells)
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
-def _texts(row: Mapping[str, Any]) -> list[str]:
-    return [name for name, value in row.items() if isinstance(value, dict) and "tokens" in value]
-
-
-def _perplexity(row: Mapping[str, Any], name: str) -> str:
-    value = row[name]["perplexity_after"]
-    return "inf" if value is None else f"{value:.4g}"

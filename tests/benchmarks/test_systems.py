@@ -1,20 +1,22 @@
 """The comparison of systems: its rows, that it goes on where it was, and what it refuses."""
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 
 from hf_lowrank import LowRankLinear
-from hf_lowrank.benchmarks import systems
+from hf_lowrank.benchmarks import language_models, systems
 from hf_lowrank.benchmarks.catalogue import RANKED, STRUCTURED, SYSTEMS, select_systems
 from hf_lowrank.benchmarks.cost import Cost, counted
+from hf_lowrank.benchmarks.system_rows import row_path
+from hf_lowrank.benchmarks.system_tables import format_systems
 from hf_lowrank.benchmarks.systems import (
     BenchmarkOptions,
     BenchmarkTexts,
     compare_systems,
-    format_systems,
 )
 from hf_lowrank.decomposition.metrics import METRICS
 from hf_lowrank.errors import ConfigError, DataError, NumericalError
@@ -22,6 +24,7 @@ from hf_lowrank.evaluation.perplexity import measure_loss
 from hf_lowrank.ranks.rules import RULES
 from hf_lowrank.ranks.search import SEARCHES
 from hf_lowrank.structured.methods import METHODS
+from tests.benchmarks.made_up_rows import made_up_row
 from tests.scripts import InProcess, make_inputs
 from tests.tiny_models import tiny_llama, tiny_phi3, token_batches, written_batches
 
@@ -66,7 +69,7 @@ def test_rows_say_what_was_kept_and_what_it_cost(texts, tmp_path: Path):
     assert all(torch.equal(before[name], after[name]) for name in before)
     assert not any(isinstance(module, LowRankLinear) for module in model.modules())
     table = format_systems(rows).split("\n")
-    assert len(table) == 2 + len(rows)
+    assert len(table) == 2 + 1 + len(rows)  # the dense model's line
     assert len({line.count("|") for line in table}) == 1
 
 
@@ -184,5 +187,42 @@ def test_the_command(tmp_path: Path, monkeypatch, capsys):
         ("kfac+price", 0.6),
         ("kfac+price", 0.4),
     ]
-    assert (output / "systems.md").read_text() in finished.out
+    found = result["rows"][0]["in_domain"]
+    assert result["dense"]["in_domain"]["perplexity"] == found["perplexity_before"]
+    table = (output / "systems.md").read_text()
+    assert table in finished.out
+    assert f"| 1 | dense |  |  | {result['dense']['kept_parameters']:,} |" in table
+    assert "| kfac+price | this library | layer-wise | theory | after training |" in table
+    assert "<!-- kfac+price -->" in (output / "systems.svg").read_text()
     assert run(*arguments, "x").error.startswith("No system 'x'; there are svd, ")
+    # The other half of a comparison, without matplotlib.
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    (output / "systems.svg").unlink()
+    other = run(*arguments, "svd")
+    assert other.code == 0, other.err
+    assert "systems.svg is left out: Pictures need matplotlib: pip install" in other.out
+    assert not (output / "systems.svg").exists()
+    rows = json.loads((output / "systems.json").read_text())["rows"]
+    assert [row["name"] for row in rows] == ["svd"] * 2 + ["svd-llm"] * 2 + ["kfac+price"] * 2
+    assert (output / "systems.md").read_text() in other.out
+
+
+def test_a_row_that_comes_while_the_table_is_written_is_in_it(tmp_path: Path, monkeypatch, capsys):
+    """Of two processes that end together the slower one has the last word, with all rows."""
+    inputs = make_inputs(tmp_path)
+    run = InProcess("benchmark", monkeypatch, capsys)
+    output = tmp_path / "output"
+    given = inputs.arguments(output_dir=output, html_report=None, sample_prompt=None)
+    write = language_models.write_result
+
+    def write_late(path, result):
+        write(row_path(output / "rows", "joint", 0.6), made_up_row("joint", 0.6, 0.1))
+        write(path, result)
+
+    monkeypatch.setattr(language_models, "write_result", write_late)
+    finished = run("systems", *given, "--param_ratio", "0.6", "--systems", "svd")
+    assert finished.code == 0, finished.err
+    rows = json.loads((output / "systems.json").read_text())["rows"]
+    assert [row["name"] for row in rows] == ["svd", "joint"]
+    assert "| 0.6 | joint |" in (output / "systems.md").read_text()
+    assert "| 0.6 | joint |" in finished.out
