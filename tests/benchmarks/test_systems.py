@@ -212,7 +212,7 @@ def test_a_row_that_comes_while_the_table_is_written_is_in_it(tmp_path: Path, mo
     inputs = make_inputs(tmp_path)
     run = InProcess("benchmark", monkeypatch, capsys)
     output = tmp_path / "output"
-    given = inputs.arguments(output_dir=output, html_report=None, sample_prompt=None)
+    given = inputs.arguments(output_dir=output, html_report=None, sample_prompt=None, speed=None)
     write = language_models.write_result
 
     def write_late(path, result):
