@@ -26,7 +26,14 @@ LPAF_VARIANTS: dict[str, dict[str, Any]] = {
     "lpaf-no-mixing": {"mixed_rank": False},
     "lpaf-kfac": {"metric": "kfac"},
     "lpaf-magnitude": {"criterion": "magnitude"},
+    "lpaf-magnitude-plain-svd": {"criterion": "magnitude", "metric": "plain"},
+    "lpaf-magnitude-no-mixing": {"criterion": "magnitude", "mixed_rank": False},
     "lpaf-magnitude-kfac": {"criterion": "magnitude", "metric": "kfac"},
+    "lpaf-magnitude-kfac-no-mixing": {
+        "criterion": "magnitude",
+        "metric": "kfac",
+        "mixed_rank": False,
+    },
 }
 METHOD_NAMES = ("dense", *CUT_METRICS, *SELECTION_RULES, *LPAF_VARIANTS)
 
