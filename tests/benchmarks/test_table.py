@@ -109,3 +109,19 @@ def test_a_size_that_nothing_reaches_is_dense():
     found, probes = bisect_size(lambda ratio: 0.0, 0.5, 0.02)
     assert found == 1.0
     assert not any(probe["feasible"] for probe in probes)
+
+
+@pytest.mark.parametrize(("cores", "workers", "threads"), [(4, 2, 2), (4, 3, 1), (1, 2, 1)])
+def test_rows_share_the_cores_of_the_process(monkeypatch, tmp_path, cores, workers, threads):
+    given = []
+
+    class Pool:
+        def __init__(self, workers, context, initializer, arguments):
+            given.append((workers, *arguments))
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(table.os, "sched_getaffinity", lambda pid: set(range(cores)), raising=False)
+    monkeypatch.setattr(table, "ProcessPoolExecutor", Pool)
+    with pytest.raises(KeyboardInterrupt):
+        run_rows([], load_glue_task, tmp_path, workers)
+    assert given == [(workers, threads)]
