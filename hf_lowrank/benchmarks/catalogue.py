@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
 
 from hf_lowrank.errors import ConfigError
 
@@ -46,7 +46,6 @@ class System:
             only repairs a cut, or judges one, does not count.
         kind: "ranked" for a metric with a rule, "joint", or "structured" for those of
             structured/methods.py.
-        settings: Fields of `LowRankConfig` besides metric and goal that are not at their default.
     """
 
     name: str
@@ -57,7 +56,6 @@ class System:
     basis: Basis
     stage: Stage
     kind: str = RANKED
-    settings: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -107,8 +105,6 @@ _RULES = {
 _SENSITIVITY = _Ranks("sensitivity", "Yuan 2023", "layer-wise", "search")
 _GROUPS = _Ranks("bayes-groups", "Ji 2024", "by group", "search")
 _PRICE = _Ranks("price", OWN, "layer-wise", "theory")
-# Less noise in the output-gradient moment needs less damping.
-_BOTH_LABELS = {"label_source": "both", "output_damping": 0.03}
 _FOLDING = "Wang 2025 (folding)"
 SYSTEMS = (
     _equal("svd", "plain", "Eckart-Young"),
@@ -122,7 +118,6 @@ SYSTEMS = (
     _SENSITIVITY.on("asvd+kfac", "kfac"),
     _GROUPS.on("bolaco+kfac", "kfac"),
     _PRICE.on("kfac+price", "kfac"),
-    replace(_PRICE.on("kfac+price+both", "kfac"), settings=_BOTH_LABELS),
     System(
         "joint", "kfac", "joint", OWN, "layer-wise", "theory, then search", "after training", JOINT
     ),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -120,7 +119,7 @@ class _Bench:
         self.model = model
         self.texts = texts
         self.options = options
-        self._analysis: tuple[str, Analysis, Cost] | None = None
+        self._analysis: tuple[Analysis, Cost] | None = None
         self._known: dict[tuple[str, int], dict[Ranks, tuple[float, Cost]]] = {}
         self._makers = {RANKED: self._ranked, JOINT: self._joint, STRUCTURED: self._structured}
 
@@ -142,11 +141,11 @@ class _Bench:
             return row | {"error": str(error)}
 
     def _ranked(self, system: System, param_ratio: float) -> dict[str, Any]:
-        analysis, cost = self._analyze(system)
+        analysis, cost = self._analyze(system.metric)
         batches = self.texts.held_out
         if system.rule == "sensitivity":
             batches = batches[:SENSITIVITY_BATCHES]
-        known = self._known.setdefault((_spectra_key(system), len(batches)), {})
+        known = self._known.setdefault((system.metric, len(batches)), {})
         saved = Cost()
         with counted(self.model) as search:
             held_out = HeldOutLoss(self.model, batches)
@@ -215,18 +214,15 @@ class _Bench:
         with swapped(self.model, built.layers):
             return found | self._quality(shapes)
 
-    def _analyze(self, system: System) -> tuple[Analysis, Cost]:
-        """Spectra in a system's metric; those of the metric before are forgotten."""
-        key = _spectra_key(system)
-        if self._analysis is None or self._analysis[0] != key:
+    def _analyze(self, metric: str) -> tuple[Analysis, Cost]:
+        """Spectra in a metric; those of the metric before are forgotten."""
+        if self._analysis is None or self._analysis[0].config.metric != metric:
             self._analysis = None
-            config = LowRankConfig(
-                param_ratio=1.0, metric=system.metric, seed=self.options.seed, **system.settings
-            )
+            config = LowRankConfig(param_ratio=1.0, metric=metric, seed=self.options.seed)
             with counted(self.model) as cost:
                 found = analyze(self.model, config, self.texts.calibration)
-            self._analysis = key, found, cost
-        return self._analysis[1:]
+            self._analysis = found, cost
+        return self._analysis
 
     def _quality(self, shapes: Mapping[str, tuple[int, int]]) -> dict[str, Any]:
         """Weights counted from the model as it is, a shared one once, and its losses."""
@@ -253,10 +249,5 @@ def _cost_fields(cost: Cost) -> dict[str, Any]:
 
 
 def _metric_order(systems: Sequence[System], system: System) -> int:
-    """Systems with the same spectra next to each other, so that these are made once."""
-    return [_spectra_key(each) for each in systems].index(_spectra_key(system))
-
-
-def _spectra_key(system: System) -> str:
-    """What a system's spectra depend on."""
-    return json.dumps([system.metric, dict(system.settings)], sort_keys=True)
+    """Systems of one metric next to each other, so that its spectra are made once."""
+    return [each.metric for each in systems].index(system.metric)

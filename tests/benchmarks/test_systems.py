@@ -90,14 +90,6 @@ def test_structured_systems_have_rows_of_the_same_kind(texts, tmp_path: Path):
     assert format_systems(rows).count("pruned channels") == 1
 
 
-def test_settings_of_a_system_reach_its_spectra(texts, tmp_path: Path):
-    plain, both = compare(texts, tmp_path, ["kfac+price", "kfac+price+both"])
-    assert plain["settings"] == {}
-    assert both["settings"] == {"label_source": "both", "output_damping": 0.03}
-    assert plain["in_domain"]["loss_after"] != both["in_domain"]["loss_after"]
-    assert (both["forwards"], both["backwards"]) == (12, 12)  # as many: one backward pass does
-
-
 def test_a_structured_system_says_why_it_can_not(texts, tmp_path: Path):
     rows = compare(texts, tmp_path, ["lorap"], model=tiny_phi3())
     assert "no feed-forward of a known kind" in rows[0]["error"]
