@@ -37,7 +37,7 @@ SEARCH_NAMES = (
     "cross-entropy",
     "latency",
 )
-LABEL_SOURCES = ("data", "model", "both")
+LABEL_SOURCES = ("data", "model")
 DEFAULT_LOSS_TOLERANCE = 0.05
 
 
@@ -111,8 +111,7 @@ class LowRankConfig(QuantizationConfigMixin):
     label_source: str = option(
         "data",
         "Labels behind the loss gradients of the kfac and fisher-rows metrics: 'data' uses the "
-        "text or the dataset's labels, 'model' samples them from the model's own predictions, "
-        "'both' averages the two kinds of curvature.",
+        "text or the dataset's labels, 'model' samples them from the model's own predictions.",
     )
     seed: int = option(0, "Seed of everything random.")
     ranks: dict[str, int | None] | None = option(

@@ -26,7 +26,6 @@ from hf_lowrank.errors import ConfigError, DataError
 Batch = Mapping[str, torch.Tensor]
 IGNORED = -100
 SLICE_TOKENS = 512
-_ROOT_HALF = 0.5**0.5
 _SPAN_MODELS = frozenset(MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES.values())
 
 
@@ -61,26 +60,21 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
 def item_losses(model: nn.Module, batch: Batch, label_source: str = "data") -> ItemLosses:
     """Losses of a batch on a transformers model; differentiable unless grad is disabled.
 
-    With `label_source="both"` the gradient is the sum of that of the data's loss and that of a
-    random draw around the model's own predictions, over the root of 2: its expected square is the
-    mean of the empirical and the true Fisher information, in one backward pass. The values are no
-    losses then.
-
     Args:
         model: A `PreTrainedModel` with a head.
         batch: Inputs of the forward pass, on the model's device. Causal language models take their
             labels from `labels`, or from `input_ids` where `attention_mask` is 1; the others need
             `labels` (or `start_positions` and `end_positions`) unless they are sampled.
-        label_source: "data"; "model" to sample the labels from the model's own predictions, which
-            makes squared gradients an unbiased estimate of the Fisher information; or "both".
+        label_source: "data", or "model" to sample the labels from the model's own predictions,
+            which makes squared gradients an unbiased estimate of the Fisher information.
 
     Raises:
         ConfigError: The model has no output that a loss can be computed from.
         DataError: The batch lacks labels.
     """
     if is_causal_lm(model):
-        return _causal_losses(model, batch, label_source)
-    return _head_losses(model, batch, label_source)
+        return _causal_losses(model, batch, sample=label_source == "model")
+    return _head_losses(model, batch, sample=label_source == "model")
 
 
 def is_causal_lm(model: nn.Module) -> bool:
@@ -108,19 +102,19 @@ def forward_body(model: nn.Module, batch: Batch) -> None:
         model(**(batch if is_encoder_decoder(model) else inputs))
 
 
-def _causal_losses(model: nn.Module, batch: Batch, label_source: str) -> ItemLosses:
+def _causal_losses(model: nn.Module, batch: Batch, sample: bool) -> ItemLosses:
     targets = _next_tokens(batch)
     head = model.get_output_embeddings()  # type: ignore[operator]
     if _head_is_last(model, batch):
         hidden = _hidden_states(model, batch)
         flat = hidden.reshape(-1, hidden.shape[-1])
         losses = _SlicedLoss.apply(  # type: ignore[no-untyped-call]
-            flat, head, targets.flatten(), partial(_cross_entropy, label_source=label_source), None
+            flat, head, targets.flatten(), partial(_cross_entropy, sample=sample), None
         )
     else:
         # The model changes its logits after the head (a soft cap, a scale): use them as they are.
         logits = model(**_without_labels(batch), use_cache=False).logits
-        losses = _cross_entropy(logits.flatten(0, 1), targets.flatten(), label_source)
+        losses = _cross_entropy(logits.flatten(0, 1), targets.flatten(), sample)
     per_position = cast(torch.Tensor, losses).view(targets.shape)
     return ItemLosses(per_position.sum(dim=1), (targets != IGNORED).sum(dim=1))
 
@@ -264,39 +258,20 @@ def _distillation(
     return mixed.masked_fill(targets == IGNORED, 0.0)
 
 
-def _cross_entropy(logits: torch.Tensor, targets: torch.Tensor, label_source: str) -> torch.Tensor:
+def _cross_entropy(logits: torch.Tensor, targets: torch.Tensor, sample: bool) -> torch.Tensor:
     """Loss per row in fp32; ignored rows give 0. Sampled labels keep the ignored rows."""
     logits = logits.float()
-    if label_source == "model":
+    if sample:
         # Gumbel-max: one draw from softmax(logits) per row.
         noise = -torch.log(-torch.log(torch.rand_like(logits).clamp_(1e-20, 1 - 1e-7)))
         drawn = (logits.detach() + noise).argmax(dim=-1)
         targets = torch.where(targets == IGNORED, targets, drawn)
-    losses = F.cross_entropy(logits, targets, ignore_index=IGNORED, reduction="none")
-    if label_source == "both":
-        probes = _fisher_probes(logits).masked_fill(targets == IGNORED, 0.0)
-        losses = (losses + probes) * _ROOT_HALF
-    return losses
+    return F.cross_entropy(logits, targets, ignore_index=IGNORED, reduction="none")
 
 
-def _fisher_probes(logits: torch.Tensor) -> torch.Tensor:
-    """`<v, logits>` per row with `E[v v^T] = diag(p) - p p^T`, the Fisher information of softmax.
-
-    `v = diag(s) (I - s s^T) e` with `s = sqrt(p)` and e standard normal. Unlike one label drawn
-    from p, v reaches all classes at once, so it varies less from row to row.
-    """
-    with torch.no_grad():
-        root = logits.softmax(dim=-1).sqrt()
-        noise = torch.randn_like(root)
-        noise -= root * (root * noise).sum(dim=-1, keepdim=True)
-        noise *= root
-    return (noise * logits).sum(dim=-1)
-
-
-def _head_losses(model: nn.Module, batch: Batch, label_source: str) -> ItemLosses:
-    sample = label_source == "model"
+def _head_losses(model: nn.Module, batch: Batch, sample: bool) -> ItemLosses:
     if type(model).__name__ in _SPAN_MODELS:
-        return _span_losses(model, batch, label_source)
+        return _span_losses(model, batch, sample)
     labels = batch.get("labels")
     needs_labels = is_encoder_decoder(model)
     if labels is None and (not sample or needs_labels):
@@ -316,23 +291,17 @@ def _head_losses(model: nn.Module, batch: Batch, label_source: str) -> ItemLosse
         if logits.ndim == 3 and "attention_mask" in batch:
             labels = labels.masked_fill(batch["attention_mask"] == 0, IGNORED)
     if logits.ndim == 3:
-        losses = _cross_entropy(logits.flatten(0, 1), labels.flatten(), label_source)
+        losses = _cross_entropy(logits.flatten(0, 1), labels.flatten(), sample)
         return ItemLosses(losses.view(labels.shape).sum(1), (labels != IGNORED).sum(1))
-    losses = _sentence_losses(model, logits, labels, label_source)
+    losses = _sentence_losses(model, logits, labels, sample)
     return ItemLosses(losses, torch.ones(len(losses), dtype=torch.long, device=losses.device))
 
 
 def _sentence_losses(
-    model: nn.Module, logits: torch.Tensor, labels: torch.Tensor, label_source: str
+    model: nn.Module, logits: torch.Tensor, labels: torch.Tensor, sample: bool
 ) -> torch.Tensor:
     logits = logits.float()
     problem = problem_type(model, logits, labels)
-    if problem not in ("regression", "multi_label_classification"):
-        return _cross_entropy(logits, labels.view(-1).long(), label_source)
-    if label_source == "both":
-        parts = (_sentence_losses(model, logits, labels, one) for one in ("data", "model"))
-        return torch.stack([*parts]).sum(dim=0) * _ROOT_HALF
-    sample = label_source == "model"
     if problem == "regression":
         if sample:
             # Variance k/2 of k averaged values: the expected squared gradient is the curvature.
@@ -340,9 +309,11 @@ def _sentence_losses(
             labels = logits.detach() + torch.randn_like(logits) * scale
         squares = (logits - labels.float().view_as(logits)) ** 2
         return squares.mean(dim=-1)
-    labels = torch.bernoulli(logits.detach().sigmoid()) if sample else labels
-    losses = F.binary_cross_entropy_with_logits(logits, labels.float(), reduction="none")
-    return losses.mean(dim=-1)
+    if problem == "multi_label_classification":
+        labels = torch.bernoulli(logits.detach().sigmoid()) if sample else labels
+        losses = F.binary_cross_entropy_with_logits(logits, labels.float(), reduction="none")
+        return losses.mean(dim=-1)
+    return _cross_entropy(logits, labels.view(-1).long(), sample)
 
 
 def problem_type(model: nn.Module, logits: torch.Tensor, labels: torch.Tensor) -> str:
@@ -356,10 +327,10 @@ def problem_type(model: nn.Module, logits: torch.Tensor, labels: torch.Tensor) -
     return "single_label_classification" if is_integer else "multi_label_classification"
 
 
-def _span_losses(model: nn.Module, batch: Batch, label_source: str) -> ItemLosses:
+def _span_losses(model: nn.Module, batch: Batch, sample: bool) -> ItemLosses:
     """Extractive question answering; a position outside the text is ignored."""
     positions = ("start_positions", "end_positions")
-    if label_source != "model" and not all(name in batch for name in positions):
+    if not sample and not all(name in batch for name in positions):
         raise DataError(
             f"The batches have no {' and '.join(positions)}, which {type(model).__name__} needs; "
             "add them or set label_source='model'."
@@ -370,7 +341,7 @@ def _span_losses(model: nn.Module, batch: Batch, label_source: str) -> ItemLosse
         length = logits.shape[1]
         targets = batch[name].view(-1) if name in batch else logits.new_zeros(len(logits)).long()
         targets = targets.masked_fill((targets < 0) | (targets >= length), IGNORED)
-        losses.append(_cross_entropy(logits, targets, label_source))
+        losses.append(_cross_entropy(logits, targets, sample))
     total = (losses[0] + losses[1]) / 2
     return ItemLosses(total, torch.ones(len(total), dtype=torch.long, device=total.device))
 

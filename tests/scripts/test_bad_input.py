@@ -148,7 +148,7 @@ def test_a_tolerance_outside_its_range(refused: Refusal, tolerance: str):
     [
         ("metric", "svd", ", ".join(METRIC_NAMES)),
         ("rule", "best", ", ".join(RULE_NAMES + SEARCH_NAMES)),
-        ("label_source", "teacher", "data, model, both"),
+        ("label_source", "teacher", "data, model"),
         ("dtype", "int8", "auto, float32, bfloat16, float16"),
     ],
 )
