@@ -121,6 +121,16 @@ SYSTEMS = (
     System(
         "joint", "kfac", "joint", OWN, "layer-wise", "theory, then search", "after training", JOINT
     ),
+    System(
+        "price+channels",
+        "kfac",
+        "price, channels too",
+        OWN,
+        "layer-wise",
+        "theory",
+        "after training",
+        STRUCTURED,
+    ),
     _structured(
         "lorap", "norm-scaled", "pruned channels", "Li 2024, without fine-tuning", "layer-wise"
     ),

@@ -42,6 +42,13 @@ def way_back(moment: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
     return torch.cholesky_solve(moment[kept], root).T
 
 
+def damped_moment(moment: SecondMoment) -> torch.Tensor:
+    """The moment, fp64, with a small share of its mean diagonal added, as in the metrics."""
+    damped = moment.matrix.double().clone()
+    damped.diagonal().add_(MetricSettings().input_damping * moment.mean_diagonal)
+    return damped
+
+
 def principal_narrowing(weights: ChannelWeights, moment: SecondMoment, count: int) -> Narrowing:
     """Keeps principal channels and rebuilds the others from them in the layer after.
 
@@ -51,7 +58,6 @@ def principal_narrowing(weights: ChannelWeights, moment: SecondMoment, count: in
             as in the `whitened` metric.
         count: How many channels to keep.
     """
-    damped = moment.matrix.double().clone()
-    damped.diagonal().add_(MetricSettings().input_damping * moment.mean_diagonal)
+    damped = damped_moment(moment)
     kept = principal_channels(damped, count)
     return Narrowing(selection(kept, weights).gather, way_back(damped, kept))
