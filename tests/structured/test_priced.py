@@ -1,0 +1,110 @@
+"""Channels and ranks from one budget, by their price."""
+
+import itertools
+
+import pytest
+import torch
+
+from hf_lowrank.decomposition.spectrum import Spectrum
+from hf_lowrank.errors import ConfigError
+from hf_lowrank.structured.priced import Curve, channel_order, cheapest, rank_curve
+from hf_lowrank.structured.sp3 import way_back
+
+
+def positive(size, seed, rank=None):
+    generator = torch.Generator().manual_seed(seed)
+    root = torch.randn(size, rank or 2 * size, generator=generator, dtype=torch.float64)
+    return root @ root.T / root.shape[1] + 1e-3 * torch.eye(size, dtype=torch.float64)
+
+
+def error_without(moment, worth, kept):
+    """`tr(M D C D^T)` with `D` the rebuilt less the true channels, by its definition."""
+    change = -torch.eye(len(moment), dtype=torch.float64)
+    change[:, kept] += way_back(moment, kept)
+    return float((worth @ change @ moment @ change.T).trace())
+
+
+def test_rises_are_those_of_the_channels_that_are_left():
+    moment, worth = positive(96, 0), positive(96, 1, rank=8)
+    found = channel_order(moment, worth, cost=7)
+    assert sorted(found.order.tolist()) == list(range(96))
+    assert found.counts == list(range(2, 97, 2))
+    assert found.curve.costs.tolist() == [7.0 * count for count in found.counts]
+    for count, rise in zip(found.counts[:-1:6], found.curve.rises[:-1:6], strict=True):
+        kept = found.order[:count].sort().values
+        assert float(rise) == pytest.approx(error_without(moment, worth, kept), rel=1e-3)
+    assert float(found.curve.rises[-1]) == 0.0
+    assert (found.curve.rises.diff() <= 1e-6).all()
+
+
+def test_order_is_better_than_chance():
+    moment, worth = positive(48, 2, rank=12), positive(48, 3, rank=6)
+    kept = channel_order(moment, worth, 1).order[:8].sort().values
+    chosen = error_without(moment, worth, kept)
+    generator = torch.Generator().manual_seed(0)
+    others = [
+        error_without(moment, worth, torch.randperm(48, generator=generator)[:8].sort().values)
+        for _ in range(30)
+    ]
+    assert chosen < min(others)
+
+
+def test_a_channel_that_nothing_reads_goes_first():
+    moment, worth = positive(10, 4), positive(10, 5)
+    worth[3] = worth[:, 3] = 0.0
+    moment[3] = moment[:, 3] = 0.0
+    moment[3, 3] = 50.0  # large, and no other channel says anything about it
+    assert channel_order(moment, worth, 1).order[-1] == 3
+
+
+def test_rank_curve_ends_dense():
+    sigma = torch.tensor([3.0, 2.0, 1.0, 0.5], dtype=torch.float64)
+    spectrum = Spectrum(torch.zeros(8, 4), torch.zeros(4, 4), sigma, sigma**2)
+    curve = rank_curve(spectrum)  # rank 3 would cost more than dense
+    assert curve.costs.tolist() == [12.0, 24.0, 32.0]
+    assert curve.rises.tolist() == [5.25, 1.25, 0.0]
+
+
+def convex(generator, steps):
+    costs = torch.rand(steps, generator=generator, dtype=torch.float64).cumsum(0) * 10 + 1
+    falls = torch.rand(steps, generator=generator, dtype=torch.float64).sort(descending=True).values
+    slopes = falls[1:] * costs.diff()
+    rises = torch.cat([slopes.flip(0).cumsum(0).flip(0), torch.zeros(1, dtype=torch.float64)])
+    return Curve(costs.floor().clamp_min(1), rises)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_the_choice_is_the_best_of_its_size(seed):
+    generator = torch.Generator().manual_seed(seed)
+    parts = [
+        [[convex(generator, 4)]],
+        [[convex(generator, 3), convex(generator, 3)], [convex(generator, 4)]],
+        [[convex(generator, 5)]],
+    ]
+    options = []
+    for part in parts:
+        ways = []
+        for index, way in enumerate(part):
+            for places in itertools.product(*(range(len(curve.costs)) for curve in way)):
+                pairs = list(zip(way, places, strict=True))
+                cost = sum(float(curve.costs[place]) for curve, place in pairs)
+                rise = sum(float(curve.rises[place]) for curve, place in pairs)
+                ways.append((cost, rise, (index, list(places))))
+        options.append(ways)
+    every = [
+        (sum(o[0] for o in one), sum(o[1] for o in one), [o[2] for o in one])
+        for one in itertools.product(*options)
+    ]
+    smallest, largest = min(e[0] for e in every), max(e[0] for e in every)
+    for share in (0.2, 0.5, 0.8):
+        budget = int(smallest + share * (largest - smallest)) + 1
+        choice = cheapest(parts, budget)
+        cost, rise, _ = next(each for each in every if each[2] == choice)
+        assert cost <= budget
+        assert rise <= min(e[1] for e in every if e[0] <= cost) + 1e-9
+
+
+def test_a_budget_below_the_smallest_steps_is_refused():
+    curve = Curve(torch.tensor([5.0, 9.0]), torch.tensor([1.0, 0.0]))
+    with pytest.raises(ConfigError, match=r"^The budget is 9 parameters, .* need 10; raise"):
+        cheapest([[[curve]], [[curve]]], 9)
