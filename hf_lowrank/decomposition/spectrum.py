@@ -110,7 +110,7 @@ def _decompose_tall(
                 raise NumericalError("the diagonal has no positive entry")
         sigma, basis = _eigenbasis(scale[:, None] * inner * scale)
         return matrix @ (scale[:, None] * basis), basis.T / scale, sigma
-    root = matrix_root(_damped(small.moment.matrix.to(matrix), small))
+    root = matrix_root(damped(small.moment.matrix.to(matrix), small))
     sigma, basis = _eigenbasis(root.T @ inner @ root)
     if root.shape[0] == root.shape[1] and not bool(root.triu(1).any()):
         # V^T R^-1, as the solution X of X R = V^T with R lower triangular.
@@ -142,10 +142,15 @@ def _image(matrix: torch.Tensor, side: Side) -> torch.Tensor:
     if side.moment.is_projected:
         _check_finite("second moment", moment)
         return moment + side.damping * side.moment.mean_diagonal * (matrix.T @ matrix)
-    return matrix.T @ _damped(moment, side) @ matrix
+    return matrix.T @ damped(moment, side) @ matrix
 
 
-def _damped(moment: torch.Tensor, side: Side) -> torch.Tensor:
+def damped(moment: torch.Tensor, side: Side) -> torch.Tensor:
+    """A copy of a side's second moment with the side's damping on its diagonal.
+
+    Raises:
+        NumericalError: It holds NaN or infinity.
+    """
     _check_finite("second moment", moment)
     result = moment.clone()
     if side.moment is not None:

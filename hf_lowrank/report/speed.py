@@ -33,8 +33,11 @@ def speed_notes(report: Report) -> list[str]:
         pairs = zip(report.speed["dense"][phase], report.speed["compressed"][phase], strict=True)
         ups = [dense / compressed for dense, compressed in pairs]
         ranges.append(f"{phase} {min(ups):.2f}x to {max(ups):.2f}x")
+    place = f"speed on the machine of this run alone: {_machine(settings)}"
+    if settings["rounds"] == 1:
+        return [place, f"timed: {_work(settings)}; one round only, so its noise is not known"]
     return [
-        f"speed on the machine of this run alone: {_machine(settings)}",
+        place,
         f"timed: {_work(settings)}; medians of {settings['rounds']} rounds, both models in turn",
         f"speed-up from round to round: {', '.join(ranges)}",
     ]

@@ -2,7 +2,8 @@
 
 None of them edits the model: `swapped` in surgery.py puts the layers in for a while. LoRAP, SP3 and
 folding narrow the feed-forwards; all other targeted layers become factors, in the metric that is
-nearest to the system, and both keep the same share of their parameters.
+nearest to the system, and both keep the same share of their parameters. Of `price+channels` the
+prices decide what is narrowed and what keeps how much.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from torch import nn
 
 from hf_lowrank.decomposition.metrics import METRICS, MetricSettings, QuadraticForm, Side
 from hf_lowrank.decomposition.moments import Moments, SecondMoment
-from hf_lowrank.decomposition.spectrum import decompose
+from hf_lowrank.decomposition.spectrum import damped, decompose
 from hf_lowrank.errors import TargetError
 from hf_lowrank.modeling_lowrank import linear_shape
 from hf_lowrank.ranks.threshold import plan_for_budget
@@ -212,8 +213,7 @@ def _channel_order(dense: Dense, block: FeedForward, form: QuadraticForm) -> Cha
     side, scale = form.output, form.price_scale
     if side.moment is None or side.moment.is_projected or scale is None:
         raise TargetError(f"{block.output}: has more outputs than channels, which have no price.")
-    gradients = side.moment.matrix.to(weight)
-    gradients.diagonal().add_(side.damping * side.moment.mean_diagonal)
+    gradients = damped(side.moment.matrix.to(weight), side)
     cost = sum(math.prod(linear_shape(dense.targets[name])) for name in block.names)
     return channel_order(
         damped_moment(dense.whole(block.output)),

@@ -13,8 +13,9 @@ from __future__ import annotations
 import scipy.linalg
 import torch
 
-from hf_lowrank.decomposition.metrics import MetricSettings
+from hf_lowrank.decomposition.metrics import MetricSettings, Side
 from hf_lowrank.decomposition.moments import SecondMoment
+from hf_lowrank.decomposition.spectrum import damped
 from hf_lowrank.structured.channels import ChannelWeights, Narrowing, selection
 
 
@@ -44,9 +45,8 @@ def way_back(moment: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
 
 def damped_moment(moment: SecondMoment) -> torch.Tensor:
     """The moment, fp64, with a small share of its mean diagonal added, as in the metrics."""
-    damped = moment.matrix.double().clone()
-    damped.diagonal().add_(MetricSettings().input_damping * moment.mean_diagonal)
-    return damped
+    side = Side(moment=moment, damping=MetricSettings().input_damping)
+    return damped(moment.matrix.double(), side)
 
 
 def principal_narrowing(weights: ChannelWeights, moment: SecondMoment, count: int) -> Narrowing:
@@ -58,6 +58,6 @@ def principal_narrowing(weights: ChannelWeights, moment: SecondMoment, count: in
             as in the `whitened` metric.
         count: How many channels to keep.
     """
-    damped = damped_moment(moment)
-    kept = principal_channels(damped, count)
-    return Narrowing(selection(kept, weights).gather, way_back(damped, kept))
+    whole = damped_moment(moment)
+    kept = principal_channels(whole, count)
+    return Narrowing(selection(kept, weights).gather, way_back(whole, kept))
