@@ -14,10 +14,15 @@ The same systems by the three questions of the IJCAI 2025 paper: a rank for each
 for all, theory or heuristic, during or after training. Then what was measured: the rise of the loss
 over the dense model in nats, with its standard error, at each size on each text."""
 
+_BASELINE = "kfac+price"
+_SHARES = f"The rise of the loss, and the seconds, as a share of those of {_BASELINE}."
+
 
 def format_report(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Both tables, the first with the dense model on top, as Markdown."""
-    return f"{format_systems(rows)}\n\n{_POSITIONS}\n\n{format_positions(rows)}"
+    """All tables, the first with the dense model on top, as Markdown."""
+    tables = f"{format_systems(rows)}\n\n{_POSITIONS}\n\n{format_positions(rows)}"
+    shares = format_shares(rows)
+    return f"{tables}\n\n{_SHARES}\n\n{shares}" if shares else tables
 
 
 def format_row(row: Mapping[str, Any]) -> str:
@@ -77,6 +82,26 @@ def format_positions(rows: Sequence[Mapping[str, Any]]) -> str:
         cells += [_rise(found.get((system.name, size)), text) for text in texts for size in sizes]
         lines.append(cells)
     return _table(lines)
+
+
+def format_shares(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Rise of the loss and seconds of each row over those of `kfac+price`, as a Markdown table.
+
+    Empty where that was not measured; a cell is empty where either row has no such figure.
+    """
+    texts = all_texts(rows)
+    base = {row["param_ratio"]: row for row in rows if row["name"] == _BASELINE and texts_of(row)}
+    lines = [["size", "system", *texts, "seconds"], ["---:", "---", *["---:"] * (len(texts) + 1)]]
+    for row in sorted(rows, key=lambda row: -row["param_ratio"]):
+        other = base.get(row["param_ratio"])
+        if other is not None and row is not other and texts_of(row):
+            cells = [f"{row['param_ratio']:g}", row["name"]]
+            for text in texts:
+                found = [each[text]["loss_difference"] for each in (row, other) if text in each]
+                fits = len(found) == 2 and None not in found and found[1] > 0
+                cells.append(f"{found[0] / found[1]:.2f}" if fits else "")
+            lines.append([*cells, f"{row['total_seconds'] / other['total_seconds']:.1f}"])
+    return _table(lines) if len(lines) > 2 else ""
 
 
 def _rise(row: Mapping[str, Any] | None, text: str) -> str:

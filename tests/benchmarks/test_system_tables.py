@@ -5,7 +5,12 @@ from typing import get_args
 
 from hf_lowrank.benchmarks import catalogue
 from hf_lowrank.benchmarks.catalogue import OWN, RANKED, SYSTEMS
-from hf_lowrank.benchmarks.system_tables import format_positions, format_report, format_systems
+from hf_lowrank.benchmarks.system_tables import (
+    format_positions,
+    format_report,
+    format_shares,
+    format_systems,
+)
 from hf_lowrank.ranks.rules import RULES
 from tests.benchmarks.made_up_rows import failed_row, made_up_row
 
@@ -66,3 +71,13 @@ def test_the_report_has_both_tables():
     report = format_report(ROWS)
     assert report.startswith(format_systems(ROWS) + "\n\n")
     assert report.endswith("\n\n" + format_positions(ROWS))
+
+
+def test_shares_are_those_of_kfac_and_price_at_the_same_size():
+    base = made_up_row("kfac+price", 0.8, 0.5)
+    rows = [*ROWS, base | {"total_seconds": 4.0}, made_up_row("kfac+price", 0.6, 1.0)]
+    heads, _, *lines = cells(format_shares(rows))
+    assert heads == ["size", "system", "in_domain", "out_of_domain", "seconds"]
+    assert lines == [["0.8", "joint", "0.50", "0.50", "0.5"], ["0.8", "svd", "", "", "0.5"]]
+    assert format_shares(rows) in format_report(rows)
+    assert format_shares(ROWS) == ""

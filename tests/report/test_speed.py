@@ -7,7 +7,7 @@ from typing import Any
 from hf_lowrank import Report
 from hf_lowrank.report.card import model_card
 from hf_lowrank.report.page import comparison_page, report_page
-from hf_lowrank.report.speed import speed_columns, speed_conditions
+from hf_lowrank.report.speed import speed_columns, speed_conditions, speed_notes
 from hf_lowrank.report.table import differences, format_comparison, format_report, format_sweep
 from tests.report.test_page import Page, full_report
 from tests.report.test_report import lines_of, report
@@ -66,6 +66,13 @@ def test_the_terminal_shows_tokens_per_second_and_the_conditions():
     assert ["prefill", "(tokens/s)", "51.2", "82.0", "1.60x"] in lines_of(text)
     assert ["decode", "(tokens/s)", "8.0", "6.8", "0.84x"] in lines_of(text)
     assert all(fact in text for fact in FACTS)
+
+
+def test_one_round_has_no_range():
+    text = "\n".join(speed_notes(report(speed=speed(rounds=1))))
+    assert "one round only, so its noise is not known" in text
+    assert "medians" not in text
+    assert "round to round" not in text
 
 
 def test_page_and_card_show_tokens_per_second_and_the_conditions():
