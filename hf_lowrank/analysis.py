@@ -12,6 +12,9 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from hf_lowrank.cache import RunCache
+from hf_lowrank.channels.budget import plan_with_channels, predicted_rise_with_channels
+from hf_lowrank.channels.feed_forward import FeedForward, find_feed_forwards
+from hf_lowrank.channels.order import ChannelOrder, order_channels
 from hf_lowrank.config import LowRankConfig
 from hf_lowrank.decomposition.metrics import METRICS, MetricSettings
 from hf_lowrank.decomposition.moments import Moments
@@ -57,6 +60,7 @@ class Analysis:
         failures: Reason by layer name, for layers that stay dense because of a failure.
         fixed: Ranks fixed by `rank_pattern`, and None for the failures.
         tokens: Calibration tokens used.
+        orders: Channels of feed-forwards by the name of the layer out of them, if they may go.
     """
 
     config: LowRankConfig
@@ -65,10 +69,20 @@ class Analysis:
     failures: dict[str, str] = field(default_factory=dict)
     fixed: dict[str, int | None] = field(default_factory=dict)
     tokens: int = 0
+    orders: dict[str, ChannelOrder] = field(default_factory=dict)
 
     def plan_for_ratio(self, param_ratio: float) -> RankPlan:
         """Plan within a budget by the config's rule; see `plan_for_budget`."""
         config = self.config
+        if config.channels:
+            return plan_with_channels(
+                self.shapes,
+                self.spectra,
+                self.orders,
+                param_ratio,
+                min_rank=config.min_rank,
+                fixed=self.fixed,
+            )
         return plan_for_budget(
             self.shapes,
             self.spectra,
@@ -81,6 +95,10 @@ class Analysis:
     def plan_for_rank(self, rank: int) -> RankPlan:
         """The same rank everywhere, but for `rank_pattern`."""
         return uniform_plan(self.shapes, rank, self.fixed)
+
+    def predicted_rise(self, plan: RankPlan) -> float:
+        """Predicted rise of the mean loss under a plan, nats; NaN where the metric has none."""
+        return predicted_rise_with_channels(self.spectra, self.orders, plan)
 
 
 def analyze(
@@ -123,28 +141,81 @@ def analyze(
             f"metric {config.metric!r} needs calibration data; pass some, or use metric 'plain'."
         )
     stopwatch = stopwatch or Stopwatch()
+    blocks = find_feed_forwards(model, targets) if config.channels else []
     result = Analysis(config, {n: linear_shape(m) for n, m in targets.items()}, {})
     progress, cache = progress and processes.is_main, cache if processes.is_main else None
-    for group in _groups(targets, metric.needs, moment_gib):
-        names = list(group)
-        cached = processes.decide(cache.read_spectra(names) if cache else None)
+    outputs = [block.output for block in blocks]
+    for group in _groups(targets, metric.needs, moment_gib, outputs):
+        names, inside = list(group), [block for block in blocks if block.output in group]
+        cached = processes.decide(_read_cache(cache, names, inside))
         if cached is None:
             with stopwatch.phase("statistics"):
                 moments = _moments(
-                    model, group, calibration, config, loss_function, cache, progress, processes
+                    model,
+                    group,
+                    calibration,
+                    config,
+                    loss_function,
+                    cache,
+                    progress,
+                    processes,
+                    [block.output for block in inside],
                 )
             with stopwatch.phase("decomposition"):
                 mine = dict(processes.share(list(group.items())))
+                orders = _order_channels(
+                    model, [b for b in inside if b.output in mine], moments, config
+                )
                 spectra, failures = decompose_layers(mine, moments, config, progress)
-                cached = processes.merge(spectra), processes.merge(failures)
+                cached = (
+                    processes.merge(spectra),
+                    processes.merge(failures),
+                    processes.merge(orders),
+                )
             if cache:
                 with stopwatch.phase("cache"):
-                    cache.write_spectra(names, *cached)
+                    cache.write_spectra(names, *cached[:2])
+                    if inside:
+                        cache.write_orders(inside, cached[2])
         result.spectra |= cached[0]
         result.failures |= cached[1]
+        result.orders |= cached[2]
     result.fixed = fixed_ranks(targets, config) | dict.fromkeys(result.failures)
     result.tokens = sum(_count_tokens(batch) for batch in calibration or [])
     return result
+
+
+def _read_cache(
+    cache: RunCache | None, names: list[str], blocks: Sequence[FeedForward]
+) -> tuple[dict[str, Spectrum], dict[str, str], dict[str, ChannelOrder]] | None:
+    """Spectra, failures and channels of a group of layers, or None if any are missing."""
+    spectra = cache.read_spectra(names) if cache else None
+    if cache is None or spectra is None:
+        return None
+    orders = cache.read_orders(blocks) if blocks else {}
+    return None if orders is None else (*spectra, orders)
+
+
+def _order_channels(
+    model: nn.Module,
+    blocks: Sequence[FeedForward],
+    moments: Mapping[str, Moments],
+    config: LowRankConfig,
+) -> dict[str, ChannelOrder]:
+    """Channels of feed-forwards by the name of the layer out of them, where they have a price."""
+    metric, settings = METRICS[config.metric], metric_settings(config)
+    orders: dict[str, ChannelOrder] = {}
+    for block in blocks:
+        found = moments[block.output]
+        assert found.input_whole is not None  # collected for these layers
+        try:
+            form = metric.form(found, settings)
+            order = order_channels(model, block, found.input_whole, form)
+        except NumericalError:
+            continue  # its decomposition fails for the same reason, which is then reported
+        if order is not None:
+            orders[block.output] = order
+    return orders
 
 
 def decompose_layers(
@@ -186,12 +257,13 @@ def _moments(
     cache: RunCache | None,
     progress: bool,
     processes: Processes,
+    whole: Sequence[str],
 ) -> dict[str, Moments]:
     """Moments of a group of layers, from the cache or by a pass over the calibration data."""
     names, needs = list(group), METRICS[config.metric].needs
     if not needs or calibration is None:
         return {name: Moments() for name in group}
-    cached = processes.decide(cache.read_moments(names, needs) if cache else None)
+    cached = processes.decide(cache.read_moments(names, needs, whole) if cache else None)
     if cached is not None:
         return cached
     description = f"calibrate ... {names[-1]}"
@@ -204,13 +276,14 @@ def _moments(
             calibration,
             needs,
             loss_function=loss_function,
+            whole=whole,
             label_source=config.label_source,
             seed=config.seed,
             on_batch=partial(bar.update, processes.count),
             processes=processes,
         )
     if cache:
-        cache.write_moments(names, needs, moments)
+        cache.write_moments(names, needs, moments, whole)
     return moments
 
 
@@ -222,7 +295,10 @@ def _count_tokens(batch: Batch) -> int:
 
 
 def _groups(
-    targets: Mapping[str, nn.Module], needs: frozenset[str], moment_gib: float
+    targets: Mapping[str, nn.Module],
+    needs: frozenset[str],
+    moment_gib: float,
+    whole: Sequence[str] = (),
 ) -> list[dict[str, nn.Module]]:
     """Consecutive layers whose moments fit into memory together; at least one layer each."""
     limit = moment_gib * 2**30
@@ -233,6 +309,7 @@ def _groups(
         size = BYTES_PER_MOMENT * (
             len(needs & SECOND_MOMENTS) * min(rows, columns) ** 2
             + ("gradient" in needs) * rows * columns
+            + (name in whole) * columns**2
         )
         if groups[-1] and used + size > limit:
             groups.append({})

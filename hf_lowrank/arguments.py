@@ -141,6 +141,7 @@ class CompressionArguments:
     loss_tolerance: float | None = config_option("loss_tolerance")
     metric: str = config_option("metric")
     rule: str | None = config_option("rule")
+    channels: bool = config_option("channels")
     search_trials: int = config_option("search_trials")
     target_modules: list[str] | None = config_option("target_modules")
     exclude_modules: list[str] | None = config_option("exclude_modules")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
+from hf_lowrank.channels.feed_forward import FeedForward
+from hf_lowrank.channels.order import ChannelOrder
 from hf_lowrank.config import LowRankConfig
 from hf_lowrank.decomposition.moments import Moments, SecondMoment
 from hf_lowrank.decomposition.spectrum import Spectrum
@@ -101,9 +103,42 @@ class RunCache:
         }
         _write(self._path("spectra", names, _SPECTRUM_SETTINGS), tensors, failures)
 
-    def read_moments(self, names: list[str], needs: frozenset[str]) -> dict[str, Moments] | None:
+    def read_orders(self, blocks: Sequence[FeedForward]) -> dict[str, ChannelOrder] | None:
+        """Channels of feed-forwards by the name of the layer out of them, or None."""
+        found = _read(self._path("channels", [b.output for b in blocks], _SPECTRUM_SETTINGS))
+        if found is None:
+            return None
+        tensors, counts = found
+        return {
+            block.output: ChannelOrder(
+                block,
+                order=tensors[f"{block.output}/order"],
+                counts=counts[block.output],
+                rises=tensors[f"{block.output}/rises"],
+                moment=tensors[f"{block.output}/moment"],
+            )
+            for block in blocks
+            if block.output in counts
+        }
+
+    def write_orders(
+        self, blocks: Sequence[FeedForward], orders: Mapping[str, ChannelOrder]
+    ) -> None:
+        """Stores the channels of a group's feed-forwards; raises StorageError like the others."""
+        tensors = {
+            f"{name}/{part}": getattr(order, part)
+            for name, order in orders.items()
+            for part in ("order", "rises", "moment")
+        }
+        counts = {name: order.counts for name, order in orders.items()}
+        path = self._path("channels", [block.output for block in blocks], _SPECTRUM_SETTINGS)
+        _write(path, tensors, counts)
+
+    def read_moments(
+        self, names: list[str], needs: frozenset[str], whole: Sequence[str] = ()
+    ) -> dict[str, Moments] | None:
         """Moments of a group of layers, or None if they are not there."""
-        found = _read(self._path("moments", [*names, *sorted(needs)], _MOMENT_SETTINGS))
+        found = _read(self._moment_path(names, needs, whole))
         if found is None:
             return None
         tensors, layout = found
@@ -121,7 +156,11 @@ class RunCache:
         }
 
     def write_moments(
-        self, names: list[str], needs: frozenset[str], moments: dict[str, Moments]
+        self,
+        names: list[str],
+        needs: frozenset[str],
+        moments: dict[str, Moments],
+        whole: Sequence[str] = (),
     ) -> None:
         """Stores a group's moments, shared ones once; raises StorageError like the other."""
         tensors: dict[str, torch.Tensor] = {}
@@ -141,7 +180,11 @@ class RunCache:
                 "tokens": moment.tokens,
                 "losses": moment.losses,
             }
-        _write(self._path("moments", [*names, *sorted(needs)], _MOMENT_SETTINGS), tensors, layout)
+        _write(self._moment_path(names, needs, whole), tensors, layout)
+
+    def _moment_path(self, names: list[str], needs: frozenset[str], whole: Sequence[str]) -> Path:
+        wanted = [*sorted(needs), *(f"{name}/whole" for name in whole)]
+        return self._path("moments", [*names, *wanted], _MOMENT_SETTINGS)
 
     def _path(self, kind: str, names: list[str], settings: tuple[str, ...]) -> Path:
         values = {name: getattr(self.config, name) for name in settings}

@@ -64,6 +64,13 @@ def check_checkpoint(folder: str | Path) -> dict[str, Any]:
     shapes = tensor_shapes(folder)
     for name, rank in (lowrank.ranks or {}).items():
         _check_layer(folder, name, rank, shapes)
+    for name, shape in (lowrank.narrowed or {}).items():
+        stored = _find_shape(shapes, f"{name}.weight")
+        if stored != list(shape):
+            raise CheckpointError(
+                f"{folder}: {name} has shape {list(shape)} in config.json, but its weight has "
+                f"{stored}."
+            )
     _check_settings(folder, {k: v for k, v in config.items() if v is not settings}, shapes)
     checked: dict[str, Any] = config
     return checked

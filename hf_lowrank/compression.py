@@ -6,7 +6,6 @@ import dataclasses
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +26,7 @@ from hf_lowrank.quantization import num_bytes
 from hf_lowrank.ranks.plan import RankPlan
 from hf_lowrank.ranks.rules import RULES
 from hf_lowrank.ranks.search import SEARCHES, search_plan
-from hf_lowrank.ranks.threshold import check_budget, predicted_rise, smallest_ratio
+from hf_lowrank.ranks.threshold import check_budget, smallest_ratio
 from hf_lowrank.ranks.tolerance import (
     LossDifference,
     Probe,
@@ -244,7 +243,8 @@ class CompressionRun:
         config = self.config
         with self.stopwatch.phase("ranks"):
             if config.ranks is not None:
-                return RankPlan(config.ranks, self.analysis.shapes), [], None
+                narrowed = {name: (out, n) for name, (out, n) in (config.narrowed or {}).items()}
+                return RankPlan(config.ranks, self.analysis.shapes, narrowed), [], None
             if config.param_ratio is not None and config.effective_rule in RULES:
                 return self.analysis.plan_for_ratio(config.param_ratio), [], None
             if config.rank is not None:
@@ -257,8 +257,11 @@ class CompressionRun:
     def apply(self, plan: RankPlan, probes: list[Probe], held_out: LossDifference | None) -> Report:
         """Puts the plan into the model, measures it and reports."""
         with self.stopwatch.phase("surgery"):
-            originals = factorize_(self.model, self.analysis.spectra, plan)
-            decided = self.config.replace(ranks=dict(plan.ranks), form="factors")
+            analysis = self.analysis
+            originals = factorize_(self.model, analysis.spectra, plan, analysis.orders)
+            decided = self.config.replace(
+                ranks=dict(plan.ranks), narrowed=_as_lists(plan.narrowed), form="factors"
+            )
             attach_config(self.model, decided)
         recovery = self._recover(originals, self.recovery) if self.recovery else None
         evaluation = None
@@ -269,10 +272,10 @@ class CompressionRun:
                 )
         speed = self._speed(originals)
         parameters, size = model_sizes(self.model)
-        predicted = predicted_rise(self.analysis.spectra, plan)
+        predicted = analysis.predicted_rise(plan)
         return Report(
             model=str(getattr(getattr(self.model, "config", None), "_name_or_path", "") or "model"),
-            config={k: v for k, v in decided.to_dict().items() if k != "ranks"},
+            config={k: v for k, v in decided.to_dict().items() if k not in ("ranks", "narrowed")},
             seed=self.config.seed,
             versions=versions(),
             parameters={
@@ -283,6 +286,7 @@ class CompressionRun:
             },
             bytes={"dense": self.sizes[1], "kept": size},
             ranks=dict(plan.ranks),
+            narrowed=_as_lists(plan.narrowed) or {},
             evaluation=evaluation,
             speed=speed,
             predicted_loss_difference=None if math.isnan(predicted) else predicted,
@@ -345,23 +349,23 @@ class CompressionRun:
         )
 
     def _search(self) -> tuple[RankPlan, list[Probe], LossDifference | None]:
-        held_out = self.held_out_loss()
+        held_out, analysis = self.held_out_loss(), self.analysis
         differences: dict[float, LossDifference] = {}
 
         def measure(plan: RankPlan, tolerance: float) -> LossDifference:
-            found = held_out.difference(self.analysis.spectra, plan, tolerance)
+            found = held_out.difference(analysis.spectra, plan, tolerance, analysis.orders)
             differences[plan.param_ratio] = found
             return found
 
         tolerance = self.config.effective_tolerance
-        largest = self.analysis.plan_for_ratio(1.0)
-        check_fixed_ranks(held_out, self.analysis.spectra, largest, tolerance)
+        largest = analysis.plan_for_ratio(1.0)
+        check_fixed_ranks(held_out, analysis.spectra, largest, tolerance)
         smallest = smallest_ratio(
-            self.analysis.shapes, min_rank=self.config.min_rank, fixed=self.analysis.fixed
+            analysis.shapes, min_rank=self.config.min_rank, fixed=analysis.fixed
         )
         plan, probes = search_tolerance(
-            self.analysis.plan_for_ratio,
-            partial(predicted_rise, self.analysis.spectra),
+            analysis.plan_for_ratio,
+            analysis.predicted_rise,
             measure,
             tolerance,
             smallest=smallest,
@@ -376,6 +380,11 @@ class CompressionRun:
             loss_function=self.options.loss_function,
             progress=description if self.options.progress else None,
         )
+
+
+def _as_lists(shapes: Mapping[str, tuple[int, int]]) -> dict[str, list[int]] | None:
+    """Shapes as JSON has them; None if there are none."""
+    return {name: list(shape) for name, shape in shapes.items()} or None
 
 
 def check_goal(targets: Mapping[str, nn.Module], config: LowRankConfig) -> None:

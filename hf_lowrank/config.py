@@ -82,6 +82,11 @@ class LowRankConfig(QuantizationConfigMixin):
         "searched for a given param_ratio: " + ", ".join(SEARCH_NAMES) + ". Default: price with "
         "the kfac metric (the only one it works with), uniform with the others.",
     )
+    channels: bool = option(
+        False,
+        "Let feed-forwards lose channels, too: each is narrowed or its layers are factorized, "
+        "whichever the prices favour. Needs metric kfac and rule price.",
+    )
     search_trials: int = option(
         24, "Plans that a search of ranks may measure on held-out calibration data."
     )
@@ -117,6 +122,11 @@ class LowRankConfig(QuantizationConfigMixin):
     ranks: dict[str, int | None] | None = option(
         None, "The decision: rank of every targeted layer, null for dense. Filled by compress()."
     )
+    narrowed: dict[str, list[int]] | None = option(
+        None,
+        "The decision: [out_features, in_features] of every layer that lost channels. Filled by "
+        "compress().",
+    )
     form: str = option("factors", "Factors in the checkpoint: 'factors' (B A) or 'usv' (U s V).")
     format_version: int = option(FORMAT_VERSION, "Version of the checkpoint layout.")
     quant_method: str = option(QUANT_METHOD, "Fixed: tells transformers how to load.")  # type: ignore[assignment]
@@ -134,6 +144,15 @@ class LowRankConfig(QuantizationConfigMixin):
                     f"rule 'price' needs metric 'kfac', whose singular values are prices; got "
                     f"metric {self.metric!r}. Choose another rule or metric 'kfac'."
                 )
+        if not isinstance(self.channels, bool):
+            raise ConfigError(f"channels must be true or false, got {self.channels!r}.")
+        if self.channels and (self.metric, self.effective_rule) != ("kfac", "price"):
+            raise ConfigError(
+                "channels are chosen by price, which needs metric 'kfac' and rule 'price'; got "
+                f"metric {self.metric!r} and rule {self.effective_rule!r}."
+            )
+        if self.channels and self.rank is not None:
+            raise ConfigError("channels need a size or a loss tolerance as the goal, not a rank.")
         for name in ("input_damping", "output_damping"):
             value = getattr(self, name)
             if not (_is_number(value) and 0 <= value < math.inf):
@@ -160,6 +179,21 @@ class LowRankConfig(QuantizationConfigMixin):
             for name, rank in (getattr(self, field_name) or {}).items():
                 if rank is not None:
                     _check_count(f"{field_name}[{name!r}]", rank)
+
+        self._check_narrowed()
+
+    def _check_narrowed(self) -> None:
+        if self.narrowed is not None and not isinstance(self.narrowed, dict):
+            raise ConfigError(f"narrowed must map names to shapes, got {self.narrowed!r}.")
+        for name, shape in (self.narrowed or {}).items():
+            if not (isinstance(shape, (list, tuple)) and len(shape) == 2):
+                raise ConfigError(
+                    f"narrowed[{name!r}] must be [out_features, in_features], got {shape!r}."
+                )
+            for size in shape:
+                _check_count(f"narrowed[{name!r}]", size)
+            if (self.ranks or {}).get(name) is not None:
+                raise ConfigError(f"{name} has both a rank and a narrowed shape; give one.")
 
     def _check_goal(self) -> None:
         goals = [

@@ -9,6 +9,7 @@ from functools import cached_property
 
 from torch import nn
 
+from hf_lowrank.channels.order import ChannelOrder
 from hf_lowrank.decomposition.spectrum import Spectrum
 from hf_lowrank.errors import ConfigError
 from hf_lowrank.evaluation.perplexity import LossMeasurement, iterate_losses, measure_loss
@@ -51,7 +52,11 @@ class HeldOutLoss:
         )
 
     def difference(
-        self, spectra: Mapping[str, Spectrum], plan: RankPlan, stop_above: float = math.inf
+        self,
+        spectra: Mapping[str, Spectrum],
+        plan: RankPlan,
+        stop_above: float = math.inf,
+        orders: Mapping[str, ChannelOrder] | None = None,
     ) -> LossDifference:
         """Rise of the mean loss under a plan; stops early once it is clearly above a limit.
 
@@ -59,7 +64,7 @@ class HeldOutLoss:
             NumericalError: A loss is NaN or infinite.
         """
         label = f"held-out data, ratio {plan.param_ratio:.3f}"
-        return self.compare(factorized(self.model, spectra, plan), stop_above, label)
+        return self.compare(factorized(self.model, spectra, plan, orders), stop_above, label)
 
     def compare(
         self,

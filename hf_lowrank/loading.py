@@ -27,7 +27,7 @@ from hf_lowrank.modeling_lowrank import (
     replace_with_lowrank,
     unmark_as_lowrank,
 )
-from hf_lowrank.surgery import factorize_
+from hf_lowrank.surgery import factorize_, narrowed_layers
 
 # Parameters and buffers that a model may have beyond four times its tensors' elements.
 _SPARE_ELEMENTS = 10_000_000
@@ -87,13 +87,16 @@ def _compress_without_data(model: nn.Module, config: LowRankConfig) -> LowRankCo
 def attach_config(model: nn.Module, config: LowRankConfig | None) -> None:
     """Marks a model's config with what was decided, so that it is saved as low-rank.
 
-    With None the marks are removed again. Models without a transformers config are left alone.
+    Which layers are narrowed is read off the model. With None the marks are removed again. Models
+    without a transformers config are left alone.
     """
     if not hasattr(model, "config") or not hasattr(model, "save_pretrained"):
         return
     if config is None:
         unmark_as_lowrank(model)
     else:
+        layers = narrowed_layers(model)
+        config = config.replace(narrowed={n: [*m.weight.shape] for n, m in layers.items()} or None)
         mark_as_lowrank(model, LowRankHfQuantizer(config, pre_quantized=True))
 
 
@@ -156,7 +159,7 @@ def _check_shapes(folder: str | Path, model_class: Any) -> None:  # noqa: ANN401
     settings: LowRankConfig = LowRankConfig.from_dict(config.quantization_config)
     with torch.device("meta"):
         skeleton = model_class(config)
-        replace_with_lowrank(skeleton, settings.ranks or {}, settings.form)
+        replace_with_lowrank(skeleton, settings.ranks or {}, settings.form, settings.narrowed)
     shapes = tensor_shapes(folder)
     stored = sum(math.prod(shape) for shape in shapes.values())
     wanted = sum(t.numel() for t in (*skeleton.parameters(), *skeleton.buffers()))

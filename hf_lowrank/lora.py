@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from hf_lowrank.errors import ConfigError
+from hf_lowrank.surgery import narrowed_layers
 
 FACTORS = ("lowrank_A", "lowrank_B")
 
@@ -26,7 +27,7 @@ def check_peft() -> None:
 
 @contextmanager
 def lora_on_factors(model: nn.Module, rank: int, seed: int) -> Iterator[list[nn.Parameter]]:
-    """The model with a LoRA adapter on every factor, merged into the factors when the block ends.
+    """The model with a LoRA adapter on every factor and narrowed layer, merged when the block ends.
 
     The layers keep their names while the block runs. After an exception the adapters are taken
     off without being merged.
@@ -46,7 +47,8 @@ def lora_on_factors(model: nn.Module, rank: int, seed: int) -> Iterator[list[nn.
     import peft
 
     flags = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
-    settings = peft.LoraConfig(r=rank, lora_alpha=rank, target_modules=list(FACTORS))
+    names = [*FACTORS, *narrowed_layers(model)]
+    settings = peft.LoraConfig(r=rank, lora_alpha=rank, target_modules=names)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         adapted = peft.get_peft_model(model, settings)

@@ -133,18 +133,8 @@ class LowRankLinear(nn.Module):
     @torch.no_grad()
     def to_dense(self) -> nn.Module:
         """The dense layer with the same output: `nn.Linear`, or `Conv1D` if it came from one."""
-        factor = self.lowrank_B.weight
-        weight = self.dense_weight().to(factor.dtype)
-        if self.conv1d:
-            layer: nn.Linear | Conv1D = Conv1D(self.out_features, self.in_features).to(factor)
-            layer.weight.copy_(weight.T)
-        else:
-            has_bias = self.bias is not None
-            layer = nn.Linear(self.in_features, self.out_features, has_bias).to(factor)
-            layer.weight.copy_(weight)
-        if self.bias is not None:
-            layer.bias.copy_(self.bias)
-        return layer
+        weight = self.dense_weight().to(self.lowrank_B.weight.dtype)
+        return _dense_layer(weight, self.bias, self.conv1d)
 
     def extra_repr(self) -> str:
         """Sizes shown by `print(model)`."""
@@ -152,6 +142,73 @@ class LowRankLinear(nn.Module):
             f"in_features={self.in_features}, out_features={self.out_features}, "
             f"rank={self.rank}, form={self.form}"
         )
+
+
+class NarrowedLinear(nn.Linear):
+    """A layer of a feed-forward that has lost channels: a dense layer, but smaller.
+
+    Args:
+        in_features: Inputs left.
+        out_features: Outputs left.
+        bias: Whether there is a bias.
+        dense_shape: (out_features, in_features) of the layer whose place it takes.
+        conv1d: Whether that is a transformers `Conv1D`; the weight here is (out, in) all the same.
+        device: Device of the new parameters.
+        dtype: Data type of the new parameters.
+
+    Raises:
+        ValueError: A size is outside `1..` that of the dense layer.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        *,
+        dense_shape: tuple[int, int],
+        conv1d: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        if not (1 <= out_features <= dense_shape[0] and 1 <= in_features <= dense_shape[1]):
+            raise ValueError(
+                f"shape ({out_features}, {in_features}) is not within that of the dense layer, "
+                f"{tuple(dense_shape)}."
+            )
+        super().__init__(in_features, out_features, bias, device=device, dtype=dtype)
+        self.dense_shape = dense_shape
+        self.conv1d = conv1d
+
+    @torch.no_grad()
+    def to_dense(self) -> nn.Module:
+        """The layer of full size, zeros where channels are missing.
+
+        With all layers of a feed-forward it computes the same: the layer out of the channels
+        multiplies the lost ones by 0.
+        """
+        missing = [
+            full - left for full, left in zip(self.dense_shape, self.weight.shape, strict=True)
+        ]
+        weight = nn.functional.pad(self.weight, (0, missing[1], 0, missing[0]))
+        bias = None if self.bias is None else nn.functional.pad(self.bias, (0, missing[0]))
+        return _dense_layer(weight, bias, self.conv1d)
+
+    def extra_repr(self) -> str:
+        """Sizes shown by `print(model)`."""
+        return f"{super().extra_repr()}, dense_shape={tuple(self.dense_shape)}"
+
+
+def _dense_layer(weight: torch.Tensor, bias: torch.Tensor | None, conv1d: bool) -> nn.Module:
+    """An `nn.Linear`, or a `Conv1D`, with a weight of shape (out, in) and a bias."""
+    rows, columns = weight.shape
+    layer: Any = Conv1D(rows, columns) if conv1d else nn.Linear(columns, rows, bias is not None)
+    layer.to(weight)
+    layer.weight.copy_(weight.T if conv1d else weight)
+    if bias is not None:
+        layer.bias.copy_(bias)
+    dense: nn.Module = layer
+    return dense
 
 
 def linear_shape(layer: nn.Module) -> tuple[int, int]:
@@ -177,47 +234,65 @@ def resolve_module_name(model: nn.Module, name: str) -> str | None:
     return None
 
 
-def replace_with_lowrank(model: nn.Module, ranks: dict[str, int | None], form: str) -> None:
-    """Replaces the named layers by empty `LowRankLinear` layers of the given ranks, in place.
+def replace_with_lowrank(
+    model: nn.Module,
+    ranks: dict[str, int | None],
+    form: str,
+    narrowed: dict[str, list[int]] | None = None,
+) -> None:
+    """Replaces the named layers by empty compressed ones, in place.
 
     Args:
         model: A model, usually on the meta device.
         ranks: Module name to rank; None leaves the layer dense.
         form: "factors" or "usv", see `LowRankLinear`.
+        narrowed: Module name to [out_features, in_features], for layers that lost channels.
 
     Raises:
-        ValueError: A name is missing from the model, is not a linear layer, or its rank is
-            outside the layer's limits.
+        ValueError: A name is missing from the model, is not a linear layer, or its rank or shape
+            is outside the layer's limits.
     """
-    for saved_name, rank in ranks.items():
-        if rank is None:
+    small = narrowed or {}
+    for saved_name in {**ranks, **small}:
+        rank, shape = ranks.get(saved_name), small.get(saved_name)
+        if rank is None and shape is None:
             continue
         name = resolve_module_name(model, saved_name)
         if name is None:
             raise ValueError(
-                f"config.json gives a rank to {saved_name}, but {type(model).__name__} has no such "
-                "layer; the config does not belong to this model."
+                f"config.json gives {saved_name} a {'shape' if rank is None else 'rank'}, but "
+                f"{type(model).__name__} has no such layer; the config does not belong to this "
+                "model."
             )
         layer = model.get_submodule(name)
         if not isinstance(layer, (nn.Linear, Conv1D)):
             raise ValueError(
                 f"{name}: only nn.Linear and Conv1D can be factorized, not {type(layer).__name__}."
             )
-        out_features, in_features = linear_shape(layer)
         try:
-            lowrank = LowRankLinear(
-                in_features,
-                out_features,
-                rank,
-                bias=layer.bias is not None,
-                form=form,
-                conv1d=isinstance(layer, Conv1D),
-                device=layer.weight.device,
-                dtype=layer.weight.dtype,
-            )
+            new_layer = _empty_layer(layer, rank, shape, form)
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from None
-        model.set_submodule(name, lowrank)
+        model.set_submodule(name, new_layer)
+
+
+def _empty_layer(
+    layer: nn.Linear | Conv1D, rank: int | None, shape: list[int] | None, form: str
+) -> nn.Module:
+    """A compressed layer in a dense one's place: of a rank, or of a smaller shape."""
+    kind: dict[str, Any] = {
+        "bias": layer.bias is not None,
+        "conv1d": isinstance(layer, Conv1D),
+        "device": layer.weight.device,
+        "dtype": layer.weight.dtype,
+    }
+    rows, columns = linear_shape(layer)
+    if shape is None:
+        assert rank is not None  # a layer with neither stays dense
+        return LowRankLinear(columns, rows, rank, form=form, **kind)
+    if rank is not None:
+        raise ValueError("config.json gives it both a rank and a shape; only one is possible.")
+    return NarrowedLinear(shape[1], shape[0], dense_shape=(rows, columns), **kind)
 
 
 class LowRankCheckpointConfig(QuantizationConfigMixin):
@@ -226,6 +301,7 @@ class LowRankCheckpointConfig(QuantizationConfigMixin):
     Args:
         ranks: Module name to rank, None for a layer that stayed dense.
         form: "factors" or "usv", see `LowRankLinear`.
+        narrowed: Module name to [out_features, in_features], for layers that lost channels.
         format_version: Version of the checkpoint layout.
         **extra: Fields that only hf_lowrank reads.
     """
@@ -234,6 +310,7 @@ class LowRankCheckpointConfig(QuantizationConfigMixin):
         self,
         ranks: dict[str, int | None] | None = None,
         form: str = "factors",
+        narrowed: dict[str, list[int]] | None = None,
         format_version: int = FORMAT_VERSION,
         **extra: Any,
     ) -> None:
@@ -242,6 +319,7 @@ class LowRankCheckpointConfig(QuantizationConfigMixin):
         self.quant_method = QUANT_METHOD  # type: ignore[assignment]
         self.ranks = ranks
         self.form = form
+        self.narrowed = narrowed
         self.format_version = format_version
 
 
@@ -264,7 +342,7 @@ class LowRankQuantizer(HfQuantizer):
                 f"config.json has format_version {config.format_version!r}, this code reads "
                 f"{FORMAT_VERSION}; update hf_lowrank."
             )
-        replace_with_lowrank(model, config.ranks or {}, config.form)
+        replace_with_lowrank(model, config.ranks or {}, config.form, config.narrowed)
 
     def _process_model_after_weight_loading(
         self,
@@ -295,7 +373,7 @@ class LowRankQuantizer(HfQuantizer):
 
     def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:  # noqa: ANN401
         for name, module in list(model.named_modules()):
-            if isinstance(module, LowRankLinear):
+            if isinstance(module, (LowRankLinear, NarrowedLinear)):
                 model.set_submodule(name, module.to_dense())
         unmark_as_lowrank(model)
         return model

@@ -1,9 +1,9 @@
 """Recovery after a cut: the factors, or LoRA on them, are trained towards the dense model.
 
 Loss: a mix of the language-model loss and the KL divergence from the dense model, on the
-calibration text (docs/methods.md, section 7). Everything else is frozen. LoRA is merged into the
-factors afterwards, so both kinds end with the same layers. The result is kept only if the loss on
-held-out text falls.
+calibration text (docs/methods.md, section 7). Layers of feed-forwards that lost channels are
+trained as the factors are; everything else is frozen. LoRA is merged afterwards, so both kinds end
+with the same layers. The result is kept only if the loss on held-out text falls.
 """
 
 from __future__ import annotations
@@ -20,8 +20,7 @@ from hf_lowrank.errors import ConfigError, DataError, NumericalError
 from hf_lowrank.evaluation.perplexity import measure_loss
 from hf_lowrank.lora import check_peft, lora_on_factors
 from hf_lowrank.losses import Batch, distillation_losses, eval_mode, hidden_states
-from hf_lowrank.modeling_lowrank import LowRankLinear
-from hf_lowrank.surgery import factorized_layers, swapped
+from hf_lowrank.surgery import compressed_layers, swapped
 
 # What is trained, and at which peak rate of AdamW.
 RECOVERIES = {"factors": 1e-4, "lora": 1e-3}
@@ -126,7 +125,7 @@ def recover_(
     """
     if not batches:
         raise DataError("Recovery needs calibration text.")
-    factors = [p for layer in factorized_layers(model).values() for p in _weights(layer)]
+    factors = [p for layer in compressed_layers(model).values() for p in _weights(layer)]
     start = [parameter.detach().clone() for parameter in factors]
     before = measure_loss(model, held_out).mean
     try:
@@ -209,7 +208,7 @@ def _restore(parameters: Sequence[nn.Parameter], values: Sequence[torch.Tensor])
         parameter.copy_(value)
 
 
-def _weights(layer: LowRankLinear) -> list[nn.Parameter]:
+def _weights(layer: nn.Module) -> list[nn.Parameter]:
     return [p for name, p in layer.named_parameters() if not name.endswith("bias")]
 
 

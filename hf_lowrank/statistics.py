@@ -12,7 +12,7 @@ one C, which is collected once.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 
@@ -48,6 +48,7 @@ def collect_moments(
     needs: frozenset[str],
     *,
     loss_function: LossFunction | None = None,
+    whole: Collection[str] = (),
     label_source: str = "data",
     seed: int = 0,
     on_batch: Callable[[], None] | None = None,
@@ -64,6 +65,8 @@ def collect_moments(
         batches: Forward inputs as tensors; `attention_mask` marks padding with 0.
         needs: Names of `Moments` fields.
         loss_function: Loss of a batch; by default the model's own task loss.
+        whole: Layers of which `input_whole` is collected in place of `input`, which follows from
+            it: that of the images is `W C W^T`.
         label_source: See `item_losses`.
         seed: Seed of sampled labels.
         on_batch: Called after each batch, for a progress bar.
@@ -76,7 +79,7 @@ def collect_moments(
         DataError: There is no batch, or a layer was never reached.
         NumericalError: The loss of a batch is not finite.
     """
-    collector = _Collector(targets, needs)
+    collector = _Collector(targets, needs, whole)
     compute = loss_function or partial(item_losses, label_source=label_source)
     device = next(model.parameters()).device
     losses = 0
@@ -110,9 +113,14 @@ def collect_moments(
 class _Collector:
     """Hooks that add up moments."""
 
-    def __init__(self, targets: Mapping[str, nn.Module], needs: frozenset[str]) -> None:
+    def __init__(
+        self, targets: Mapping[str, nn.Module], needs: frozenset[str], whole: Collection[str]
+    ) -> None:
         self.targets = targets
         self.needs = needs
+        sides = needs & set(_INPUT_SIDES)
+        self.input_sides = dict.fromkeys(targets, sides)
+        self.input_sides |= dict.fromkeys(whole, sides - {"input"} | {"input_whole"})
         self.moments = {name: Moments() for name in targets}
         self.leaders: dict[tuple[str, str], str] = {}
         self.seen: dict[tuple[str, int], tuple[weakref.ref[torch.Tensor], str]] = {}
@@ -169,6 +177,9 @@ class _Collector:
                 found = getattr(moment, part)
                 if found is not None and self.leaders.get((part, name), name) == name:
                     _mirror_(found.matrix)
+        for name, sides in self.input_sides.items():
+            if "input" in self.needs and "input" not in sides:
+                self.moments[name].input = _seen_by(self.targets[name], self.moments[name])
         return self.moments
 
     def _on_forward(
@@ -203,7 +214,7 @@ class _Collector:
     ) -> None:
         moment = self.moments[name]
         rows_out, rows_in = linear_shape(layer)
-        for part in self.needs & set(_INPUT_SIDES):
+        for part in self.input_sides[name]:
             vectors, image = inputs.detach(), output
             if part == "input_centred":
                 vectors, image = (_centred(t, mask, self.batch_size) for t in (vectors, image))
@@ -270,6 +281,17 @@ class _Collector:
             if is_flat and positions.numel() == mask.numel():
                 return mask.reshape(positions)
         return None
+
+
+def _seen_by(layer: nn.Module, moments: Moments) -> SecondMoment:
+    """`input` from `input_whole`: the same, or that of the images of a layer with more inputs."""
+    whole = moments.input_whole
+    assert whole is not None  # collected by name
+    rows_out, rows_in = linear_shape(layer)
+    if rows_in <= rows_out:
+        return whole
+    weight = linear_weight(layer).float()
+    return SecondMoment(weight @ whole.matrix @ weight.T, whole.squares, rows_in)
 
 
 def _rows(tensor: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:

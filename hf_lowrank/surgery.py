@@ -14,9 +14,16 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from hf_lowrank.channels.narrowing import narrowed
+from hf_lowrank.channels.order import ChannelOrder
 from hf_lowrank.decomposition.spectrum import Spectrum
 from hf_lowrank.errors import TargetError
-from hf_lowrank.modeling_lowrank import LowRankLinear, linear_shape, unmark_as_lowrank
+from hf_lowrank.modeling_lowrank import (
+    LowRankLinear,
+    NarrowedLinear,
+    linear_shape,
+    unmark_as_lowrank,
+)
 from hf_lowrank.ranks.plan import RankPlan
 from hf_lowrank.targets import linear_weight
 
@@ -70,14 +77,19 @@ def lowrank_from_spectrum(layer: nn.Module, spectrum: Spectrum, rank: int) -> Lo
 
 
 def factorize_(
-    model: nn.Module, spectra: Mapping[str, Spectrum], plan: RankPlan
+    model: nn.Module,
+    spectra: Mapping[str, Spectrum],
+    plan: RankPlan,
+    orders: Mapping[str, ChannelOrder] | None = None,
 ) -> dict[str, nn.Module]:
-    """Replaces the planned layers by factors, in place.
+    """Replaces the planned layers by factors, or by narrower layers, in place.
 
     Args:
         model: The dense model.
         spectra: Spectrum of every layer that the plan gives a rank.
-        plan: Ranks by layer name; None leaves a layer dense.
+        plan: Ranks by layer name; None leaves a layer dense, or narrowed if the plan says so.
+        orders: Channels of the feed-forwards that the plan narrows, by the name of the layer out
+            of them.
 
     Returns:
         The dense layers that were replaced, by name; `restore_` puts them back.
@@ -87,9 +99,19 @@ def factorize_(
             has been edited then.
     """
     chosen = {name: rank for name, rank in plan.ranks.items() if rank is not None}
-    originals = {name: _planned_layer(model, name, spectra, plan) for name in chosen}
+    originals = {name: _planned_layer(model, name, plan) for name in {**chosen, **plan.narrowed}}
+    for name in chosen.keys() - spectra.keys():
+        raise TargetError(f"{name}: the plan gives it a rank, but it was not decomposed.")
+    blocks = {name: each for name, each in (orders or {}).items() if name in plan.narrowed}
+    covered = {name for each in blocks.values() for name in each.block.names}
+    for name in plan.narrowed.keys() - covered:
+        raise TargetError(f"{name}: the plan narrows it, but its channels were not ordered.")
+    layers: dict[str, nn.Module] = {}
+    for name, each in blocks.items():
+        layers |= narrowed(model, each.block, each.narrowing(model, plan.narrowed[name][1]))
     for name, rank in chosen.items():
-        replace_layer_(model, name, lowrank_from_spectrum(originals[name], spectra[name], rank))
+        layers[name] = lowrank_from_spectrum(originals[name], spectra[name], rank)
+    restore_(model, layers)
     return originals
 
 
@@ -101,10 +123,13 @@ def restore_(model: nn.Module, originals: Mapping[str, nn.Module]) -> None:
 
 @contextmanager
 def factorized(
-    model: nn.Module, spectra: Mapping[str, Spectrum], plan: RankPlan
+    model: nn.Module,
+    spectra: Mapping[str, Spectrum],
+    plan: RankPlan,
+    orders: Mapping[str, ChannelOrder] | None = None,
 ) -> Iterator[nn.Module]:
     """The model with the plan in force for the time of the block, dense again afterwards."""
-    originals = factorize_(model, spectra, plan)
+    originals = factorize_(model, spectra, plan, orders)
     try:
         yield model
     finally:
@@ -114,6 +139,16 @@ def factorized(
 def factorized_layers(model: nn.Module) -> dict[str, LowRankLinear]:
     """The model's low-rank layers by name."""
     return {n: m for n, m in model.named_modules() if isinstance(m, LowRankLinear)}
+
+
+def compressed_layers(model: nn.Module) -> dict[str, LowRankLinear | NarrowedLinear]:
+    """The model's low-rank and narrowed layers by name."""
+    return {**factorized_layers(model), **narrowed_layers(model)}
+
+
+def narrowed_layers(model: nn.Module) -> dict[str, NarrowedLinear]:
+    """The layers of feed-forwards that lost channels, by name."""
+    return {n: m for n, m in model.named_modules() if isinstance(m, NarrowedLinear)}
 
 
 @contextmanager
@@ -142,29 +177,28 @@ def reweighted(model: nn.Module, weights: Mapping[str, torch.Tensor]) -> Iterato
 def merge_(model: nn.Module) -> nn.Module:
     """Multiplies all factors out, in place: a plain dense model with the same outputs.
 
-    Also removes the low-rank entries from the model's config, so that it is saved as a dense
-    model.
+    Feed-forwards that lost channels get their full width back, with zeros in those. Also removes
+    the low-rank entries from the model's config, so that it is saved as a dense model.
 
     Raises:
         TargetError: The model has no low-rank layer.
     """
-    lowrank = factorized_layers(model)
-    if not lowrank:
+    layers = compressed_layers(model)
+    if not layers:
         raise TargetError("The model has no low-rank layer to merge.")
-    for name, layer in lowrank.items():
+    for name, layer in layers.items():
         dense = layer.to_dense()
         dense.train(layer.training)
+        trains = next(layer.parameters()).requires_grad
         for parameter in dense.parameters():
-            parameter.requires_grad_(layer.lowrank_B.weight.requires_grad)
+            parameter.requires_grad_(trains)
         replace_layer_(model, name, dense)
     if hasattr(model, "config"):
         unmark_as_lowrank(model)
     return model
 
 
-def _planned_layer(
-    model: nn.Module, name: str, spectra: Mapping[str, Spectrum], plan: RankPlan
-) -> nn.Module:
+def _planned_layer(model: nn.Module, name: str, plan: RankPlan) -> nn.Module:
     try:
         layer = model.get_submodule(name)
     except AttributeError:
@@ -173,8 +207,6 @@ def _planned_layer(
         raise TargetError(
             f"{name}: only nn.Linear and Conv1D can be factorized, not {type(layer).__name__}."
         )
-    if name not in spectra:
-        raise TargetError(f"{name}: the plan gives it a rank, but it was not decomposed.")
     if linear_shape(layer) != tuple(plan.shapes[name]):
         raise TargetError(
             f"{name}: the layer has shape {linear_shape(layer)}, the plan was made for "

@@ -19,6 +19,7 @@ from hf_lowrank.errors import ConfigError, TargetError
 from hf_lowrank.modeling_lowrank import (
     QUANT_METHOD,
     LowRankLinear,
+    NarrowedLinear,
     break_even_rank,
     linear_shape,
 )
@@ -46,7 +47,7 @@ def find_targets(model: nn.Module, config: LowRankConfig) -> dict[str, nn.Module
             is left.
         ConfigError: A rank of `rank_pattern` or `rank` exceeds its layer's limit.
     """
-    if any(isinstance(module, LowRankLinear) for module in model.modules()):
+    if any(isinstance(module, (LowRankLinear, NarrowedLinear)) for module in model.modules()):
         raise TargetError(
             "The model is already compressed; merge it first (hf_lowrank.merge) or start from "
             "the dense checkpoint."

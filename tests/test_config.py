@@ -60,6 +60,36 @@ def test_price_needs_the_metric_that_has_prices():
         LowRankConfig(metric="whitened", rule="price")
 
 
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"metric": "whitened"}, r"needs metric 'kfac' and rule 'price'; got metric 'whitened'"),
+        ({"rule": "relative"}, r"got metric 'kfac' and rule 'relative'"),
+        ({"rank": 4}, r"need a size or a loss tolerance as the goal"),
+        ({"channels": "yes"}, r"^channels must be true or false, got 'yes'\."),
+    ],
+)
+def test_channels_need_prices_and_a_goal_that_trades(settings, message):
+    with pytest.raises(ConfigError, match=message):
+        LowRankConfig(**({"channels": True} | settings))
+
+
+@pytest.mark.parametrize(
+    ("narrowed", "message"),
+    [
+        ([3, 4], r"^narrowed must map names to shapes"),
+        ({"a": 3}, r"^narrowed\['a'\] must be \[out_features, in_features\], got 3"),
+        ({"a": [3]}, r"^narrowed\['a'\] must be \[out_features, in_features\], got \[3\]"),
+        ({"a": [3, 0]}, r"^narrowed\['a'\] must be an integer >= 1, got 0"),
+        ({"a": [3, True]}, r"^narrowed\['a'\] must be an integer >= 1, got True"),
+        ({"b": [3, 4]}, r"^b has both a rank and a narrowed shape"),
+    ],
+)
+def test_shapes_of_narrowed_layers_are_checked(narrowed, message):
+    with pytest.raises(ConfigError, match=message):
+        LowRankConfig(ranks={"a": None, "b": 2}, narrowed=narrowed)
+
+
 @pytest.mark.parametrize("value", [-1, math.nan, math.inf, "0.1"])
 @pytest.mark.parametrize("name", ["input_damping", "output_damping"])
 def test_damping_must_not_be_negative(name, value):
@@ -148,12 +178,14 @@ def test_every_setting_survives_json():
         search_trials=30,
         seed=7,
         ranks={"a": 3, "b": None},
+        narrowed={"b": [5, 8]},
         form="usv",
     )
     changed = [f.name for f in dataclasses.fields(config) if getattr(config, f.name) != f.default]
     assert len(changed) == len(dataclasses.fields(config)) - len(
-        ["loss_tolerance", "rank", "format_version", "quant_method"]
+        ["loss_tolerance", "rank", "channels", "format_version", "quant_method"]
     )
+    assert LowRankConfig.from_dict(LowRankConfig(channels=True).to_dict()).channels
     assert LowRankConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
     assert LowRankConfig.from_dict(json.loads(config.to_json_string())) == config
 

@@ -21,6 +21,7 @@ ORDER = (
     "distributed",
     "statistics",
     "ranks",
+    "channels",
     "cache",
     "analysis",
     "surgery",

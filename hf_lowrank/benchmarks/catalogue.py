@@ -46,6 +46,7 @@ class System:
             only repairs a cut, or judges one, does not count.
         kind: "ranked" for a metric with a rule, "joint", or "structured" for those of
             structured/methods.py.
+        channels: Of a ranked system, whether feed-forwards may lose channels, too.
     """
 
     name: str
@@ -56,6 +57,7 @@ class System:
     basis: Basis
     stage: Stage
     kind: str = RANKED
+    channels: bool = False
 
 
 @dataclass(frozen=True)
@@ -124,12 +126,12 @@ SYSTEMS = (
     System(
         "price+channels",
         "kfac",
-        "price, channels too",
+        "price",
         OWN,
         "layer-wise",
         "theory",
         "after training",
-        STRUCTURED,
+        channels=True,
     ),
     _structured(
         "lorap", "norm-scaled", "pruned channels", "Li 2024, without fine-tuning", "layer-wise"

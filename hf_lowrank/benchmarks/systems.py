@@ -141,7 +141,7 @@ class _Bench:
             return row | {"error": str(error)}
 
     def _ranked(self, system: System, param_ratio: float) -> dict[str, Any]:
-        analysis, cost = self._analyze(system.metric)
+        analysis, cost = self._analyze(system)
         batches = self.texts.held_out
         if system.rule == "sensitivity":
             batches = batches[:SENSITIVITY_BATCHES]
@@ -162,20 +162,23 @@ class _Bench:
                 known[key] = loss, spent
                 return loss
 
-            plan = search_plan(
-                system.rule,
-                analysis.shapes,
-                analysis.spectra,
-                param_ratio,
-                measure=measure,
-                trials=self.options.trials,
-                seed=self.options.seed,
-                fixed=analysis.fixed,
-            )
+            if system.channels:
+                plan = analysis.plan_for_ratio(param_ratio)
+            else:
+                plan = search_plan(
+                    system.rule,
+                    analysis.shapes,
+                    analysis.spectra,
+                    param_ratio,
+                    measure=measure,
+                    trials=self.options.trials,
+                    seed=self.options.seed,
+                    fixed=analysis.fixed,
+                )
         search += saved
         found = _cost_fields(cost + search) | {"search_seconds": search.seconds}
         found["decompositions"] = len(analysis.spectra)
-        with factorized(self.model, analysis.spectra, plan):
+        with factorized(self.model, analysis.spectra, plan, analysis.orders):
             return found | self._quality(analysis.shapes)
 
     def _joint(self, system: System, param_ratio: float) -> dict[str, Any]:
@@ -214,11 +217,16 @@ class _Bench:
         with swapped(self.model, built.layers):
             return found | self._quality(shapes)
 
-    def _analyze(self, metric: str) -> tuple[Analysis, Cost]:
-        """Spectra in a metric; those of the metric before are forgotten."""
-        if self._analysis is None or self._analysis[0].config.metric != metric:
+    def _analyze(self, system: System) -> tuple[Analysis, Cost]:
+        """Spectra in a system's metric; those of the system before are forgotten."""
+        config = LowRankConfig(
+            param_ratio=1.0,
+            metric=system.metric,
+            channels=system.channels,
+            seed=self.options.seed,
+        )
+        if self._analysis is None or self._analysis[0].config != config:
             self._analysis = None
-            config = LowRankConfig(param_ratio=1.0, metric=metric, seed=self.options.seed)
             with counted(self.model) as cost:
                 found = analyze(self.model, config, self.texts.calibration)
             self._analysis = found, cost

@@ -1,9 +1,9 @@
-"""`RankPlan`: which rank every targeted layer gets. The hinge between choosing and doing."""
+"""`RankPlan`: the rank or shape of every targeted layer, between choosing and doing."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Hashable, Mapping
+from dataclasses import dataclass, field
 
 from hf_lowrank.errors import ConfigError
 from hf_lowrank.modeling_lowrank import break_even_rank
@@ -16,13 +16,16 @@ class RankPlan:
     Attributes:
         ranks: Rank of each targeted layer, None for dense.
         shapes: (out_features, in_features) of each targeted layer.
+        narrowed: (out_features, in_features) left of the layers that lose channels; their rank is
+            None.
 
     Raises:
-        ConfigError: The names differ, or a rank is outside its layer's limits.
+        ConfigError: The names differ, or a rank or shape is outside its layer's limits.
     """
 
     ranks: Mapping[str, int | None]
     shapes: Mapping[str, tuple[int, int]]
+    narrowed: Mapping[str, tuple[int, int]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         """Checks names and limits."""
@@ -36,6 +39,20 @@ class RankPlan:
                     f"{name}: rank {rank} is outside 1..min({rows}, {columns}); change the rank "
                     "or exclude the layer."
                 )
+        for name, shape in self.narrowed.items():
+            if self.ranks.get(name) is not None or not _is_within(shape, self.shapes.get(name)):
+                raise ConfigError(
+                    f"{name}: can't be narrowed to {tuple(shape)}, at rank {self.ranks.get(name)} "
+                    f"and shape {self.shapes.get(name)}."
+                )
+
+    @property
+    def choices(self) -> tuple[Hashable, ...]:
+        """What tells one plan for some layers from another."""
+        return tuple(
+            tuple(self.narrowed[name]) if name in self.narrowed else rank
+            for name, rank in self.ranks.items()
+        )
 
     @property
     def dense_parameters(self) -> int:
@@ -45,12 +62,17 @@ class RankPlan:
     @property
     def kept_parameters(self) -> int:
         """Weights of the targeted layers after compression."""
-        return sum(layer_cost(self.shapes[name], rank) for name, rank in self.ranks.items())
+        left = {**self.shapes, **self.narrowed}
+        return sum(layer_cost(left[name], rank) for name, rank in self.ranks.items())
 
     @property
     def param_ratio(self) -> float:
         """Kept / dense parameters of the targeted layers."""
         return self.kept_parameters / self.dense_parameters
+
+
+def _is_within(shape: tuple[int, int], dense: tuple[int, int] | None) -> bool:
+    return dense is not None and all(1 <= k <= n for k, n in zip(shape, dense, strict=True))
 
 
 def layer_cost(shape: tuple[int, int], rank: int | None) -> int:

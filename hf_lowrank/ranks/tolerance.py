@@ -79,13 +79,13 @@ def search_tolerance(
     feasible, infeasible = 1.0, smallest
     best = plan_at(1.0)
     probes: list[Probe] = []
-    known = {tuple(best.ranks.values()): True}
+    known = {best.choices: True}
     bias = 1.0
     while feasible - infeasible > precision:
         ratio = _next_ratio(plan_at, predict, tolerance / bias, infeasible, feasible, len(probes))
         plan = plan_at(ratio)
-        key = tuple(plan.ranks.values())
-        if key in known:  # another ratio, but the same ranks
+        key = plan.choices
+        if key in known:  # another ratio, but the same plan
             feasible, infeasible = (ratio, infeasible) if known[key] else (feasible, ratio)
             continue
         predicted, found = predict(plan), measure(plan, tolerance)

@@ -49,7 +49,8 @@ class Report:
         parameters: `dense` and `kept` of the whole model (tied weights once), `targeted_dense`
             and `targeted_kept` of the targeted layers' weights.
         bytes: `dense` and `kept`: size of all parameters in their stored type.
-        ranks: Rank by layer name, None for dense.
+        ranks: Rank by layer name, None for dense or narrowed.
+        narrowed: [out_features, in_features] of the layers that lost channels.
         evaluation: Quality before and after, or None if there was no evaluation text.
         predicted_loss_difference: Sum of the dropped components' prices, nats, or None where the
             metric predicts nothing.
@@ -98,6 +99,7 @@ class Report:
     spectra: dict[str, dict[str, Any]] = field(default_factory=dict, repr=False)
     samples: list[dict[str, str]] = field(default_factory=list)
     speed: dict[str, Any] | None = None
+    narrowed: dict[str, list[int]] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON data; numbers that JSON can't hold become null."""

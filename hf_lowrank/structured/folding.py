@@ -12,7 +12,7 @@ import torch
 from sklearn.cluster import KMeans
 from sklearn.exceptions import ConvergenceWarning
 
-from hf_lowrank.structured.channels import ChannelWeights, Narrowing
+from hf_lowrank.channels.narrowing import ChannelWeights, Narrowing
 
 
 def cluster_channels(weights: ChannelWeights, count: int, seed: int = 0) -> torch.Tensor:
@@ -68,4 +68,4 @@ def folding_narrowing(
         mean * repair_scale(rows, mean, labels)[:, None] if repair else mean
         for rows in weights.inputs
     )
-    return Narrowing(gather, spread)
+    return Narrowing(gather, weights.output @ spread)

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import torch
 
+from hf_lowrank.channels.narrowing import ChannelWeights
 from hf_lowrank.decomposition.metrics import MetricSettings, QuadraticForm, Side
 from hf_lowrank.decomposition.moments import SecondMoment
-from hf_lowrank.structured.channels import ChannelWeights
 
 TAIL_SHARE = 0.01
 

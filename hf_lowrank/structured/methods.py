@@ -2,8 +2,7 @@
 
 None of them edits the model: `swapped` in surgery.py puts the layers in for a while. LoRAP, SP3 and
 folding narrow the feed-forwards; all other targeted layers become factors, in the metric that is
-nearest to the system, and both keep the same share of their parameters. Of `price+channels` the
-prices decide what is narrowed and what keeps how much.
+nearest to the system, and both keep the same share of their parameters.
 """
 
 from __future__ import annotations
@@ -15,31 +14,23 @@ from functools import partial
 
 from torch import nn
 
-from hf_lowrank.decomposition.metrics import METRICS, MetricSettings, QuadraticForm, Side
+from hf_lowrank.channels.feed_forward import FeedForward, find_feed_forwards
+from hf_lowrank.channels.narrowing import Narrowing, channel_weights, narrowed, selection
+from hf_lowrank.decomposition.metrics import MetricSettings, QuadraticForm, Side
 from hf_lowrank.decomposition.moments import Moments, SecondMoment
-from hf_lowrank.decomposition.spectrum import damped, decompose
-from hf_lowrank.errors import TargetError
+from hf_lowrank.decomposition.spectrum import decompose
+from hf_lowrank.errors import ConfigError, TargetError
 from hf_lowrank.modeling_lowrank import linear_shape
 from hf_lowrank.ranks.threshold import plan_for_budget
-from hf_lowrank.structured.channels import (
-    FeedForward,
-    Narrowing,
-    channel_weights,
-    find_feed_forwards,
-    narrowed,
-    num_kept,
-    selection,
-)
 from hf_lowrank.structured.folding import folding_narrowing
 from hf_lowrank.structured.lorap import channel_importance, kept_channels, norm_scaled
-from hf_lowrank.structured.priced import ChannelOrder, channel_order, cheapest, rank_curve
 from hf_lowrank.structured.shared_basis import (
     neighbours,
     shared_layers,
     shared_rank,
     shared_spectrum,
 )
-from hf_lowrank.structured.sp3 import damped_moment, principal_narrowing, way_back
+from hf_lowrank.structured.sp3 import principal_narrowing
 from hf_lowrank.surgery import lowrank_from_spectrum
 from hf_lowrank.targets import linear_weight
 
@@ -172,56 +163,6 @@ def basis_sharing(dense: Dense, param_ratio: float, seed: int = 0) -> NewLayers:
     return NewLayers(layers | factors, len(groups) + len(others))
 
 
-def price_channels(dense: Dense, param_ratio: float, seed: int = 0) -> NewLayers:
-    """Channels and ranks from one budget, by their price in the `kfac` metric; see priced.py.
-
-    Each feed-forward is narrowed, or its layers are factorized, whichever the prices favour.
-    """
-    kfac, numbers = METRICS["kfac"], MetricSettings()
-    forms = {name: kfac.form(dense.moments[name], numbers) for name in dense.targets}
-    spectra = {n: decompose(linear_weight(m), forms[n]) for n, m in dense.targets.items()}
-    ranks = {name: rank_curve(spectrum) for name, spectrum in spectra.items()}
-    blocks = find_feed_forwards(dense.model, dense.targets)
-    orders = [_channel_order(dense, block, forms[block.output]) for block in blocks]
-    inside = {name for block in blocks for name in block.names}
-    others = [name for name in dense.targets if name not in inside]
-    parts = [[[ranks[name]]] for name in others]
-    for block, found in zip(blocks, orders, strict=True):
-        parts.append([[ranks[name] for name in block.names], [found.curve]])
-    total = sum(math.prod(linear_shape(layer)) for layer in dense.targets.values())
-    choice = cheapest(parts, int(param_ratio * total + 1e-6))
-    chosen = {name: places[0] for name, (_, places) in zip(others, choice, strict=False)}
-    layers: dict[str, nn.Module] = {}
-    for block, found, (way, places) in zip(blocks, orders, choice[len(others) :], strict=True):
-        if way == 0:
-            chosen |= zip(block.names, places, strict=True)
-        elif found.counts[places[0]] < len(found.order):
-            kept = found.order[: found.counts[places[0]]].sort().values
-            weights = channel_weights(dense.model, block)
-            gather = selection(kept, weights).gather
-            spread = way_back(damped_moment(dense.whole(block.output)), kept)
-            layers |= narrowed(dense.model, block, Narrowing(gather, spread))
-    for name, place in chosen.items():
-        if place + 1 < len(ranks[name].costs):  # the last step is dense
-            layers[name] = lowrank_from_spectrum(dense.targets[name], spectra[name], place + 1)
-    return NewLayers(layers, len(spectra))
-
-
-def _channel_order(dense: Dense, block: FeedForward, form: QuadraticForm) -> ChannelOrder:
-    """A feed-forward's channels by price; the form is that of the layer out of them."""
-    weight = linear_weight(dense.targets[block.output]).double()
-    side, scale = form.output, form.price_scale
-    if side.moment is None or side.moment.is_projected or scale is None:
-        raise TargetError(f"{block.output}: has more outputs than channels, which have no price.")
-    gradients = damped(side.moment.matrix.to(weight), side)
-    cost = sum(math.prod(linear_shape(dense.targets[name])) for name in block.names)
-    return channel_order(
-        damped_moment(dense.whole(block.output)),
-        scale * weight.T @ gradients @ weight,
-        cost // weight.shape[1],
-    )
-
-
 _WHOLE = frozenset({"input_whole"})
 METHODS: dict[str, StructuredMethod] = {
     "lorap": StructuredMethod(_WHOLE, lorap),
@@ -229,7 +170,6 @@ METHODS: dict[str, StructuredMethod] = {
     "model-folding": StructuredMethod(frozenset(), model_folding),
     "model-folding+repair": StructuredMethod(frozenset(), partial(model_folding, repair=True)),
     "basis-sharing": StructuredMethod(_WHOLE, basis_sharing),
-    "price+channels": StructuredMethod(_WHOLE | METRICS["kfac"].needs, price_channels),
 }
 
 
@@ -249,6 +189,21 @@ def _mixed(
         layers |= narrowed(dense.model, block, narrowing)
     others = [name for name in dense.targets if name not in layers]
     return layers | _factorized(dense, others, param_ratio, form, rule), len(others)
+
+
+def num_kept(channels: int, param_ratio: float) -> int:
+    """How many of a feed-forward's channels a size leaves: all its layers shrink with them.
+
+    Raises:
+        ConfigError: Not even one.
+    """
+    kept = math.floor(param_ratio * channels + 1e-9)
+    if kept < 1:
+        raise ConfigError(
+            f"param_ratio {param_ratio} leaves none of {channels} channels; raise it to "
+            f"{1 / channels:.3g} or more."
+        )
+    return kept
 
 
 def _factorized(

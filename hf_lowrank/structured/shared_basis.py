@@ -17,12 +17,12 @@ from typing import cast
 import torch
 from torch import nn
 
+from hf_lowrank.channels.narrowing import filled
 from hf_lowrank.decomposition.metrics import MetricSettings, QuadraticForm, Side
 from hf_lowrank.decomposition.moments import SecondMoment
 from hf_lowrank.decomposition.spectrum import Spectrum, decompose
 from hf_lowrank.errors import ConfigError, TargetError
 from hf_lowrank.modeling_lowrank import linear_shape
-from hf_lowrank.structured.channels import linear_like
 from hf_lowrank.targets import linear_weight, match_name
 
 # Layers that read the residual stream. The paper shares nothing among those that write to it.
@@ -113,7 +113,15 @@ def shared_layers(
     shared: dict[str, nn.Module] = {}
     parts = factor_b.split(len(factor_b) // len(layers))
     for (name, layer), part in zip(layers.items(), parts, strict=True):
-        basis = basis or linear_like(layer, factor_a, None)
-        coefficients = linear_like(layer, part, cast("torch.Tensor | None", layer.bias))
+        basis = basis or _linear(layer, factor_a, None)
+        coefficients = _linear(layer, part, cast("torch.Tensor | None", layer.bias))
         shared[name] = nn.Sequential(basis, coefficients).train(layer.training)
     return shared
+
+
+def _linear(source: nn.Module, weight: torch.Tensor, bias: torch.Tensor | None) -> nn.Linear:
+    """An `nn.Linear` of a source's dtype, device and mode; weight of shape (out, in)."""
+    dtype = cast(torch.Tensor, source.weight).dtype
+    rows, columns = weight.shape
+    layer = nn.Linear(columns, rows, bias is not None, device="meta", dtype=dtype)
+    return filled(layer, source, weight, bias)

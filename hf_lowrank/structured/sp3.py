@@ -13,10 +13,9 @@ from __future__ import annotations
 import scipy.linalg
 import torch
 
-from hf_lowrank.decomposition.metrics import MetricSettings, Side
+from hf_lowrank.channels.narrowing import ChannelWeights, Narrowing, refit
+from hf_lowrank.channels.order import damped_moment
 from hf_lowrank.decomposition.moments import SecondMoment
-from hf_lowrank.decomposition.spectrum import damped
-from hf_lowrank.structured.channels import ChannelWeights, Narrowing, selection
 
 
 def principal_channels(moment: torch.Tensor, count: int) -> torch.Tensor:
@@ -37,18 +36,6 @@ def principal_channels(moment: torch.Tensor, count: int) -> torch.Tensor:
     return torch.from_numpy(pivots[:count].astype("int64")).to(moment.device).sort().values
 
 
-def way_back(moment: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
-    """The best linear map from the kept channels to all: `C[:, S] C[S, S]^-1`, shape (n, k)."""
-    root = torch.linalg.cholesky(moment[kept][:, kept])
-    return torch.cholesky_solve(moment[kept], root).T
-
-
-def damped_moment(moment: SecondMoment) -> torch.Tensor:
-    """The moment, fp64, with a small share of its mean diagonal added, as in the metrics."""
-    side = Side(moment=moment, damping=MetricSettings().input_damping)
-    return damped(moment.matrix.double(), side)
-
-
 def principal_narrowing(weights: ChannelWeights, moment: SecondMoment, count: int) -> Narrowing:
     """Keeps principal channels and rebuilds the others from them in the layer after.
 
@@ -59,5 +46,4 @@ def principal_narrowing(weights: ChannelWeights, moment: SecondMoment, count: in
         count: How many channels to keep.
     """
     whole = damped_moment(moment)
-    kept = principal_channels(whole, count)
-    return Narrowing(selection(kept, weights).gather, way_back(whole, kept))
+    return refit(principal_channels(whole, count), weights, whole)

@@ -5,17 +5,13 @@ import torch
 from torch import nn
 
 from hf_lowrank import LowRankConfig
+from hf_lowrank.channels.feed_forward import find_feed_forwards
+from hf_lowrank.channels.narrowing import channel_weights, narrowed, selection
 from hf_lowrank.errors import ConfigError, TargetError
 from hf_lowrank.statistics import collect_moments
-from hf_lowrank.structured.channels import (
-    channel_weights,
-    find_feed_forwards,
-    narrowed,
-    num_kept,
-    selection,
-)
 from hf_lowrank.structured.folding import cluster_channels, folding_narrowing, repair_scale
 from hf_lowrank.structured.lorap import channel_importance, kept_channels
+from hf_lowrank.structured.methods import num_kept
 from hf_lowrank.structured.sp3 import principal_channels, principal_narrowing
 from hf_lowrank.surgery import swapped
 from hf_lowrank.targets import find_targets, linear_weight

@@ -5,57 +5,10 @@ import itertools
 import pytest
 import torch
 
+from hf_lowrank.channels.budget import Curve, cheapest, rank_curve
 from hf_lowrank.decomposition.spectrum import Spectrum
 from hf_lowrank.errors import ConfigError
 from hf_lowrank.ranks.threshold import lower_hull
-from hf_lowrank.structured.priced import Curve, channel_order, cheapest, rank_curve
-from hf_lowrank.structured.sp3 import way_back
-
-
-def positive(size, seed, rank=None):
-    generator = torch.Generator().manual_seed(seed)
-    root = torch.randn(size, rank or 2 * size, generator=generator, dtype=torch.float64)
-    return root @ root.T / root.shape[1] + 1e-3 * torch.eye(size, dtype=torch.float64)
-
-
-def error_without(moment, worth, kept):
-    """`tr(M D C D^T)` with `D` the rebuilt less the true channels, by its definition."""
-    change = -torch.eye(len(moment), dtype=torch.float64)
-    change[:, kept] += way_back(moment, kept)
-    return float((worth @ change @ moment @ change.T).trace())
-
-
-def test_rises_are_those_of_the_channels_that_are_left():
-    moment, worth = positive(96, 0), positive(96, 1, rank=8)
-    found = channel_order(moment, worth, cost=7)
-    assert sorted(found.order.tolist()) == list(range(96))
-    assert found.counts == list(range(2, 97, 2))
-    assert found.curve.costs.tolist() == [7.0 * count for count in found.counts]
-    for count, rise in zip(found.counts[:-1:6], found.curve.rises[:-1:6], strict=True):
-        kept = found.order[:count].sort().values
-        assert float(rise) == pytest.approx(error_without(moment, worth, kept), rel=1e-3)
-    assert float(found.curve.rises[-1]) == 0.0
-    assert (found.curve.rises.diff() <= 1e-6).all()
-
-
-def test_order_is_better_than_chance():
-    moment, worth = positive(48, 2, rank=12), positive(48, 3, rank=6)
-    kept = channel_order(moment, worth, 1).order[:8].sort().values
-    chosen = error_without(moment, worth, kept)
-    generator = torch.Generator().manual_seed(0)
-    others = [
-        error_without(moment, worth, torch.randperm(48, generator=generator)[:8].sort().values)
-        for _ in range(30)
-    ]
-    assert chosen < min(others)
-
-
-def test_a_channel_that_nothing_reads_is_kept_last():
-    moment, worth = positive(10, 4), positive(10, 5)
-    worth[3] = worth[:, 3] = 0.0
-    moment[3] = moment[:, 3] = 0.0
-    moment[3, 3] = 50.0  # large, and no other channel says anything about it
-    assert channel_order(moment, worth, 1).order[-1] == 3
 
 
 def test_rank_curve_ends_dense():

@@ -1,0 +1,186 @@
+"""Ranks and channels from one budget, by their prices.
+
+A channel costs a row of each layer into it and a column of the layer out of it; a rank of the
+low-rank layers in its place costs more. Both kinds of cuts have a predicted rise of the loss, so
+they compete for one budget in the same currency.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from hf_lowrank.channels.order import ChannelOrder
+from hf_lowrank.decomposition.spectrum import Spectrum
+from hf_lowrank.errors import ConfigError
+from hf_lowrank.modeling_lowrank import break_even_rank
+from hf_lowrank.ranks.plan import RankPlan, layer_cost
+from hf_lowrank.ranks.threshold import Shapes, plan_for_budget, predicted_rise, tail_sums
+
+_BISECTIONS = 80
+
+
+@dataclass(frozen=True)
+class Curve:
+    """Ways to shrink one thing.
+
+    Attributes:
+        costs: Parameters left, shape (steps,), fp64.
+        rises: Predicted rise of the mean loss, nats, shape (steps,), fp64.
+    """
+
+    costs: torch.Tensor
+    rises: torch.Tensor
+
+    def best(self, price: float) -> tuple[float, int]:
+        """The smallest `rise + price * cost`, and where it is."""
+        totals = self.rises + price * self.costs
+        place = int(totals.argmin())
+        return float(totals[place]), place
+
+
+# A part of a model can be shrunk in one of several ways, each of several curves on their own.
+Part = Sequence[Sequence[Curve]]
+
+
+def plan_with_channels(
+    shapes: Shapes,
+    spectra: Mapping[str, Spectrum],
+    orders: Mapping[str, ChannelOrder],
+    param_ratio: float,
+    *,
+    min_rank: int = 1,
+    fixed: Mapping[str, int | None] | None = None,
+) -> RankPlan:
+    """The plan of the smallest predicted loss within a budget, channels included.
+
+    Args:
+        shapes: (out_features, in_features) of every targeted layer.
+        spectra: With prices, of every layer that is not in `fixed`.
+        orders: Channels of feed-forwards by the name of the layer out of them.
+        param_ratio: Kept / dense parameters over all targeted layers, in (0, 1].
+        min_rank: Smallest rank of a factorized layer.
+        fixed: Ranks decided beforehand. A feed-forward with a layer among them keeps its channels.
+
+    Raises:
+        ConfigError: Even the smallest ranks exceed the budget.
+    """
+    fixed = dict(fixed or {})
+    free = [
+        each
+        for each in orders.values()
+        if all(name in spectra and name not in fixed for name in each.block.names)
+    ]
+    inside = {name for each in free for name in each.block.names}
+    ranks = {name: rank_curve(s, min_rank) for name, s in spectra.items() if name not in fixed}
+    budget = int(param_ratio * sum(layer_cost(shape, None) for shape in shapes.values()) + 1e-6)
+    spent = sum(layer_cost(shapes[name], rank) for name, rank in fixed.items())
+    parts: list[Part] = [[[curve]] for name, curve in ranks.items() if name not in inside]
+    others = len(parts)
+    for each in free:
+        parts.append([[ranks[n] for n in each.block.names], [channel_curve(each, shapes)]])
+    choice = cheapest(parts, budget - spent)
+    small: dict[str, tuple[int, int]] = {}
+    for each, (way, places) in zip(free, choice[others:], strict=True):
+        if way == 1:
+            small |= narrowed_shapes(each, shapes, each.counts[places[0]])
+    # With the channels decided, the rule that has no channels spends the rest on ranks.
+    left = {**shapes, **small}
+    total = sum(layer_cost(shape, None) for shape in left.values())
+    decided = fixed | dict.fromkeys(small)
+    plan = plan_for_budget(left, spectra, "price", budget / total, min_rank=min_rank, fixed=decided)
+    shrunk = {name: shape for name, shape in small.items() if shape != tuple(shapes[name])}
+    return RankPlan(plan.ranks, dict(shapes), shrunk)
+
+
+def narrowed_shapes(order: ChannelOrder, shapes: Shapes, count: int) -> dict[str, tuple[int, int]]:
+    """Shapes of a feed-forward's layers with fewer channels, by name."""
+    block = order.block
+    found = {name: (count, shapes[name][1]) for name in block.inputs}
+    return found | {block.output: (shapes[block.output][0], count)}
+
+
+def predicted_rise_with_channels(
+    spectra: Mapping[str, Spectrum], orders: Mapping[str, ChannelOrder], plan: RankPlan
+) -> float:
+    """Predicted rise of the mean loss, nats: of the dropped components and channels together."""
+    channels = sum(
+        order.predicted_rise(plan.narrowed[name][1])
+        for name, order in orders.items()
+        if name in plan.narrowed
+    )
+    return predicted_rise(spectra, plan) + channels
+
+
+def rank_curve(spectrum: Spectrum, min_rank: int = 1) -> Curve:
+    """Ranks from the smallest to break-even, and dense as the last step.
+
+    Args:
+        spectrum: With prices.
+        min_rank: The smallest rank.
+    """
+    assert spectrum.price is not None  # only the kfac metric gets here
+    last = min(break_even_rank(*spectrum.shape) - 1, len(spectrum.price))
+    ranks = range(min_rank, last + 1)
+    costs = [layer_cost(spectrum.shape, rank) for rank in ranks]
+    rises = tail_sums(spectrum.price)[min_rank : last + 1].tolist()
+    dense = layer_cost(spectrum.shape, None)
+    return Curve(*(torch.tensor(v, dtype=torch.float64) for v in ([*costs, dense], [*rises, 0.0])))
+
+
+def channel_curve(order: ChannelOrder, shapes: Shapes) -> Curve:
+    """Parameters and rise at each step of a feed-forward's channels."""
+    costs = [
+        sum(layer_cost(shape, None) for shape in narrowed_shapes(order, shapes, count).values())
+        for count in order.counts
+    ]
+    return Curve(torch.tensor(costs, dtype=torch.float64), order.rises)
+
+
+def cheapest(parts: Sequence[Part], budget: int) -> list[tuple[int, list[int]]]:
+    """For each part its way and the steps of that way's curves, the best within a budget.
+
+    Bisection of one price per parameter (a Lagrange multiplier): at the price, each part takes what
+    has the smallest rise plus price times parameters. The best choice of its size; what is left
+    of the budget is less than the next step.
+
+    Raises:
+        ConfigError: Even the smallest steps exceed the budget.
+    """
+    smallest = sum(min(sum(int(c.costs.min()) for c in way) for way in part) for part in parts)
+    if smallest > budget:
+        raise ConfigError(
+            f"The budget is {budget} parameters, but the smallest channels and ranks need "
+            f"{smallest}; raise param_ratio."
+        )
+    low, high = 1e-30, 1e6  # nats per parameter; the higher, the smaller the model
+    choice = _at_price(parts, high)
+    for _ in range(_BISECTIONS):
+        middle = math.sqrt(low * high)
+        found = _at_price(parts, middle)
+        if _cost(parts, found) <= budget:
+            high, choice = middle, found
+        else:
+            low = middle
+    return choice
+
+
+def _at_price(parts: Sequence[Part], price: float) -> list[tuple[int, list[int]]]:
+    choice = []
+    for part in parts:
+        ways = [[curve.best(price) for curve in way] for way in part]
+        totals = [sum(total for total, _ in way) for way in ways]
+        best = totals.index(min(totals))
+        choice.append((best, [place for _, place in ways[best]]))
+    return choice
+
+
+def _cost(parts: Sequence[Part], choice: Sequence[tuple[int, list[int]]]) -> float:
+    return sum(
+        float(curve.costs[place])
+        for part, (way, places) in zip(parts, choice, strict=True)
+        for curve, place in zip(part[way], places, strict=True)
+    )

@@ -1,0 +1,66 @@
+"""Feed-forwards of a model, by the names of their layers.
+
+A feed-forward is `y = W_out a(W_in x)`, or `y = W_out (a(W_gate x) * W_up x)`; its channels are the
+entries between.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from torch import nn
+
+from hf_lowrank.errors import TargetError
+
+# Layers into the channels, and the layer out of them, below one module.
+_PATTERNS: tuple[tuple[tuple[str, ...], str], ...] = (
+    (("gate_proj", "up_proj"), "down_proj"),  # Llama and most that came after
+    (("wi_0", "wi_1"), "wo"),  # T5 1.1
+    (("wi",), "wo"),  # T5
+    (("c_fc",), "c_proj"),  # GPT-2
+    (("fc1",), "fc2"),  # OPT
+    (("dense_h_to_4h",), "dense_4h_to_h"),  # GPT-NeoX
+    (("intermediate.dense",), "output.dense"),  # BERT
+)
+
+
+@dataclass(frozen=True)
+class FeedForward:
+    """Names of a feed-forward's layers.
+
+    Attributes:
+        inputs: Layers into the channels: gate and up, or a single one.
+        output: The layer out of them.
+    """
+
+    inputs: tuple[str, ...]
+    output: str
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """All its layers."""
+        return (*self.inputs, self.output)
+
+
+def find_feed_forwards(model: nn.Module, targets: Iterable[str]) -> list[FeedForward]:
+    """The feed-forwards whose layers are all targeted, in the model's order.
+
+    Raises:
+        TargetError: There is none of a known kind.
+    """
+    names = set(targets)
+    found = []
+    for parent, _ in model.named_modules():
+        for inputs, output in _PATTERNS:
+            full = tuple(f"{parent}.{name}".lstrip(".") for name in (*inputs, output))
+            if names.issuperset(full):
+                found.append(FeedForward(full[:-1], full[-1]))
+                break
+    if not found:
+        known = "; ".join(f"{', '.join(inputs)} and {output}" for inputs, output in _PATTERNS)
+        raise TargetError(
+            f"{type(model).__name__} has no feed-forward of a known kind among its targeted layers "
+            f"({known}), so no channels can be taken out."
+        )
+    return found

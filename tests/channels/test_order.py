@@ -1,0 +1,58 @@
+"""Channels by price: the order in which they are kept, and what is lost without the others."""
+
+import pytest
+import torch
+
+from hf_lowrank.channels.narrowing import ChannelWeights, refit
+from hf_lowrank.channels.order import channel_order
+
+
+def positive(size, seed, rank=None):
+    generator = torch.Generator().manual_seed(seed)
+    root = torch.randn(size, rank or 2 * size, generator=generator, dtype=torch.float64)
+    return root @ root.T / root.shape[1] + 1e-3 * torch.eye(size, dtype=torch.float64)
+
+
+def error_without(moment, worth, kept):
+    """`tr(M D C D^T)` with `D` the rebuilt less the true channels, by its definition."""
+    change = -torch.eye(len(moment), dtype=torch.float64)
+    change[:, kept] += way_back(moment, kept)
+    return float((worth @ change @ moment @ change.T).trace())
+
+
+def way_back(moment, kept):
+    """The best linear map from the kept channels to all, as an output weight of ones."""
+    identity = torch.eye(len(moment), dtype=torch.float64)
+    return refit(kept, ChannelWeights((), (), identity), moment).output
+
+
+def test_rises_are_those_of_the_channels_that_are_left():
+    moment, worth = positive(96, 0), positive(96, 1, rank=8)
+    order, counts, rises = channel_order(moment, worth @ moment)
+    assert sorted(order.tolist()) == list(range(96))
+    assert counts == list(range(2, 97, 2))
+    for count, rise in zip(counts[:-1:6], rises[:-1:6], strict=True):
+        kept = order[:count].sort().values
+        assert float(rise) == pytest.approx(error_without(moment, worth, kept), rel=1e-3)
+    assert float(rises[-1]) == 0.0
+    assert (rises.diff() <= 1e-6).all()
+
+
+def test_order_is_better_than_chance():
+    moment, worth = positive(48, 2, rank=12), positive(48, 3, rank=6)
+    kept = channel_order(moment, worth @ moment)[0][:8].sort().values
+    chosen = error_without(moment, worth, kept)
+    generator = torch.Generator().manual_seed(0)
+    others = [
+        error_without(moment, worth, torch.randperm(48, generator=generator)[:8].sort().values)
+        for _ in range(30)
+    ]
+    assert chosen < min(others)
+
+
+def test_a_channel_that_nothing_reads_is_kept_last():
+    moment, worth = positive(10, 4), positive(10, 5)
+    worth[3] = worth[:, 3] = 0.0
+    moment[3] = moment[:, 3] = 0.0
+    moment[3, 3] = 50.0  # large, and no other channel says anything about it
+    assert channel_order(moment, worth @ moment)[0][-1] == 3
