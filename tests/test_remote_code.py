@@ -20,6 +20,7 @@ AUTO_CLASSES = {
     "llama": "AutoModelForCausalLM",
     "gpt2": "AutoModelForCausalLM",
     "bert": "AutoModelForSequenceClassification",
+    "narrowed": "AutoModelForCausalLM",
 }
 SCRIPT = """
 import json, sys, warnings
@@ -73,7 +74,9 @@ def models():
     built = {"llama": tiny_llama(), "gpt2": tiny_gpt2(), "bert": tiny_bert_classifier()}
     for model in built.values():
         compress(model, LowRankConfig(param_ratio=0.6, metric="plain"), progress=False)
-    return built
+    small = tiny_gpt2(seed=1)
+    compress(small, LowRankConfig(param_ratio=0.6, channels=True), batches_for(small, 2))
+    return built | {"narrowed": small}
 
 
 @pytest.fixture(scope="module")

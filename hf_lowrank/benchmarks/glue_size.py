@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from hf_lowrank.cache import RunCache
 from hf_lowrank.config import LowRankConfig
 from hf_lowrank.ranks.threshold import smallest_ratio
 from hf_lowrank.surgery import factorized
-from hf_lowrank.tasks.arguments import CUT_METRICS
+from hf_lowrank.tasks.arguments import CUTS
 from hf_lowrank.tasks.fine_tuning import SPECTRA_FOLDER, dense_model
 from hf_lowrank.tasks.glue import GlueArguments, load_glue_task
 from hf_lowrank.tasks.task import Task
@@ -44,7 +44,7 @@ def find_smallest_sizes(args: GlueSizeArguments) -> None:
     settings, rows = part_of(args, GlueArguments), []
     for task in args.tasks or ["mrpc"]:
         one = dataclasses.replace(settings, task=task)
-        methods = args.methods or list(CUT_METRICS)
+        methods = args.methods or list(CUTS)
         rows += smallest_sizes(one, methods, args.share, Path(args.folder))
         write_result(Path(args.output), {"arguments": vars(args), "rows": rows})
 
@@ -74,7 +74,7 @@ def smallest_sizes(
                 task, model, dataclasses.replace(args, method=method), share, folder
             )
         else:
-            found = _without_training(task, model, args, CUT_METRICS[method], share)
+            found = _without_training(task, model, args, CUTS[method], share)
         rows.append({"task": task.name, "method": method, "epochs": args.epochs, **found})
         size = found["param_ratio"]
         print(f"{task.name} {method}: {size:.3f}, score {found['score']:.4f}", flush=True)
@@ -106,16 +106,16 @@ def bisect_size(
 
 
 def _without_training(
-    task: Task, model: nn.Module, args: GlueArguments, metric: str, share: float
+    task: Task, model: nn.Module, args: GlueArguments, cut: Mapping[str, Any], share: float
 ) -> dict[str, Any]:
-    config = LowRankConfig(param_ratio=1.0, metric=metric, label_source="model", seed=args.seed)
+    config = LowRankConfig(param_ratio=1.0, **cut, label_source="model", seed=args.seed)
     batches = task.batches(task.train, args.batch_size, args.calibration_samples)
     cache = RunCache(Path(args.cache_dir) / SPECTRA_FOLDER, model, batches, config)
     analysis = analyze(model, config, batches, cache=cache, progress=False)
 
     def score(ratio: float, split: Any) -> float:  # noqa: ANN401
         plan = analysis.plan_for_ratio(ratio)
-        with factorized(model, analysis.spectra, plan):
+        with factorized(model, analysis.spectra, plan, analysis.orders):
             return main_score(task.score(model, split))
 
     dense = main_score(task.score(model, task.held_out))

@@ -74,8 +74,15 @@ def model_kind(report: Report) -> ModelKind:
 
 
 def is_factorized(report: Report) -> bool:
-    """Whether any layer is low-rank."""
-    return any(rank is not None for rank in report.ranks.values())
+    """Whether any layer is low-rank or narrowed."""
+    return bool(report.narrowed) or any(rank is not None for rank in report.ranks.values())
+
+
+def channel_note(report: Report) -> str:
+    """A sentence for models whose feed-forwards lost channels, with a space before it, or ""."""
+    if not report.narrowed:
+        return ""
+    return " Some feed-forwards have fewer channels in place of factors."
 
 
 def kept_share(report: Report) -> float:

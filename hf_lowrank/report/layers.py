@@ -39,9 +39,20 @@ def kept_shares(report: Report) -> dict[str, float]:
     """Kept / dense parameters of every layer whose shape the report knows."""
     shares = {}
     for name, rank in report.ranks.items():
-        if rank is None:
+        if rank is None and name not in report.narrowed:
             shares[name] = 1.0
         elif name in report.spectra:
             rows, columns = report.spectra[name]["shape"]
-            shares[name] = layer_cost((rows, columns), rank) / (rows * columns)
+            left = tuple(report.narrowed.get(name, (rows, columns)))
+            shares[name] = layer_cost((left[0], left[1]), rank) / (rows * columns)
     return shares
+
+
+def channels_left(report: Report) -> dict[str, int]:
+    """Channels of every narrowed layer whose dense shape the report knows."""
+    found = {}
+    for name, shape in report.narrowed.items():
+        if name in report.spectra:
+            is_out_of_them = shape[0] == report.spectra[name]["shape"][0]
+            found[name] = shape[1] if is_out_of_them else shape[0]
+    return found

@@ -159,16 +159,25 @@ def _ranks(report: Report) -> list[str]:
                 cells.append("<td></td>")
                 continue
             name = layers[kind]
-            rank = report.ranks[name]
             color = _shade(shares.get(name, 0.0))
-            cells.append(cell("dense" if rank is None else str(rank), "td", f' style="{color}"'))
+            cells.append(cell(_kept(report, name), "td", f' style="{color}"'))
         rows.append(cells)
     header = [cell("", "th"), *(cell(kind, "th", ' class="up"') for kind in kinds)]
     caption = (
         "Rank of each layer, a row for each block; the darker, the more of its weights is kept."
     )
+    if report.narrowed:
+        caption += " Where two numbers stand, the layer has no rank, but fewer outputs x inputs."
     tables = table(header, rows, "heat") + plain_table(rank_rows(report))
     return [f'<div class="pair">{tables}</div>', paragraph(caption, "note")]
+
+
+def _kept(report: Report, name: str) -> str:
+    """What is left of a layer: a rank, a shape, or all of it."""
+    if name in report.narrowed:
+        return " x ".join(map(str, report.narrowed[name]))
+    rank = report.ranks[name]
+    return "dense" if rank is None else str(rank)
 
 
 def _shade(share: float) -> str:

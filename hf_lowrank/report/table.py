@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from hf_lowrank.report.layers import channels_left
 from hf_lowrank.report.schema import Evaluation, Report
 from hf_lowrank.report.speed import (
     speed_columns,
@@ -97,7 +98,8 @@ def comparison_rows(reports: Mapping[str, Report]) -> list[list[str]]:
         before, after = ("-", ["-"] * 3) if found is None else _quality(found)
         kept = parameters["targeted_kept"] / parameters["targeted_dense"]
         sizes = {side: f"{count / 1e6:.1f}" for side, count in report.bytes.items()}
-        how = ", ".join(str(config[key]) for key in ("metric", "rule") if config.get(key))
+        words = [str(config[key]) for key in ("metric", "rule") if config.get(key)]
+        how = ", ".join(words + ["channels"] * bool(config.get("channels")))
         seconds = f"{sum(report.seconds.values()):.1f}"
         rows.append(
             [name, sizes["kept"], *after, f"{kept:.4f}", sizes["dense"], before, how, seconds]
@@ -160,7 +162,9 @@ def describe_run(report: Report) -> str:
     ]
     rule = config.get("rule")
     how = f"metric {config.get('metric')}" + (f", rule {rule}" if rule else "")
-    return f"Goal: {found[0] if found else 'a loss tolerance'}. Ranks by {how}; seed {report.seed}."
+    what = "Ranks, and channels of feed-forwards," if config.get("channels") else "Ranks"
+    goal = found[0] if found else "a loss tolerance"
+    return f"Goal: {goal}. {what} by {how}; seed {report.seed}."
 
 
 def _describe_training(training: Mapping[str, Any]) -> str:
@@ -232,20 +236,31 @@ def number(value: float | None, spec: str) -> str:
 
 
 def rank_rows(report: Report) -> list[list[str]]:
-    """Ranks by layer type, with a header."""
-    by_type: dict[str, list[int | None]] = {}
-    for name, rank in report.ranks.items():
-        by_type.setdefault(name.rsplit(".", 1)[-1], []).append(rank)
-    rows = [["layer type", "layers", "dense", "smallest rank", "mean rank", "largest rank"]]
-    for kind, ranks in by_type.items():
-        given = [rank for rank in ranks if rank is not None]
-        numbers = (
-            [str(min(given)), f"{sum(given) / len(given):.1f}", str(max(given))]
-            if given
-            else ["-"] * 3
-        )
-        rows.append([kind, str(len(ranks)), str(len(ranks) - len(given)), *numbers])
+    """Ranks, and channels where some were taken out, by layer type, with a header."""
+    by_type: dict[str, list[str]] = {}
+    for name in report.ranks:
+        by_type.setdefault(name.rsplit(".", 1)[-1], []).append(name)
+    header = ["layer type", "layers", "dense", "smallest rank", "mean rank", "largest rank"]
+    left = channels_left(report)
+    if report.narrowed:
+        header += ["narrowed", "fewest channels", "mean channels", "most channels"]
+    rows = [header]
+    for kind, names in by_type.items():
+        given = [rank for name in names if (rank := report.ranks[name]) is not None]
+        narrowed = sum(name in report.narrowed for name in names)
+        dense = len(names) - len(given) - narrowed
+        row = [kind, str(len(names)), str(dense), *_range(given)]
+        if report.narrowed:
+            row += [str(narrowed), *_range([left[name] for name in names if name in left])]
+        rows.append(row)
     return rows
+
+
+def _range(values: Sequence[int]) -> list[str]:
+    """Smallest, mean and largest."""
+    if not values:
+        return ["-"] * 3
+    return [str(min(values)), f"{sum(values) / len(values):.1f}", str(max(values))]
 
 
 def warnings(report: Report) -> list[str]:

@@ -12,6 +12,7 @@ from hf_lowrank.report.card_parts import (
     CardParts,
     base_link,
     base_name,
+    channel_note,
     is_factorized,
     kept_share,
     model_kind,
@@ -52,6 +53,7 @@ def _intro(report: TaskReport) -> str:
     return (
         f"{start} and made smaller by hf_lowrank:\n"
         "its linear layers are products of two thin matrices, each layer with a rank of its own."
+        f"{channel_note(report)}"
     )
 
 

@@ -11,6 +11,7 @@ from hf_lowrank.report.card_parts import (
     CardParts,
     base_link,
     base_name,
+    channel_note,
     kept_share,
     model_kind,
     sentences,
@@ -28,7 +29,7 @@ def text_card_parts(report: Report) -> CardParts:
         intro=(
             f"{base_link(report)}, made smaller by hf_lowrank:\n"
             "its linear layers are products of two thin matrices, with a rank for every layer "
-            "chosen by its effect on the loss."
+            f"chosen by its effect on the loss.{channel_note(report)}"
         ),
         quality=[*_quality(report), *speed_rows(report)],
         made=describe_run(report),

@@ -9,13 +9,14 @@ from hf_lowrank.arguments import argument
 from hf_lowrank.config import LowRankConfig
 from hf_lowrank.errors import ConfigError
 
-# Cut first, then fine-tune: the metric of each method; its rule is the metric's default.
-CUT_METRICS = {
-    "svd": "plain",
-    "fisher-rows": "fisher-rows",
-    "activation-scale": "activation-scale",
-    "whitened": "whitened",
-    "kfac": "kfac",
+# Cut first, then fine-tune: the settings of each method; its rule is the metric's default.
+CUTS: dict[str, dict[str, Any]] = {
+    "svd": {"metric": "plain"},
+    "fisher-rows": {"metric": "fisher-rows"},
+    "activation-scale": {"metric": "activation-scale"},
+    "whitened": {"metric": "whitened"},
+    "kfac": {"metric": "kfac"},
+    "kfac-channels": {"metric": "kfac", "channels": True},
 }
 # Cut while training: the rule of each method.
 SELECTION_RULES = {"rank-selection": "relative", "rank-selection-price": "price"}
@@ -35,7 +36,7 @@ LPAF_VARIANTS: dict[str, dict[str, Any]] = {
         "mixed_rank": False,
     },
 }
-METHOD_NAMES = ("dense", *CUT_METRICS, *SELECTION_RULES, *LPAF_VARIANTS)
+METHOD_NAMES = ("dense", *CUTS, *SELECTION_RULES, *LPAF_VARIANTS)
 
 
 @dataclass

@@ -16,7 +16,7 @@ from hf_lowrank.compression import compress
 from hf_lowrank.config import DEFAULT_LOSS_TOLERANCE, LowRankConfig
 from hf_lowrank.pruning.lpaf import STAGES, LpafSettings, lpaf_
 from hf_lowrank.tasks.arguments import (
-    CUT_METRICS,
+    CUTS,
     LPAF_VARIANTS,
     SELECTION_RULES,
     TaskArguments,
@@ -38,13 +38,13 @@ def train_on(model: nn.Module, task: Task, args: TaskArguments) -> dict[str, Any
 
 
 def cut_then_train(
-    model: nn.Module, task: Task, args: TaskArguments, *, metric: str
+    model: nn.Module, task: Task, args: TaskArguments, *, metric: str, channels: bool = False
 ) -> dict[str, Any]:
     """One cut in a metric, with the metric's default rule; then fine-tuning of what is left."""
     start = time.perf_counter()
     found = compress(
         model,
-        _config(args, metric),
+        _config(args, metric, channels),
         task.batches(task.train, args.batch_size, args.calibration_samples),
         held_out=task.batches(task.held_out, args.batch_size),
         cache_dir=Path(args.cache_dir)
@@ -146,11 +146,12 @@ def prune_cut_train(
     return {"config": config.to_dict(), "lpaf": found, "seconds": dict(found["seconds"])} | uncured
 
 
-def _config(args: TaskArguments, metric: str) -> LowRankConfig:
+def _config(args: TaskArguments, metric: str, channels: bool = False) -> LowRankConfig:
     return LowRankConfig(
         param_ratio=args.param_ratio,
         loss_tolerance=args.loss_tolerance,
         metric=metric,
+        channels=channels,
         label_source="model",
         seed=args.seed,
     )
@@ -169,6 +170,6 @@ def _then_fine_tune(model: nn.Module, task: Task, args: TaskArguments) -> dict[s
 
 
 METHODS: dict[str, Method] = {"dense": train_on}
-METHODS |= {name: partial(cut_then_train, metric=m) for name, m in CUT_METRICS.items()}
+METHODS |= {name: partial(cut_then_train, **cut) for name, cut in CUTS.items()}
 METHODS |= {name: partial(cut_while_training, rule=r) for name, r in SELECTION_RULES.items()}
 METHODS |= {name: partial(prune_cut_train, **parts) for name, parts in LPAF_VARIANTS.items()}

@@ -1,4 +1,4 @@
-"""Checkpoints: two compressed ones, a copy to damage, and a dense one."""
+"""Checkpoints: four compressed ones, a copy to damage, and a dense one."""
 
 import shutil
 from pathlib import Path
@@ -42,7 +42,22 @@ def gpt2(tmp_path_factory):
     return Saved(model, folder)
 
 
-@pytest.fixture(params=["llama", "gpt2"])
+@pytest.fixture(scope="package")
+def narrowed(tmp_path_factory):
+    """With feed-forwards that lost channels."""
+    model, folder = compressed(channels=True), tmp_path_factory.mktemp("narrowed")
+    model.save_pretrained(folder)
+    return Saved(model, folder)
+
+
+@pytest.fixture(scope="package")
+def narrowed_gpt2(tmp_path_factory):
+    model, folder = compressed(tiny_gpt2, channels=True), tmp_path_factory.mktemp("narrowed_gpt2")
+    model.save_pretrained(folder)
+    return Saved(model, folder)
+
+
+@pytest.fixture(params=["llama", "gpt2", "narrowed", "narrowed_gpt2"])
 def saved(request):
     return request.getfixturevalue(request.param)
 
@@ -51,6 +66,12 @@ def saved(request):
 def broken(llama, tmp_path):
     """A copy of a good checkpoint, for a test to damage."""
     return Path(shutil.copytree(llama.folder, tmp_path / "broken"))
+
+
+@pytest.fixture
+def broken_narrowed(narrowed, tmp_path):
+    """The same of one with narrowed layers."""
+    return Path(shutil.copytree(narrowed.folder, tmp_path / "broken"))
 
 
 @pytest.fixture(scope="package")

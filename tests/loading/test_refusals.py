@@ -95,6 +95,58 @@ def test_factors_of_a_layer_without_a_rank_are_refused(broken):
     refused(broken, r"1 missing keys, for example model.*q_proj\.weight")
 
 
+UP, DOWN = "model.layers.0.mlp.up_proj", "model.layers.0.mlp.down_proj"
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {UP: [3, 32]},
+            r"up_proj has shape \[3, 32\] in config\.json, but its weight has \[\d+, 32\]",
+        ),
+        ({"model.layers.5.mlp.up_proj": [3, 32]}, r"shape \[3, 32\] in config\.json, .* has None"),
+        ({UP: "small"}, r"narrowed\['model.*up_proj'\] must be \[out_features, in_features\]"),
+        ({LAYER: [3, 32]}, r"q_proj has both a rank and a narrowed shape"),
+    ],
+)
+def test_shapes_that_do_not_fit_are_refused(broken_narrowed, changes, message):
+    def edit(config):
+        config["quantization_config"]["ranks"][LAYER] = 3
+        config["quantization_config"]["narrowed"].update(changes)
+
+    if LAYER not in changes:
+        edit_config(broken_narrowed, lambda c: c["quantization_config"]["narrowed"].update(changes))
+    else:
+        edit_config(broken_narrowed, edit)
+    refused(broken_narrowed, message)
+
+
+def test_a_narrowed_layer_wider_than_the_dense_one_is_refused(broken_narrowed):
+    wide = 65  # of 64 channels
+
+    def widen(tensors):
+        for name, shape in ((UP, (wide, 32)), (DOWN, (32, wide))):
+            tensors[f"{name}.weight"] = torch.zeros(shape)
+
+    def edit(config):
+        config["quantization_config"]["narrowed"] |= {UP: [wide, 32], DOWN: [32, wide]}
+
+    edit_tensors(broken_narrowed, widen)
+    edit_config(broken_narrowed, edit)
+    refused(
+        broken_narrowed,
+        r"down_proj: shape \(32, 65\) is not within that of the dense layer, \(32, 64\)",
+    )
+
+
+def test_a_narrowed_layer_that_config_json_does_not_know_is_refused(broken_narrowed):
+    edit_config(broken_narrowed, lambda c: c["quantization_config"]["narrowed"].pop(UP))
+    refused(
+        broken_narrowed, r"up_proj\.weight has shape \[\d+, 32\], config\.json asks for \[64, 32\]"
+    )
+
+
 def test_a_missing_tensor_is_refused(broken):
     edit_tensors(broken, lambda tensors: tensors.pop("model.norm.weight"))
     refused(broken, r"1 missing keys, for example model\.norm\.weight")
