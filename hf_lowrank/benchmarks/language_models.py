@@ -132,6 +132,7 @@ class RecoveryArguments:
     model: str = argument("demo", "Dense model, as in compress_llm.py.")
     param_ratio: list[float] | None = argument(None, "Sizes; default 0.6 0.4.")
     recover: str = argument("factors", "What is trained: " + ", ".join(RECOVERIES) + ".")
+    channels: bool = argument(False, "Let the cut take channels of feed-forwards out, too.")
     recover_steps: int = argument(60, "Steps of training.")
     calibration: str = argument("demo", "Text for the moments and the training.")
     calibration_sequences: int = argument(48, "Its token windows.")
@@ -161,5 +162,6 @@ def measure_recoveries(args: RecoveryArguments) -> None:
         RecoverySettings(args.recover_steps, kind=args.recover),
         (calibration, held_out),
         evaluations,
+        channels=args.channels,
     )
     write_result(Path(args.output), {"arguments": vars(args)} | result)

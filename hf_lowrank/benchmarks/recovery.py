@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -23,6 +24,8 @@ def measure_recovery(
     settings: RecoverySettings,
     texts: tuple[Sequence[Batch], Sequence[Batch]],
     evaluations: Mapping[str, Sequence[Batch]],
+    *,
+    channels: bool = False,
 ) -> dict[str, Any]:
     """Perplexities of each evaluation text: dense, after the cut, after the recovery.
 
@@ -33,9 +36,14 @@ def measure_recovery(
         texts: Calibration batches, for the moments and the training; held-out batches, on which
             the training is judged.
         evaluations: Batches by name; only the figures come from them.
+        channels: Whether the cut may take channels of feed-forwards out, too.
+
+    Returns:
+        `dense`, `settings` and `rows`; a row's `rise_left` is the rise of the loss over the dense
+        model after the recovery as a share of that after the cut, by text.
     """
     calibration, held_out = texts
-    analysis = analyze(model, LowRankConfig(param_ratio=1.0), calibration)
+    analysis = analyze(model, LowRankConfig(param_ratio=1.0, channels=channels), calibration)
 
     def perplexities() -> dict[str, float]:
         return {name: measure_loss(model, part).perplexity for name, part in evaluations.items()}
@@ -43,21 +51,32 @@ def measure_recovery(
     dense = perplexities()
     rows = []
     for ratio in param_ratios:
-        originals = factorize_(model, analysis.spectra, analysis.plan_for_ratio(ratio))
+        plan = analysis.plan_for_ratio(ratio)
+        originals = factorize_(model, analysis.spectra, plan, analysis.orders)
         cut = perplexities()
         start = time.perf_counter()
         result = recover_(model, originals, calibration, held_out, settings)
         seconds = time.perf_counter() - start
-        row = {"param_ratio": ratio, "cut": cut, "recovered": perplexities(), "seconds": seconds}
+        after = perplexities()
+        row = {"param_ratio": ratio, "cut": cut, "recovered": after, "seconds": seconds}
+        row["rise_left"] = {name: _rise_left(dense[name], cut[name], after[name]) for name in dense}
         rows.append(row | {"recovery": asdict(result)})
         print(format_row(rows[-1]), flush=True)
         restore_(model, originals)
     return {"dense": dense, "settings": asdict(settings), "rows": rows}
 
 
+def _rise_left(dense: float, cut: float, after: float) -> float:
+    """Rise of the loss from perplexities, after recovery over before; NaN without a rise."""
+    rise = math.log(cut / dense)
+    return math.log(after / dense) / rise if rise > 0 else math.nan
+
+
 def format_row(row: Mapping[str, Any]) -> str:
     """One line for the terminal."""
     parts = (
-        f"{name} {row['cut'][name]:.4g} -> {row['recovered'][name]:.4g}" for name in row["cut"]
+        f"{name} {row['cut'][name]:.4g} -> {row['recovered'][name]:.4g} "
+        f"({row['rise_left'][name]:.0%} of the rise left)"
+        for name in row["cut"]
     )
     return f"{row['param_ratio']:g}: {', '.join(parts)}, {row['seconds'] / 60:.1f} minutes"

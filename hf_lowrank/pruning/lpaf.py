@@ -133,6 +133,8 @@ class _Run:
         """Refuses what would fail in a later stage, hours from now."""
         settings, config = self.settings, self.settings.compression
         check_goal(self.targets, config)
+        if config.channels:
+            raise ConfigError("LPAF factorizes pruned weights and takes no channels out.")
         needs_data = bool(METRICS[config.metric].needs) or config.goal == "loss_tolerance"
         if needs_data and not calibration:
             raise DataError(

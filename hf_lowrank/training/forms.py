@@ -9,6 +9,7 @@ from torch import nn
 
 from hf_lowrank.config import LowRankConfig
 from hf_lowrank.decomposition.thin import thin_svd
+from hf_lowrank.errors import ConfigError
 from hf_lowrank.modeling_lowrank import LowRankLinear, break_even_rank
 from hf_lowrank.surgery import empty_lowrank, factorized_layers, replace_layer_
 from hf_lowrank.targets import find_targets, fixed_ranks, linear_weight
@@ -29,8 +30,11 @@ def to_training_form_(model: nn.Module, config: LowRankConfig) -> dict[str, LowR
         The layers in training form, by name.
 
     Raises:
+        ConfigError: The config asks for channels, which no training takes out.
         TargetError, ConfigError: See `find_targets`.
     """
+    if config.channels:
+        raise ConfigError("Training selects ranks only; set channels for compress, not here.")
     layers = factorized_layers(model)
     if layers:
         for name, layer in layers.items():

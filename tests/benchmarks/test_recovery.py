@@ -1,5 +1,8 @@
 """The measurement of recovery: figures of all texts, and a model that is dense again."""
 
+import math
+
+import pytest
 import torch
 
 from hf_lowrank.benchmarks.recovery import measure_recovery
@@ -8,13 +11,14 @@ from hf_lowrank.recovery import RecoverySettings
 from tests.tiny_models import tiny_llama, written_batches
 
 
-def test_every_text_is_measured_dense_cut_and_recovered():
+@pytest.mark.parametrize("channels", [False, True])
+def test_every_text_is_measured_dense_cut_and_recovered(channels):
     model = tiny_llama()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     texts = written_batches(model, 8, seed=1), written_batches(model, 4, seed=2)
     evaluations = {"near": written_batches(model, 4, seed=3), "far": written_batches(model, 2)}
     settings = RecoverySettings(steps=30, learning_rate=1e-3)
-    found = measure_recovery(model, [0.6, 0.3], settings, texts, evaluations)
+    found = measure_recovery(model, [0.6, 0.3], settings, texts, evaluations, channels=channels)
     assert found["dense"]["near"] == measure_loss(model, evaluations["near"]).perplexity
     assert [row["param_ratio"] for row in found["rows"]] == [0.6, 0.3]
     for row in found["rows"]:
@@ -23,5 +27,7 @@ def test_every_text_is_measured_dense_cut_and_recovered():
             row["recovery"]["loss_after"] < row["recovery"]["loss_before"]
         )
         assert row["seconds"] > 0
+        rises = [math.log(row[key]["far"] / found["dense"]["far"]) for key in ("recovered", "cut")]
+        assert row["rise_left"]["far"] == pytest.approx(rises[0] / rises[1])
     assert found["rows"][1]["cut"]["near"] > found["dense"]["near"]
     assert all(torch.equal(before[n], t) for n, t in model.state_dict().items())

@@ -470,6 +470,26 @@ def test_every_metric_works_with_every_rule(
     assert hf_lowrank.load(tmp_path / "small") is not None
 
 
+def test_channels_are_taken_out_on_request(compress_llm: InProcess, inputs: Inputs, tmp_path: Path):
+    folder = tmp_path / "small"
+    done = compress_llm(
+        *inputs.arguments(param_ratio=0.6, output_dir=folder, speed=None), "--channels"
+    )
+    report, tensors = read_report(folder), load_file(folder / "model.safetensors")
+    assert "most channels" in done.out
+    assert "Channels" not in done.err
+    assert report["narrowed"]
+    for name, shape in report["narrowed"].items():
+        assert list(tensors[f"{name}.weight"].shape) == shape
+    assert report["parameters"]["kept"] == file_sizes(folder)["parameters"]
+    assert report["speed"]["compressed"]["prefill_tokens_per_second"] > 0
+    after = mean_loss(folder, inputs.evaluation)
+    assert report["evaluation"]["loss_after"] == pytest.approx(after, abs=1e-5)
+    card = (folder / "README.md").read_text("utf-8")
+    assert "Some feed-forwards have fewer channels in place of factors." in card
+    assert "Ranks, and channels of feed-forwards, by metric kfac" in card
+
+
 def test_chosen_layers_and_excluded_layers(compress_llm: InProcess, inputs: Inputs, tmp_path: Path):
     compress_llm(
         *inputs.arguments(param_ratio=0.5, output_dir=tmp_path / "small"),

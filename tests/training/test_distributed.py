@@ -38,9 +38,12 @@ texts = written_batches(llama, 5)
 config = LowRankConfig(param_ratio=0.6, label_source="model")
 report = compress(llama, config, texts, texts[:2], cache_dir=folder / "cache")
 compressed = {"ranks": report.ranks, "loss": report.evaluation.loss_after}
+config = config.replace(channels=True)
+report = compress(tiny_llama(), config, texts, texts[:2], cache_dir=folder / "cache")
+narrowed = {"shapes": report.narrowed, "ranks": report.ranks, "loss": report.evaluation.loss_after}
 found = {
     "ranks": ranks, "loss": loss, "weights": weights, "world": trainer.args.world_size,
-    "compressed": compressed,
+    "compressed": compressed, "narrowed": narrowed,
 }
 rank = os.environ.get("RANK", "0")
 (folder / f"result-{rank}.json").write_text(json.dumps(found))
@@ -113,6 +116,10 @@ def test_two_processes_end_as_one_with_the_same_global_batch(tmp_path: Path):
     # Five batches on two processes: sums over both, spectra shared out, one plan.
     assert first["compressed"]["ranks"] == alone["compressed"]["ranks"]
     assert first["compressed"]["loss"] == pytest.approx(alone["compressed"]["loss"], abs=1e-5)
+    assert first["narrowed"]["shapes"]
+    loss = alone["narrowed"].pop("loss")
+    assert first["narrowed"].pop("loss") == pytest.approx(loss, abs=1e-5)
+    assert first["narrowed"] == alone["narrowed"]
     saved = sorted(path.name for path in (tmp_path / "both" / "run").iterdir())
     assert saved == ["checkpoint-2", "checkpoint-4"]
     assert len(list((tmp_path / "both" / "run" / "checkpoint-4").glob("*.safetensors"))) == 1

@@ -9,7 +9,9 @@ from transformers.pytorch_utils import Conv1D
 
 import hf_lowrank
 from hf_lowrank.config import LowRankConfig
-from hf_lowrank.surgery import factorized_layers
+from hf_lowrank.errors import ConfigError
+from hf_lowrank.loading import attach_config
+from hf_lowrank.surgery import factorized_layers, narrowed_layers
 from hf_lowrank.training.forms import current_ranks, to_inference_form_, to_training_form_
 from hf_lowrank.training.truncation import get_factors, set_factors_
 from tests.tiny_models import logits, tiny_gpt2, tiny_llama, tiny_opt, token_batches
@@ -59,6 +61,27 @@ def test_a_compressed_model_keeps_its_ranks_and_its_outputs():
         U = layer.lowrank_B.weight
         torch.testing.assert_close(U.T @ U, torch.eye(layer.rank), atol=1e-5, rtol=0)
     torch.testing.assert_close(logits(model, batch), before, atol=3e-5, rtol=1e-4)
+
+
+def test_narrowed_layers_stay_as_they_are(tmp_path):
+    model = tiny_gpt2()
+    config = LowRankConfig(param_ratio=0.5, channels=True)
+    hf_lowrank.compress(model, config, token_batches(3), progress=False)
+    (batch,) = token_batches(1)
+    before, names = logits(model, batch), set(narrowed_layers(model))
+    assert names
+    layers = to_training_form_(model, LowRankConfig())
+    assert layers
+    assert set(narrowed_layers(model)) == names
+    torch.testing.assert_close(logits(model, batch), before, atol=3e-5, rtol=1e-4)
+    attach_config(model, LowRankConfig(ranks=current_ranks(model, layers), form="usv"))
+    model.save_pretrained(tmp_path)  # with a config that says nothing of channels
+    assert torch.equal(logits(hf_lowrank.load(tmp_path), batch), logits(model, batch))
+
+
+def test_channels_are_not_for_training():
+    with pytest.raises(ConfigError, match="Training selects ranks only"):
+        to_training_form_(tiny_llama(), LowRankConfig(param_ratio=0.5, channels=True))
 
 
 def test_frozen_layers_stay_frozen():
