@@ -9,7 +9,7 @@ from hf_lowrank.config import LowRankConfig
 from hf_lowrank.errors import LowRankError
 from hf_lowrank.joint.system import compress_jointly
 from hf_lowrank.loading import load
-from hf_lowrank.modeling_lowrank import LowRankLinear
+from hf_lowrank.modeling_lowrank import LowRankLinear, NarrowedLinear
 from hf_lowrank.peft_style import get_lowrank_model, print_trainable_parameters
 from hf_lowrank.report.schema import Report
 from hf_lowrank.surgery import merge_ as merge
@@ -19,6 +19,7 @@ __all__ = [
     "LowRankConfig",
     "LowRankError",
     "LowRankLinear",
+    "NarrowedLinear",
     "Report",
     "__version__",
     "compress",

@@ -20,7 +20,9 @@ _PATTERNS: tuple[tuple[tuple[str, ...], str], ...] = (
     (("wi",), "wo"),  # T5
     (("c_fc",), "c_proj"),  # GPT-2
     (("fc1",), "fc2"),  # OPT
-    (("dense_h_to_4h",), "dense_4h_to_h"),  # GPT-NeoX
+    (("fc_in",), "fc_out"),  # GPT-J
+    (("dense_h_to_4h",), "dense_4h_to_h"),  # GPT-NeoX, BLOOM, Falcon
+    (("lin1",), "lin2"),  # DistilBERT
     (("intermediate.dense",), "output.dense"),  # BERT
 )
 

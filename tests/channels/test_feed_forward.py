@@ -1,0 +1,70 @@
+"""Feed-forwards by name, in architectures that are not among the tiny models."""
+
+import pytest
+import torch
+from transformers import (
+    BloomConfig,
+    BloomForCausalLM,
+    DistilBertConfig,
+    DistilBertForMaskedLM,
+    FalconConfig,
+    FalconForCausalLM,
+    GPTJConfig,
+    GPTJForCausalLM,
+    GPTNeoXConfig,
+    GPTNeoXForCausalLM,
+)
+
+from hf_lowrank import LowRankConfig, compress, load, merge
+from hf_lowrank.channels.feed_forward import find_feed_forwards
+from hf_lowrank.targets import find_targets
+from tests.tiny_models import logits, tiny_llama, token_batches
+
+CONFIG = LowRankConfig(param_ratio=0.6, channels=True)
+GPT_LIKE = {"vocab_size": 96, "n_positions": 32, "n_embd": 32, "n_layer": 2, "n_head": 4}
+MODELS = {
+    "gptj": (GPTJForCausalLM, GPTJConfig(**GPT_LIKE, rotary_dim=4)),
+    "bloom": (BloomForCausalLM, BloomConfig(vocab_size=96, hidden_size=32, n_layer=2, n_head=4)),
+    "falcon": (
+        FalconForCausalLM,
+        FalconConfig(vocab_size=96, hidden_size=32, num_hidden_layers=2, num_attention_heads=4),
+    ),
+    "gpt_neox": (
+        GPTNeoXForCausalLM,
+        GPTNeoXConfig(
+            vocab_size=96,
+            hidden_size=32,
+            intermediate_size=64,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+        ),
+    ),
+    "distilbert": (
+        DistilBertForMaskedLM,
+        DistilBertConfig(vocab_size=96, dim=32, hidden_dim=64, n_layers=2, n_heads=4),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_channels_go_and_the_checkpoint_loads(name, tmp_path):
+    torch.manual_seed(0)
+    model_class, config = MODELS[name]
+    model = model_class(config).eval()
+    batches = [batch | {"labels": batch["input_ids"]} for batch in token_batches(2)]
+    assert len(find_feed_forwards(model, find_targets(model, CONFIG))) == 2
+    report = compress(model, CONFIG, batches, progress=False)
+    assert report.narrowed
+    expected = logits(model, batches[0])
+    model.save_pretrained(tmp_path)
+    assert torch.equal(logits(load(tmp_path), batches[0]), expected)
+    merge(model)
+    torch.testing.assert_close(logits(model, batches[0]), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_feed_forward_counts_only_as_a_whole():
+    model = tiny_llama()
+    left = LowRankConfig(param_ratio=0.6, exclude_modules=["layers.0.mlp.gate_proj"])
+    (block,) = find_feed_forwards(model, find_targets(model, left))
+    assert block.output == "model.layers.1.mlp.down_proj"
+    assert block.inputs == ("model.layers.1.mlp.gate_proj", "model.layers.1.mlp.up_proj")
