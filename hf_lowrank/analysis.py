@@ -309,7 +309,7 @@ def _groups(
         size = BYTES_PER_MOMENT * (
             len(needs & SECOND_MOMENTS) * min(rows, columns) ** 2
             + ("gradient" in needs) * rows * columns
-            + (name in whole) * columns**2
+            + 2 * (name in whole) * columns**2  # one stays with the channels' order
         )
         if groups[-1] and used + size > limit:
             groups.append({})

@@ -16,6 +16,7 @@ from transformers import AutoConfig
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 
 from hf_lowrank.analysis import analyze
+from hf_lowrank.channels.feed_forward import named_feed_forwards
 from hf_lowrank.checkpoint import check_checkpoint, tensor_shapes
 from hf_lowrank.config import LowRankConfig
 from hf_lowrank.decomposition.metrics import METRICS
@@ -31,6 +32,8 @@ from hf_lowrank.surgery import factorize_, narrowed_layers
 
 # Parameters and buffers that a model may have beyond four times its tensors' elements.
 _SPARE_ELEMENTS = 10_000_000
+# How much larger merging may make narrowed layers than all tensors are.
+_MERGED = 100
 
 
 class LowRankHfQuantizer(LowRankQuantizer):
@@ -81,7 +84,7 @@ def _compress_without_data(model: nn.Module, config: LowRankConfig) -> LowRankCo
     else:
         plan = analysis.plan_for_rank(config.rank or 1)
     factorize_(model, analysis.spectra, plan)
-    return config.replace(ranks=dict(plan.ranks), form="factors")
+    return config.replace(ranks=dict(plan.ranks), narrowed=None, form="factors")
 
 
 def attach_config(model: nn.Module, config: LowRankConfig | None) -> None:
@@ -160,6 +163,13 @@ def _check_shapes(folder: str | Path, model_class: Any) -> None:  # noqa: ANN401
     with torch.device("meta"):
         skeleton = model_class(config)
         replace_with_lowrank(skeleton, settings.ranks or {}, settings.form, settings.narrowed)
+    small = narrowed_layers(skeleton)
+    blocks = named_feed_forwards(skeleton, small)
+    for name in small.keys() - {name for _, block in blocks for name in block.names}:
+        raise CheckpointError(
+            f"{folder}: config.json narrows {name} to {[*small[name].weight.shape]}, which does "
+            "not fit the other layers of its feed-forward."
+        )
     shapes = tensor_shapes(folder)
     stored = sum(math.prod(shape) for shape in shapes.values())
     wanted = sum(t.numel() for t in (*skeleton.parameters(), *skeleton.buffers()))
@@ -167,6 +177,12 @@ def _check_shapes(folder: str | Path, model_class: Any) -> None:  # noqa: ANN401
         raise CheckpointError(
             f"{folder}: config.json describes a model of {wanted:,} numbers, the tensors hold "
             f"{stored:,}."
+        )
+    merged = sum(math.prod(layer.dense_shape) for layer in small.values())
+    if merged > _MERGED * stored + _SPARE_ELEMENTS:
+        raise CheckpointError(
+            f"{folder}: config.json says that the narrowed layers once had {merged:,} weights, the "
+            f"tensors hold {stored:,} numbers."
         )
     for name, tensor in skeleton.state_dict().items():
         if name in shapes and list(tensor.shape) != shapes[name]:

@@ -265,7 +265,7 @@ def replace_with_lowrank(
                 "model."
             )
         layer = model.get_submodule(name)
-        if not isinstance(layer, (nn.Linear, Conv1D)):
+        if not isinstance(layer, (nn.Linear, Conv1D)) or isinstance(layer, NarrowedLinear):
             raise ValueError(
                 f"{name}: only nn.Linear and Conv1D can be factorized, not {type(layer).__name__}."
             )

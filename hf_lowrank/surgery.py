@@ -106,6 +106,13 @@ def factorize_(
     covered = {name for each in blocks.values() for name in each.block.names}
     for name in plan.narrowed.keys() - covered:
         raise TargetError(f"{name}: the plan narrows it, but its channels were not ordered.")
+    for output, each in blocks.items():
+        for name, shape in each.shapes(plan.shapes, plan.narrowed[output][1]).items():
+            if tuple(plan.narrowed.get(name, plan.shapes[name])) != shape:
+                raise TargetError(
+                    f"{name}: the plan gives it shape {plan.narrowed.get(name)}, which does not "
+                    f"fit that of {output}."
+                )
     layers: dict[str, nn.Module] = {}
     for name, each in blocks.items():
         layers |= narrowed(model, each.block, each.narrowing(model, plan.narrowed[name][1]))
@@ -181,11 +188,11 @@ def merge_(model: nn.Module) -> nn.Module:
     the low-rank entries from the model's config, so that it is saved as a dense model.
 
     Raises:
-        TargetError: The model has no low-rank layer.
+        TargetError: The model has no low-rank or narrowed layer.
     """
     layers = compressed_layers(model)
     if not layers:
-        raise TargetError("The model has no low-rank layer to merge.")
+        raise TargetError("The model has no low-rank or narrowed layer to merge.")
     for name, layer in layers.items():
         dense = layer.to_dense()
         dense.train(layer.training)

@@ -14,7 +14,8 @@ from hf_lowrank.arguments import (
     parse_several,
     user_errors,
 )
-from hf_lowrank.compression import check_goal, model_sizes
+from hf_lowrank.before_after import model_sizes
+from hf_lowrank.compression_run import check_goal
 from hf_lowrank.data.roles import read_texts
 from hf_lowrank.distributed import current_processes
 from hf_lowrank.evaluation.samples import continue_prompts, side_by_side

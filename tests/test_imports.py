@@ -28,6 +28,8 @@ ORDER = (
     "held_out",
     "structured",
     "loading",
+    "before_after",
+    "compression_run",
     "compression",
     "joint",
     "pruning",
@@ -70,7 +72,7 @@ def unit(name: str) -> str:
 
 def test_there_is_something_to_check():
     assert {"hf_lowrank.surgery", "hf_lowrank.decomposition.spectrum"} <= set(SOURCES)
-    assert "hf_lowrank.config" in internal("hf_lowrank.compression")
+    assert "hf_lowrank.config" in internal("hf_lowrank.compression_run")
     assert "transformers" in imports("hf_lowrank.modeling_lowrank") - {""}
 
 

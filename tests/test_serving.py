@@ -9,7 +9,7 @@ from transformers import AutoTokenizer, pipeline
 
 import hf_lowrank
 from hf_lowrank import LowRankConfig, LowRankLinear
-from hf_lowrank.compression import model_sizes
+from hf_lowrank.before_after import model_sizes
 from hf_lowrank.quantization import quantize_int8_
 from tests.scripts import save_checkpoint, word_tokenizer
 from tests.tiny_models import logits, tiny_llama, token_batches

@@ -244,5 +244,5 @@ def test_merging_keeps_frozen_layers_frozen():
 
 
 def test_merging_a_dense_model_is_refused():
-    with pytest.raises(TargetError, match="no low-rank layer to merge"):
+    with pytest.raises(TargetError, match="no low-rank or narrowed layer to merge"):
         merge(tiny_llama())

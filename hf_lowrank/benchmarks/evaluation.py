@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from hf_lowrank.compression import compare, model_sizes
+from hf_lowrank.before_after import compare, model_sizes
 from hf_lowrank.data.glue import TASKS
 from hf_lowrank.evaluation.harness import run_tasks
 from hf_lowrank.evaluation.perplexity import measure_loss

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from hf_lowrank.analysis import Analysis, decompose_layers
-from hf_lowrank.compression import compare
+from hf_lowrank.before_after import compare
 from hf_lowrank.config import LowRankConfig
 from hf_lowrank.decomposition.metrics import METRICS
 from hf_lowrank.evaluation.perplexity import LossMeasurement, measure_loss

@@ -13,12 +13,12 @@ from typing import Any
 from torch import nn
 
 from hf_lowrank.analysis import Analysis, analyze
+from hf_lowrank.before_after import compare
 from hf_lowrank.benchmarks.catalogue import JOINT, RANKED, STRUCTURED, System, select_systems
 from hf_lowrank.benchmarks.cost import Cost, counted
 from hf_lowrank.benchmarks.record import write_result
 from hf_lowrank.benchmarks.system_rows import claim, read_row, row_path
 from hf_lowrank.benchmarks.system_tables import format_row
-from hf_lowrank.compression import compare
 from hf_lowrank.config import LowRankConfig
 from hf_lowrank.errors import LowRankError
 from hf_lowrank.evaluation.perplexity import LossMeasurement, measure_loss

@@ -69,6 +69,8 @@ def plan_with_channels(
         ConfigError: Even the smallest ranks exceed the budget.
     """
     fixed = dict(fixed or {})
+    if param_ratio >= 1:  # no channel goes without need, even where none is worth anything
+        return plan_for_budget(shapes, spectra, "price", 1.0, min_rank=min_rank, fixed=fixed)
     free = [
         each
         for each in orders.values()
@@ -86,7 +88,7 @@ def plan_with_channels(
     small: dict[str, tuple[int, int]] = {}
     for each, (way, places) in zip(free, choice[others:], strict=True):
         if way == 1:
-            small |= narrowed_shapes(each, shapes, each.counts[places[0]])
+            small |= each.shapes(shapes, each.counts[places[0]])
     # With the channels decided, the rule that has no channels spends the rest on ranks.
     left = {**shapes, **small}
     total = sum(layer_cost(shape, None) for shape in left.values())
@@ -94,13 +96,6 @@ def plan_with_channels(
     plan = plan_for_budget(left, spectra, "price", budget / total, min_rank=min_rank, fixed=decided)
     shrunk = {name: shape for name, shape in small.items() if shape != tuple(shapes[name])}
     return RankPlan(plan.ranks, dict(shapes), shrunk)
-
-
-def narrowed_shapes(order: ChannelOrder, shapes: Shapes, count: int) -> dict[str, tuple[int, int]]:
-    """Shapes of a feed-forward's layers with fewer channels, by name."""
-    block = order.block
-    found = {name: (count, shapes[name][1]) for name in block.inputs}
-    return found | {block.output: (shapes[block.output][0], count)}
 
 
 def predicted_rise_with_channels(
@@ -134,7 +129,7 @@ def rank_curve(spectrum: Spectrum, min_rank: int = 1) -> Curve:
 def channel_curve(order: ChannelOrder, shapes: Shapes) -> Curve:
     """Parameters and rise at each step of a feed-forward's channels."""
     costs = [
-        sum(layer_cost(shape, None) for shape in narrowed_shapes(order, shapes, count).values())
+        sum(layer_cost(shape, None) for shape in order.shapes(shapes, count).values())
         for count in order.counts
     ]
     return Curve(torch.tensor(costs, dtype=torch.float64), order.rises)

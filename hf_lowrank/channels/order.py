@@ -8,6 +8,7 @@ truncation does (docs/methods.md, section 1), with C the channels' second moment
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -18,6 +19,7 @@ from hf_lowrank.channels.narrowing import Narrowing, channel_weights, refit
 from hf_lowrank.decomposition.metrics import MetricSettings, QuadraticForm, Side
 from hf_lowrank.decomposition.moments import SecondMoment
 from hf_lowrank.decomposition.spectrum import damped
+from hf_lowrank.errors import NumericalError
 from hf_lowrank.targets import linear_weight
 
 _ROUNDS = 48
@@ -31,7 +33,7 @@ class ChannelOrder:
 
     Attributes:
         block: Names of its layers.
-        order: Indices, shape (n,).
+        order: Indices, shape (n,), on the CPU as all tensors here.
         counts: How many are kept at each step, ascending to n.
         rises: Predicted rise of the mean loss at each step, nats, shape (steps,), fp64.
         moment: Their second moment, damped, shape (n, n), fp32.
@@ -46,15 +48,28 @@ class ChannelOrder:
     def predicted_rise(self, count: int) -> float:
         """Predicted rise of the mean loss with the first channels alone, nats.
 
-        Between two steps that of the smaller one; below the first step that of the first.
+        Between two steps that of the smaller one; below the first step NaN.
         """
         steps = sum(each <= count for each in self.counts)
-        return float(self.rises[max(steps, 1) - 1])
+        return float(self.rises[steps - 1]) if steps else math.nan
 
     def narrowing(self, model: nn.Module, count: int) -> Narrowing:
         """The first channels of a dense model's block, and an output weight fitted to them."""
-        kept = self.order[:count].sort().values
-        return refit(kept, channel_weights(model, self.block), self.moment.double())
+        weights = channel_weights(model, self.block)
+        kept = self.order[:count].sort().values.to(weights.output.device)
+        return refit(kept, weights, self.moment.to(kept.device).double())
+
+    def shapes(
+        self, dense: Mapping[str, tuple[int, int]], count: int
+    ) -> dict[str, tuple[int, int]]:
+        """Shapes of the block's layers with fewer channels, by name.
+
+        Args:
+            dense: (out_features, in_features) of the dense layers by name.
+            count: How many channels are kept.
+        """
+        found = {name: (count, dense[name][1]) for name in self.block.inputs}
+        return found | {self.block.output: (dense[self.block.output][0], count)}
 
 
 def damped_moment(moment: SecondMoment, damping: float | None = None) -> torch.Tensor:
@@ -78,7 +93,7 @@ def order_channels(
         None where that layer has more outputs than inputs: such channels have no price here.
 
     Raises:
-        NumericalError: A moment holds NaN or infinity.
+        NumericalError: A moment, or what comes of it, holds NaN or infinity.
     """
     side, scale = form.output, form.price_scale
     if side.moment is None or side.moment.is_projected or scale is None:
@@ -88,7 +103,7 @@ def order_channels(
     gradients = damped(side.moment.matrix.double(), side)
     weighted = scale * (weight.T @ (gradients @ (weight @ moment)))
     order, counts, rises = channel_order(moment, weighted)
-    return ChannelOrder(block, order, counts, rises, moment.float())
+    return ChannelOrder(block, order.cpu(), counts, rises, moment.float().cpu())
 
 
 def channel_order(
@@ -127,5 +142,8 @@ def channel_order(
         explained = torch.linalg.solve(core, left[chosen][:, rest].double()).float()
         weighted = weighted[rest][:, rest] - weighted[rest][:, chosen] @ explained
         left = left[rest][:, rest] - left[rest][:, chosen] @ explained
-        rises.append(max(0.0, float(weighted.diagonal().double().sum())))
-    return torch.cat(order), counts, torch.tensor(rises, dtype=torch.float64)
+        rises.append(float(weighted.diagonal().double().sum()))
+    found = torch.tensor(rises, dtype=torch.float64)
+    if not bool(torch.isfinite(found).all()):
+        raise NumericalError("the price of a channel is NaN or infinite")
+    return torch.cat(order), counts, found.clamp_min(0)

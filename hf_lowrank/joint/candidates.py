@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from hf_lowrank.analysis import metric_settings
-from hf_lowrank.compression import CompressionRun
+from hf_lowrank.compression_run import CompressionRun
 from hf_lowrank.decomposition.metrics import METRICS
 from hf_lowrank.decomposition.moments import Moments
 from hf_lowrank.decomposition.spectrum import Spectrum

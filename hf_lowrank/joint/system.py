@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import nn
 
-from hf_lowrank.compression import CompressionRun, RunOptions, Texts
+from hf_lowrank.compression_run import CompressionRun, RunOptions, Texts
 from hf_lowrank.config import LowRankConfig
 from hf_lowrank.distributed import current_processes
 from hf_lowrank.errors import ConfigError, DataError

@@ -15,7 +15,8 @@ from typing import Any
 
 from torch import nn
 
-from hf_lowrank.compression import check_goal, compress
+from hf_lowrank.compression import compress
+from hf_lowrank.compression_run import check_goal
 from hf_lowrank.config import LowRankConfig
 from hf_lowrank.decomposition.metrics import METRICS
 from hf_lowrank.errors import ConfigError, DataError

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from hf_lowrank.compression import model_sizes
+from hf_lowrank.before_after import model_sizes
 from hf_lowrank.config import LowRankConfig
 from hf_lowrank.evaluation.perplexity import measure_loss
 from hf_lowrank.modeling_lowrank import linear_shape

@@ -9,9 +9,9 @@ from torch import nn
 
 from hf_lowrank.config import LowRankConfig
 from hf_lowrank.decomposition.thin import thin_svd
-from hf_lowrank.errors import ConfigError
+from hf_lowrank.errors import ConfigError, TargetError
 from hf_lowrank.modeling_lowrank import LowRankLinear, break_even_rank
-from hf_lowrank.surgery import empty_lowrank, factorized_layers, replace_layer_
+from hf_lowrank.surgery import empty_lowrank, factorized_layers, narrowed_layers, replace_layer_
 from hf_lowrank.targets import find_targets, fixed_ranks, linear_weight
 
 
@@ -30,11 +30,9 @@ def to_training_form_(model: nn.Module, config: LowRankConfig) -> dict[str, LowR
         The layers in training form, by name.
 
     Raises:
-        ConfigError: The config asks for channels, which no training takes out.
-        TargetError, ConfigError: See `find_targets`.
+        ConfigError: The config asks for channels of a dense model, which no training takes out.
+        TargetError, ConfigError: The model has narrowed layers alone; or see `find_targets`.
     """
-    if config.channels:
-        raise ConfigError("Training selects ranks only; set channels for compress, not here.")
     layers = factorized_layers(model)
     if layers:
         for name, layer in layers.items():
@@ -42,6 +40,13 @@ def to_training_form_(model: nn.Module, config: LowRankConfig) -> dict[str, LowR
                 left, right = layer.lowrank_B.weight, layer.lowrank_A.weight
                 replace_layer_(model, name, _from_svd(layer, *thin_svd(left, right)))
         return factorized_layers(model)
+    if narrowed_layers(model):
+        raise TargetError(
+            "The model's feed-forwards lost channels, but no layer has a rank, so there is none to "
+            "select; train it with Trainer."
+        )
+    if config.channels:
+        raise ConfigError("Training selects ranks only; set channels for compress, not here.")
     targets = find_targets(model, config)
     fixed = fixed_ranks(targets, config)
     for name, dense in targets.items():

@@ -15,7 +15,7 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from hf_lowrank.analysis import Stopwatch
 from hf_lowrank.arguments import argument, config_option
-from hf_lowrank.compression import compare, model_sizes
+from hf_lowrank.before_after import compare, model_sizes
 from hf_lowrank.config import LowRankConfig
 from hf_lowrank.data.text import token_batches
 from hf_lowrank.errors import DataError

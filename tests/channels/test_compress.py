@@ -2,10 +2,13 @@
 
 import pytest
 import torch
+from torch import nn
 
 from hf_lowrank import LowRankConfig, compress, get_lowrank_model, merge, sweep
 from hf_lowrank.arguments import CompressionArguments
-from hf_lowrank.channels.feed_forward import find_feed_forwards
+from hf_lowrank.channels import order as order_module
+from hf_lowrank.channels.feed_forward import FeedForward, find_feed_forwards
+from hf_lowrank.channels.order import ChannelOrder
 from hf_lowrank.errors import ConfigError, TargetError
 from hf_lowrank.joint.system import compress_jointly
 from hf_lowrank.modeling_lowrank import NarrowedLinear, linear_shape
@@ -116,6 +119,62 @@ def test_a_config_is_replayed(text):
     compress(model, CONFIG, text[:2], progress=False)
     compress(again, model.config.quantization_config, text[:2], progress=False)
     assert equal_states(snapshot(again), snapshot(model))
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (lambda shapes: shapes["up"].__setitem__(0, 5), "does not fit that of .*down_proj"),
+        (lambda shapes: shapes.pop("up"), "up_proj: the plan gives it shape None"),
+        (lambda shapes: shapes.pop("down"), "its channels were not ordered"),
+    ],
+)
+def test_a_replay_that_does_not_fit_is_refused_before_the_first_edit(text, edit, message):
+    model = tiny_llama()
+    compress(model, CONFIG, text[:2], progress=False)
+    config = model.config.quantization_config
+    prefix = "model.layers.1.mlp"
+    shapes = {kind: config.narrowed.pop(f"{prefix}.{kind}_proj") for kind in ("gate", "up", "down")}
+    edit(shapes)
+    config.narrowed |= {f"{prefix}.{kind}_proj": shape for kind, shape in shapes.items()}
+    again = tiny_llama()
+    before = snapshot(again)
+    with pytest.raises(TargetError, match=message):
+        compress(again, config, text[:2], progress=False)
+    assert equal_states(snapshot(again), before)
+    with pytest.raises(ConfigError, match="set channels=True"):
+        compress(again, config.replace(channels=False), text[:2], progress=False)
+
+
+@pytest.mark.parametrize("fixed", [{}, {"q_proj": 14}])
+def test_channels_that_nothing_reads_stay_where_nothing_has_to_go(text, fixed):
+    def build():
+        model = tiny_llama()
+        with torch.no_grad():
+            for layer in model.model.layers:
+                layer.mlp.down_proj.weight[:, ::3] = 0
+        return model
+
+    config = LowRankConfig(param_ratio=1.0, channels=True, rank_pattern=fixed)
+    report = compress(build(), config, text[:4], progress=False)
+    assert report.narrowed == {}
+    config = config.replace(param_ratio=None, loss_tolerance=0.5)
+    report = compress(build(), config, text[:4], held_out=text[4:], progress=False)
+    assert report.narrowed
+    assert report.probes
+
+
+def test_channels_from_another_device_move_to_the_weights(monkeypatch):
+    """As after a run whose channels came from the cache, on a GPU."""
+    seen = []
+    monkeypatch.setattr(order_module, "refit", lambda *tensors: seen.extend(tensors))
+    model = nn.Module()
+    model.fc1, model.fc2 = nn.Linear(4, 8, device="meta"), nn.Linear(8, 4, device="meta")
+    block = FeedForward(("fc1",), "fc2")
+    order = ChannelOrder(block, torch.arange(8), [8], torch.zeros(1), torch.eye(8))
+    order.narrowing(model, 5)
+    kept, weights, moment = seen
+    assert {kept.device.type, weights.output.device.type, moment.device.type} == {"meta"}
 
 
 def test_merging_gives_the_full_width_back(text):

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch import nn
 from transformers import (
     BloomConfig,
     BloomForCausalLM,
@@ -17,6 +18,7 @@ from transformers import (
 
 from hf_lowrank import LowRankConfig, compress, load, merge
 from hf_lowrank.channels.feed_forward import find_feed_forwards
+from hf_lowrank.errors import TargetError
 from hf_lowrank.targets import find_targets
 from tests.tiny_models import logits, tiny_llama, token_batches
 
@@ -60,6 +62,44 @@ def test_channels_go_and_the_checkpoint_loads(name, tmp_path):
     assert torch.equal(logits(load(tmp_path), batches[0]), expected)
     merge(model)
     torch.testing.assert_close(logits(model, batches[0]), expected, rtol=1e-4, atol=1e-5)
+
+
+class GatedInOne(nn.Module):
+    """Gate and value in one layer, as in Moonshine's decoder."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc1, self.fc2 = nn.Linear(32, 128), nn.Linear(64, 32)
+
+
+class NormOverChannels(nn.Module):
+    """As in BitNet and Kosmos-2."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc1, self.ffn_layernorm, self.fc2 = (
+            nn.Linear(32, 64),
+            nn.LayerNorm(64),
+            nn.Linear(64, 32),
+        )
+
+
+class NormBefore(NormOverChannels):
+    """This one may lose channels."""
+
+    def __init__(self):
+        super().__init__()
+        self.ffn_layernorm = nn.LayerNorm(32)
+
+
+@pytest.mark.parametrize("kind", [GatedInOne, NormOverChannels])
+def test_channels_that_do_not_act_one_by_one_stay(kind):
+    with pytest.raises(TargetError, match="no feed-forward of a known kind"):
+        find_feed_forwards(nn.Sequential(kind()), ["0.fc1", "0.fc2"])
+    (block,) = find_feed_forwards(
+        nn.Sequential(kind(), NormBefore()), ["0.fc1", "0.fc2", "1.fc1", "1.fc2"]
+    )
+    assert block.names == ("1.fc1", "1.fc2")
 
 
 def test_a_feed_forward_counts_only_as_a_whole():

@@ -2,8 +2,8 @@
 
 import pytest
 
-from hf_lowrank import LowRankConfig, compress, compression, sweep
-from hf_lowrank.compression import CompressionRun, RunOptions, Texts
+from hf_lowrank import LowRankConfig, compress, compression_run, sweep
+from hf_lowrank.compression_run import CompressionRun, RunOptions, Texts
 from hf_lowrank.distributed import Processes
 from hf_lowrank.joint.system import compress_jointly
 from tests.compress import is_dense
@@ -27,7 +27,7 @@ def timed(monkeypatch):
         calls.append((snapshot(model), dict(originals)))
         return {"call": len(calls)}
 
-    monkeypatch.setattr(compression, "speed_before_and_after", note)
+    monkeypatch.setattr(compression_run, "speed_before_and_after", note)
     return calls
 
 

@@ -142,9 +142,24 @@ def test_a_narrowed_layer_wider_than_the_dense_one_is_refused(broken_narrowed):
 
 def test_a_narrowed_layer_that_config_json_does_not_know_is_refused(broken_narrowed):
     edit_config(broken_narrowed, lambda c: c["quantization_config"]["narrowed"].pop(UP))
-    refused(
-        broken_narrowed, r"up_proj\.weight has shape \[\d+, 32\], config\.json asks for \[64, 32\]"
-    )
+    refused(broken_narrowed, r"narrows model.*_proj to \[.*\], which does not fit the other layers")
+
+
+def test_layers_of_a_feed_forward_that_do_not_fit_each_other_are_refused(broken_narrowed):
+    def cut(tensors):
+        tensors[f"{UP}.weight"] = tensors[f"{UP}.weight"][1:].clone()
+
+    def edit(config):
+        config["quantization_config"]["narrowed"][UP][0] -= 1
+
+    edit_tensors(broken_narrowed, cut)
+    edit_config(broken_narrowed, edit)
+    refused(broken_narrowed, r"narrows model.*_proj to \[.*\], which does not fit the other layers")
+
+
+def test_a_width_that_merging_could_not_hold_is_refused(broken_narrowed):
+    edit_config(broken_narrowed, lambda config: config.update(intermediate_size=2**40))
+    refused(broken_narrowed, r"narrowed layers once had [\d,]+ weights, the tensors hold")
 
 
 def test_a_missing_tensor_is_refused(broken):

@@ -90,7 +90,7 @@ def no_calibration(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("collect_moments", "decompose"):
         monkeypatch.setattr(hf_lowrank.analysis, name, must_not_happen(f"{name} was called"))
     monkeypatch.setattr(
-        hf_lowrank.compression, "measure_loss", must_not_happen("measure_loss was called")
+        hf_lowrank.compression_run, "measure_loss", must_not_happen("measure_loss was called")
     )
 
 

@@ -9,7 +9,7 @@ from transformers.pytorch_utils import Conv1D
 
 import hf_lowrank
 from hf_lowrank.config import LowRankConfig
-from hf_lowrank.errors import ConfigError
+from hf_lowrank.errors import ConfigError, TargetError
 from hf_lowrank.loading import attach_config
 from hf_lowrank.surgery import factorized_layers, narrowed_layers
 from hf_lowrank.training.forms import current_ranks, to_inference_form_, to_training_form_
@@ -77,6 +77,23 @@ def test_narrowed_layers_stay_as_they_are(tmp_path):
     attach_config(model, LowRankConfig(ranks=current_ranks(model, layers), form="usv"))
     model.save_pretrained(tmp_path)  # with a config that says nothing of channels
     assert torch.equal(logits(hf_lowrank.load(tmp_path), batch), logits(model, batch))
+
+
+def test_narrowed_layers_alone_leave_nothing_to_select():
+    model = tiny_llama()
+    config = LowRankConfig(param_ratio=0.5, channels=True, target_modules=["mlp.*_proj"])
+    hf_lowrank.compress(model, config, token_batches(3), progress=False)
+    assert narrowed_layers(model)
+    assert not factorized_layers(model)
+    with pytest.raises(TargetError, match="no layer has a rank, so there is none to select"):
+        to_training_form_(model, LowRankConfig())
+
+
+def test_the_config_of_a_narrowed_checkpoint_trains_its_ranks():
+    model = tiny_gpt2()
+    config = LowRankConfig(param_ratio=0.5, channels=True)
+    hf_lowrank.compress(model, config, token_batches(3), progress=False)
+    assert to_training_form_(model, model.config.quantization_config)
 
 
 def test_channels_are_not_for_training():
