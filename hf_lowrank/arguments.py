@@ -142,6 +142,7 @@ class CompressionArguments:
     metric: str = config_option("metric")
     rule: str | None = config_option("rule")
     channels: bool = config_option("channels")
+    measured_prices: bool = config_option("measured_prices")
     search_trials: int = config_option("search_trials")
     target_modules: list[str] | None = config_option("target_modules")
     exclude_modules: list[str] | None = config_option("exclude_modules")
@@ -244,7 +245,7 @@ class CompressionArguments:
         """Token windows by role: tolerances, searches and recovery need held-out text, too."""
         wanted = {"calibration": self.calibration_sequences}
         searches = self.param_ratio is None or self.rule in SEARCH_NAMES
-        if searches or self.joint or self.recover_steps > 0:
+        if searches or self.measured_prices or self.joint or self.recover_steps > 0:
             wanted["held_out"] = self.held_out_sequences
         if self.evaluation != "none":
             wanted["evaluation"] = self.evaluation_sequences

@@ -22,6 +22,7 @@ from hf_lowrank.evaluation.speed import speed_before_and_after
 from hf_lowrank.held_out import HeldOutLoss, check_fixed_ranks
 from hf_lowrank.loading import attach_config
 from hf_lowrank.losses import Batch, LossFunction, is_causal_lm
+from hf_lowrank.measured_prices import check_measurable, measure_parts, with_factors
 from hf_lowrank.modeling_lowrank import linear_shape
 from hf_lowrank.ranks.plan import RankPlan
 from hf_lowrank.ranks.rules import RULES
@@ -92,9 +93,9 @@ def split_texts(config: LowRankConfig, texts: Texts, recover_steps: int = 0) -> 
     batches = list(texts.calibration or [])
     if len(batches) < 2:
         raise DataError(
-            "A loss tolerance is tested, ranks are searched, and a recovery is judged on held-out "
-            "text: pass at least two calibration batches, or held_out, or set param_ratio, a rule "
-            "without a search and no recover_steps."
+            "A loss tolerance is tested, ranks are searched, prices are corrected, and a recovery "
+            "is judged on held-out text: pass at least two calibration batches, or held_out, or "
+            "set param_ratio, a rule without a search, no measured_prices and no recover_steps."
         )
     size = max(1, len(batches) // 4)
     return dataclasses.replace(texts, calibration=batches[:-size], held_out=batches[-size:])
@@ -115,6 +116,8 @@ class CompressionRun:
         self.processes = current_processes()
         targets = find_targets(model, config)
         check_goal(targets, config)
+        if config.measured_prices:
+            check_measurable(model)
         self.untouched = untouched_weights(model, targets)
         self.sizes = model_sizes(model)
         cache = None
@@ -137,6 +140,8 @@ class CompressionRun:
             progress=options.progress,
             processes=self.processes,
         )
+        self._predicted = self.analysis  # with the prices as predicted
+        self.parts: list[dict[str, Any]] = []
         self.before: LossMeasurement | None = None
         if texts.evaluation is not None:
             with self.stopwatch.phase("evaluation"):
@@ -145,11 +150,14 @@ class CompressionRun:
     def use(self, config: LowRankConfig) -> None:
         """Goes on with another goal on the same spectra."""
         self.config = config
-        self.analysis = dataclasses.replace(self.analysis, config=config)
+        self.analysis = dataclasses.replace(self._predicted, config=config)
 
     def choose(self) -> tuple[RankPlan, list[Probe], LossDifference | None]:
         """The plan that meets the goal, and for a tolerance how it was found."""
         config = self.config
+        if config.measured_prices and config.ranks is None:
+            with self.stopwatch.phase("prices"):
+                self._measure_prices()
         with self.stopwatch.phase("ranks"):
             if config.ranks is not None:
                 narrowed = {name: (out, n) for name, (out, n) in (config.narrowed or {}).items()}
@@ -162,6 +170,18 @@ class CompressionRun:
             if config.param_ratio is not None:
                 return self.processes.decide((self._search_ranks(config.param_ratio), [], None))
             return self.processes.decide(self._search())
+
+    def _measure_prices(self) -> None:
+        """Corrects the prices by what the plan that they propose does, part by part."""
+        config, analysis = self.config, self.analysis
+        ratio = config.param_ratio
+        if ratio is None:
+            ratio = _likely_ratio(analysis, config.effective_tolerance)
+        plan = analysis.plan_for_ratio(ratio)
+        held_out = self.texts.held_out or []
+        found = measure_parts(self.model, analysis, plan, held_out, self.options.progress)
+        self.parts = self.processes.decide(found)
+        self.analysis = with_factors(analysis, self.parts)
 
     def apply(self, plan: RankPlan, probes: list[Probe], held_out: LossDifference | None) -> Report:
         """Puts the plan into the model, measures it and reports."""
@@ -203,6 +223,7 @@ class CompressionRun:
             probes=[dataclasses.asdict(probe) for probe in probes],
             held_out=None if held_out is None else dataclasses.asdict(held_out),
             recovery=None if recovery is None else dataclasses.asdict(recovery),
+            measured_prices=self.parts,
             failures=self.analysis.failures,
             untouched=self.untouched,
             data={"calibration_tokens": self.analysis.tokens},
@@ -289,6 +310,19 @@ class CompressionRun:
             loss_function=self.options.loss_function,
             progress=description if self.options.progress else None,
         )
+
+
+def _likely_ratio(analysis: Analysis, tolerance: float) -> float:
+    """About the size at which the predicted rise is a tolerance, or a hundredth of a nat."""
+    low, high = (
+        smallest_ratio(analysis.shapes, min_rank=analysis.config.min_rank, fixed=analysis.fixed),
+        1.0,
+    )
+    while high - low > 0.01:
+        middle = (low + high) / 2
+        rise = analysis.predicted_rise(analysis.plan_for_ratio(middle))
+        low, high = (low, middle) if rise <= max(tolerance, 0.01) else (middle, high)
+    return high
 
 
 def _as_lists(shapes: Mapping[str, tuple[int, int]]) -> dict[str, list[int]] | None:

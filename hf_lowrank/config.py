@@ -87,6 +87,12 @@ class LowRankConfig(QuantizationConfigMixin):
         "Let feed-forwards lose channels, too: each is narrowed or its layers are factorized, "
         "whichever the prices favour. Needs metric kfac and rule price.",
     )
+    measured_prices: bool = option(
+        False,
+        "Correct the prices of each part of the model (tenths of the depth, feed-forwards and the "
+        "rest) by how far it departs from the dense model when it is cut alone, on 8 windows of "
+        "held-out text. Needs rule price and a causal language model.",
+    )
     search_trials: int = option(
         24, "Plans that a search of ranks may measure on held-out calibration data."
     )
@@ -144,15 +150,11 @@ class LowRankConfig(QuantizationConfigMixin):
                     f"rule 'price' needs metric 'kfac', whose singular values are prices; got "
                     f"metric {self.metric!r}. Choose another rule or metric 'kfac'."
                 )
-        if not isinstance(self.channels, bool):
-            raise ConfigError(f"channels must be true or false, got {self.channels!r}.")
-        if self.channels and (self.metric, self.effective_rule) != ("kfac", "price"):
-            raise ConfigError(
-                "channels are chosen by price, which needs metric 'kfac' and rule 'price'; got "
-                f"metric {self.metric!r} and rule {self.effective_rule!r}."
-            )
-        if self.channels and self.rank is not None:
-            raise ConfigError("channels need a size or a loss tolerance as the goal, not a rank.")
+        for name in ("channels", "measured_prices"):
+            if not isinstance(getattr(self, name), bool):
+                raise ConfigError(f"{name} must be true or false, got {getattr(self, name)!r}.")
+        for name in ("channels", "measured_prices"):
+            self._check_prices(name)
         for name in ("input_damping", "output_damping"):
             value = getattr(self, name)
             if not (_is_number(value) and 0 <= value < math.inf):
@@ -181,6 +183,17 @@ class LowRankConfig(QuantizationConfigMixin):
                     _check_count(f"{field_name}[{name!r}]", rank)
 
         self._check_narrowed()
+
+    def _check_prices(self, name: str) -> None:
+        if not getattr(self, name):
+            return
+        if (self.metric, self.effective_rule) != ("kfac", "price"):
+            raise ConfigError(
+                f"{name} works on prices, which need metric 'kfac' and rule 'price'; got metric "
+                f"{self.metric!r} and rule {self.effective_rule!r}."
+            )
+        if self.rank is not None:
+            raise ConfigError(f"{name} needs a size or a loss tolerance as the goal, not a rank.")
 
     def _check_narrowed(self) -> None:
         if self.narrowed is not None and not isinstance(self.narrowed, dict):
@@ -226,8 +239,8 @@ class LowRankConfig(QuantizationConfigMixin):
 
     @property
     def searches(self) -> bool:
-        """Whether the ranks are found by measuring losses on held-out data."""
-        return self.goal == "loss_tolerance" or self.rule in SEARCH_NAMES
+        """Whether something is measured on held-out data to find the ranks."""
+        return self.goal == "loss_tolerance" or self.rule in SEARCH_NAMES or self.measured_prices
 
     @property
     def effective_tolerance(self) -> float:

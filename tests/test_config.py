@@ -63,9 +63,9 @@ def test_price_needs_the_metric_that_has_prices():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"metric": "whitened"}, r"needs metric 'kfac' and rule 'price'; got metric 'whitened'"),
+        ({"metric": "whitened"}, r"need metric 'kfac' and rule 'price'; got metric 'whitened'"),
         ({"rule": "relative"}, r"got metric 'kfac' and rule 'relative'"),
-        ({"rank": 4}, r"need a size or a loss tolerance as the goal"),
+        ({"rank": 4}, r"needs a size or a loss tolerance as the goal"),
         ({"channels": "yes"}, r"^channels must be true or false, got 'yes'\."),
     ],
 )
@@ -183,9 +183,10 @@ def test_every_setting_survives_json():
     )
     changed = [f.name for f in dataclasses.fields(config) if getattr(config, f.name) != f.default]
     assert len(changed) == len(dataclasses.fields(config)) - len(
-        ["loss_tolerance", "rank", "channels", "format_version", "quant_method"]
+        ["loss_tolerance", "rank", "channels", "measured_prices", "format_version", "quant_method"]
     )
-    assert LowRankConfig.from_dict(LowRankConfig(channels=True).to_dict()).channels
+    prices = LowRankConfig(channels=True, measured_prices=True)
+    assert LowRankConfig.from_dict(json.loads(json.dumps(prices.to_dict()))) == prices
     assert LowRankConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
     assert LowRankConfig.from_dict(json.loads(config.to_json_string())) == config
 

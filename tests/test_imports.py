@@ -26,6 +26,7 @@ ORDER = (
     "analysis",
     "surgery",
     "held_out",
+    "measured_prices",
     "structured",
     "loading",
     "before_after",

@@ -47,6 +47,7 @@ class System:
         kind: "ranked" for a metric with a rule, "joint", or "structured" for those of
             structured/methods.py.
         channels: Of a ranked system, whether feed-forwards may lose channels, too.
+        measured: Of a ranked system, whether its prices are corrected by measurement.
     """
 
     name: str
@@ -58,6 +59,7 @@ class System:
     stage: Stage
     kind: str = RANKED
     channels: bool = False
+    measured: bool = False
 
 
 @dataclass(frozen=True)
@@ -123,15 +125,19 @@ SYSTEMS = (
     System(
         "joint", "kfac", "joint", OWN, "layer-wise", "theory, then search", "after training", JOINT
     ),
-    System(
-        "price+channels",
-        "kfac",
-        "price",
-        OWN,
-        "layer-wise",
-        "theory",
-        "after training",
-        channels=True,
+    *(
+        System(
+            name,
+            "kfac",
+            "price",
+            OWN,
+            "layer-wise",
+            "theory, then search" if "measured" in name else "theory",
+            "after training",
+            channels="channels" in name,
+            measured="measured" in name,
+        )
+        for name in ("kfac+price+measured", "price+channels", "price+channels+measured")
     ),
     _structured(
         "lorap", "norm-scaled", "pruned channels", "Li 2024, without fine-tuning", "layer-wise"

@@ -27,6 +27,7 @@ from hf_lowrank.joint.disjoint import check_disjoint
 from hf_lowrank.joint.system import compress_jointly
 from hf_lowrank.loading import attach_config
 from hf_lowrank.losses import Batch
+from hf_lowrank.measured_prices import measure_parts, with_factors
 from hf_lowrank.modeling_lowrank import linear_shape
 from hf_lowrank.ranks.plan import RankPlan
 from hf_lowrank.ranks.search import search_plan
@@ -162,7 +163,11 @@ class _Bench:
                 known[key] = loss, spent
                 return loss
 
-            if system.channels:
+            if system.measured:
+                plan = analysis.plan_for_ratio(param_ratio)
+                parts = measure_parts(self.model, analysis, plan, self.texts.held_out)
+                plan = with_factors(analysis, parts).plan_for_ratio(param_ratio)
+            elif system.channels:
                 plan = analysis.plan_for_ratio(param_ratio)
             else:
                 plan = search_plan(

@@ -25,6 +25,9 @@ from hf_lowrank.targets import linear_weight
 _ROUNDS = 48
 _JITTER = 1e-6
 _TINY = 1e-30
+# Damping of the refit as a multiple of that of the price: a fit of hundreds of channels to few
+# tokens wants more (docs/LOG.md).
+_REFIT = 10
 
 
 @dataclass(frozen=True)
@@ -36,7 +39,7 @@ class ChannelOrder:
         order: Indices, shape (n,), on the CPU as all tensors here.
         counts: How many are kept at each step, ascending to n.
         rises: Predicted rise of the mean loss at each step, nats, shape (steps,), fp64.
-        moment: Their second moment, damped, shape (n, n), fp32.
+        moment: Their second moment, damped for the refit, shape (n, n), fp32.
     """
 
     block: FeedForward
@@ -103,6 +106,7 @@ def order_channels(
     gradients = damped(side.moment.matrix.double(), side)
     weighted = scale * (weight.T @ (gradients @ (weight @ moment)))
     order, counts, rises = channel_order(moment, weighted)
+    moment = damped_moment(whole, _REFIT * form.input.damping)
     return ChannelOrder(block, order.cpu(), counts, rises, moment.float().cpu())
 
 

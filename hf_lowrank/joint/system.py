@@ -82,8 +82,8 @@ def compress_jointly(
     """
     if config.metric != "kfac" or config.rule not in (None, "price"):
         raise ConfigError("Joint compression works with metric 'kfac' and rule 'price' only.")
-    if config.channels:
-        raise ConfigError("Joint compression chooses ranks only; use it without channels.")
+    if config.channels or config.measured_prices:
+        raise ConfigError("Joint compression takes neither channels nor measured_prices.")
     if config.goal == "rank" or config.ranks is not None:
         raise ConfigError("Joint compression chooses the ranks: set param_ratio or loss_tolerance.")
     if current_processes().count > 1:

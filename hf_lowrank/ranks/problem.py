@@ -113,6 +113,11 @@ def best_of(plans: Sequence[RankPlan], loss: Measure) -> RankPlan:
     return best
 
 
+def block_number(name: str) -> int:
+    """The first number in a layer's name: which block it is in; 0 without one."""
+    return next((int(part) for part in name.split(".") if part.isdigit()), 0)
+
+
 def layer_groups(names: Sequence[str], depths: int) -> dict[str, list[str]]:
     """Layers by type (last part of the name) and by depth, from the numbers in the names.
 
@@ -123,7 +128,7 @@ def layer_groups(names: Sequence[str], depths: int) -> dict[str, list[str]]:
     Returns:
         Names by group, in the order of first appearance.
     """
-    blocks = [next((int(part) for part in name.split(".") if part.isdigit()), 0) for name in names]
+    blocks = [block_number(name) for name in names]
     total = max(blocks, default=0) + 1
     groups: dict[str, list[str]] = {}
     for name, block in zip(names, blocks, strict=True):

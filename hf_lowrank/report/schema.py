@@ -62,6 +62,8 @@ class Report:
             (`baseline`, `baseline_ratio`), and every candidate measured (`trials`).
         training: How low-rank training went: `epochs`, `learning_rate`, `rule`, the number of
             `selections`, and their goal: `param_ratio`, or `tolerance` in nats.
+        measured_prices: What corrected the prices: for each part its `layers`, the `predicted`
+            rise, the `measured` divergence (nats per token) and their `factor`.
         failures: Reason by layer name, for layers kept dense because their decomposition failed.
         untouched: Parameters of matrices inside the blocks that were no targets, by name.
         data: Which text was used for what.
@@ -100,6 +102,7 @@ class Report:
     samples: list[dict[str, str]] = field(default_factory=list)
     speed: dict[str, Any] | None = None
     narrowed: dict[str, list[int]] = field(default_factory=dict)
+    measured_prices: list[dict[str, Any]] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON data; numbers that JSON can't hold become null."""

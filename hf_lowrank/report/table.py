@@ -45,6 +45,12 @@ def format_report(report: Report) -> str:
         )
     if report.predicted_loss_difference is not None:
         lines.append(f"predicted by the prices: {report.predicted_loss_difference:+.4f}")
+    if report.measured_prices:
+        factors = [part["factor"] for part in report.measured_prices]
+        lines.append(
+            f"prices of {len(factors)} parts corrected by measurement: factors "
+            f"{min(factors):.2f} to {max(factors):.2f}"
+        )
     if report.recovery is not None:
         recovery = report.recovery
         lines.append(
@@ -99,7 +105,8 @@ def comparison_rows(reports: Mapping[str, Report]) -> list[list[str]]:
         kept = parameters["targeted_kept"] / parameters["targeted_dense"]
         sizes = {side: f"{count / 1e6:.1f}" for side, count in report.bytes.items()}
         words = [str(config[key]) for key in ("metric", "rule") if config.get(key)]
-        how = ", ".join(words + ["channels"] * bool(config.get("channels")))
+        words += [word for word in ("channels", "measured_prices") if config.get(word)]
+        how = ", ".join(words)
         seconds = f"{sum(report.seconds.values()):.1f}"
         rows.append(
             [name, sizes["kept"], *after, f"{kept:.4f}", sizes["dense"], before, how, seconds]
@@ -162,6 +169,7 @@ def describe_run(report: Report) -> str:
     ]
     rule = config.get("rule")
     how = f"metric {config.get('metric')}" + (f", rule {rule}" if rule else "")
+    how += ", prices measured part by part" if config.get("measured_prices") else ""
     what = "Ranks, and channels of feed-forwards," if config.get("channels") else "Ranks"
     goal = found[0] if found else "a loss tolerance"
     return f"Goal: {goal}. {what} by {how}; seed {report.seed}."
