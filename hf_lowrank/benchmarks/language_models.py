@@ -19,6 +19,7 @@ from hf_lowrank.benchmarks.systems import (
     BenchmarkTexts,
     compare_systems,
 )
+from hf_lowrank.config import LowRankConfig
 from hf_lowrank.data.text import token_batches
 from hf_lowrank.errors import ConfigError
 from hf_lowrank.losses import Batch
@@ -133,6 +134,9 @@ class RecoveryArguments:
     param_ratio: list[float] | None = argument(None, "Sizes; default 0.6 0.4.")
     recover: str = argument("factors", "What is trained: " + ", ".join(RECOVERIES) + ".")
     channels: bool = argument(False, "Let the cut take channels of feed-forwards out, too.")
+    measured_prices: bool = argument(
+        False, "Correct the prices by measurement on the held-out windows."
+    )
     recover_steps: int = argument(60, "Steps of training.")
     calibration: str = argument("demo", "Text for the moments and the training.")
     calibration_sequences: int = argument(48, "Its token windows.")
@@ -162,6 +166,6 @@ def measure_recoveries(args: RecoveryArguments) -> None:
         RecoverySettings(args.recover_steps, kind=args.recover),
         (calibration, held_out),
         evaluations,
-        channels=args.channels,
+        LowRankConfig(channels=args.channels, measured_prices=args.measured_prices),
     )
     write_result(Path(args.output), {"arguments": vars(args)} | result)

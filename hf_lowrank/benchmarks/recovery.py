@@ -14,6 +14,7 @@ from hf_lowrank.analysis import analyze
 from hf_lowrank.config import LowRankConfig
 from hf_lowrank.evaluation.perplexity import measure_loss
 from hf_lowrank.losses import Batch
+from hf_lowrank.measured_prices import measure_parts, with_factors
 from hf_lowrank.recovery import RecoverySettings, recover_
 from hf_lowrank.surgery import factorize_, restore_
 
@@ -24,8 +25,7 @@ def measure_recovery(
     settings: RecoverySettings,
     texts: tuple[Sequence[Batch], Sequence[Batch]],
     evaluations: Mapping[str, Sequence[Batch]],
-    *,
-    channels: bool = False,
+    config: LowRankConfig | None = None,
 ) -> dict[str, Any]:
     """Perplexities of each evaluation text: dense, after the cut, after the recovery.
 
@@ -36,14 +36,15 @@ def measure_recovery(
         texts: Calibration batches, for the moments and the training; held-out batches, on which
             the training is judged.
         evaluations: Batches by name; only the figures come from them.
-        channels: Whether the cut may take channels of feed-forwards out, too.
+        config: Settings of the cut, but for its size.
 
     Returns:
         `dense`, `settings` and `rows`; a row's `rise_left` is the rise of the loss over the dense
         model after the recovery as a share of that after the cut, by text.
     """
     calibration, held_out = texts
-    analysis = analyze(model, LowRankConfig(param_ratio=1.0, channels=channels), calibration)
+    config = config or LowRankConfig()
+    analysis = analyze(model, config, calibration)
 
     def perplexities() -> dict[str, float]:
         return {name: measure_loss(model, part).perplexity for name, part in evaluations.items()}
@@ -52,6 +53,9 @@ def measure_recovery(
     rows = []
     for ratio in param_ratios:
         plan = analysis.plan_for_ratio(ratio)
+        if config.measured_prices:
+            parts = measure_parts(model, analysis, plan, held_out)
+            plan = with_factors(analysis, parts).plan_for_ratio(ratio)
         originals = factorize_(model, analysis.spectra, plan, analysis.orders)
         cut = perplexities()
         start = time.perf_counter()
@@ -66,6 +70,10 @@ def measure_recovery(
     return {"dense": dense, "settings": asdict(settings), "rows": rows}
 
 
+def _describe(rise_left: float) -> str:
+    return "below the dense model" if rise_left < 0 else f"{rise_left:.0%} of the rise left"
+
+
 def _rise_left(dense: float, cut: float, after: float) -> float:
     """Rise of the loss from perplexities, after recovery over before; NaN without a rise."""
     rise = math.log(cut / dense)
@@ -76,7 +84,7 @@ def format_row(row: Mapping[str, Any]) -> str:
     """One line for the terminal."""
     parts = (
         f"{name} {row['cut'][name]:.4g} -> {row['recovered'][name]:.4g} "
-        f"({row['rise_left'][name]:.0%} of the rise left)"
+        f"({_describe(row['rise_left'][name])})"
         for name in row["cut"]
     )
     return f"{row['param_ratio']:g}: {', '.join(parts)}, {row['seconds'] / 60:.1f} minutes"
