@@ -34,6 +34,7 @@ NOT_ON_THE_COMMAND_LINE = {
     "output_damping",
     "activation_alpha",
     "ranks",
+    "narrowed",
     "form",
     "format_version",
     "quant_method",

@@ -174,7 +174,11 @@ def test_replace_builds_empty_layers_of_the_given_ranks():
 @pytest.mark.parametrize(
     ("name", "rank", "message"),
     [
-        ("model.layers.7.mlp.up_proj", 2, "model.layers.7.mlp.up_proj, but LlamaForCausalLM has"),
+        (
+            "model.layers.7.mlp.up_proj",
+            2,
+            "model.layers.7.mlp.up_proj a rank, but LlamaForCausalLM has",
+        ),
         ("model.norm", 2, "model.norm: only nn.Linear and Conv1D .* not LlamaRMSNorm"),
         ("model.layers.0.mlp.up_proj", 40, r"up_proj: rank 40 is outside 1\.\.min\(64, 32\)"),
     ],

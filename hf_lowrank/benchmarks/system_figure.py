@@ -48,7 +48,7 @@ def draw_systems(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
     extra = max(caption.count("\n") for caption in captions.values())
     names = _LINE_INCHES * max(16, len({row["name"] for row in rows}))
     height = _FRAME_INCHES + names + _LINE_INCHES * extra
-    figure, panels = panels_of(len(texts), (6.4, height))
+    figure, panels = panels_of(len(texts), (6.6, height))
     styles = _styles(rows)
     for axes, text in zip(panels, texts, strict=True):
         ends = _draw_lines(axes, text, rows, styles)

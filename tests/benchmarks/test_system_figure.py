@@ -81,7 +81,10 @@ def test_names_do_not_overlap_and_stand_in_the_order_of_the_lines(panels_for):
 def test_own_systems_stand_out_and_no_two_lines_look_the_same(panels_for):
     axes = panels_for(ALL)[0]
     own = {system.name for system in SYSTEMS if system.source == OWN}
-    assert own == {"kfac+price", "price+channels", "joint"}
+    assert own == {
+        *("kfac+price", "price+channels", "joint"),
+        *("kfac+price+measured", "price+channels+measured"),
+    }
     assert {t.get_text() for t in axes.texts if t.get_fontweight() == "bold"} == own
     styles = system_figure._styles(ALL)
     looks = {(s["linestyle"], s["marker"], s["linewidth"]) for s in styles.values()}

@@ -47,13 +47,14 @@ def test_classes_are_known_and_agree_with_the_rules_that_are_run():
             assert (system.scope == "by group") == (
                 system.rule.startswith("bayes") or system.rule == "cross-entropy"
             )
-            if system.rule in RULES:  # scores, no trials
+            if system.rule in RULES and not system.measured:  # scores, no trials
                 assert "search" not in system.basis
     by_rule = {}
     for system in SYSTEMS:
         found = (system.scope, system.basis, system.stage)
         if system.kind == RANKED:
-            assert by_rule.setdefault(system.rule, found) == found  # the metric changes no class
+            rule = system.rule, system.measured
+            assert by_rule.setdefault(rule, found) == found  # the metric changes no class
     words = inspect.getdoc(catalogue.System)
     for answers in (catalogue.Scope, catalogue.Basis, catalogue.Stage):
         assert all(f'"{answer}"' in words for answer in get_args(answers))
