@@ -211,6 +211,8 @@ class CompressionArguments:
             LowRankConfig(param_ratio=ratio)
         if self.joint and len(ratios) > 1:
             raise ConfigError("joint works on one param_ratio at a time.")
+        if self.joint and (self.channels or self.measured_prices):
+            raise ConfigError("joint takes neither channels nor measured_prices.")
         if len(set(ratios)) < len(ratios):
             raise ConfigError(f"param_ratio names a size twice: {' '.join(map(str, ratios))}.")
         for name in _COUNTS:

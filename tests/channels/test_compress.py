@@ -304,5 +304,7 @@ def test_feed_forwards_are_named_by_their_layers():
 
 def test_the_command_line_has_the_option():
     assert CompressionArguments(param_ratio=[0.5], channels=True).to_config().channels
+    with pytest.raises(ConfigError, match="joint takes neither channels nor measured_prices"):
+        CompressionArguments(param_ratio=[0.5], channels=True, joint=True).to_config()
     with pytest.raises(ConfigError, match="channels works on prices"):
         CompressionArguments(param_ratio=[0.5], channels=True, metric="whitened").to_config()
