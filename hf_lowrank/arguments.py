@@ -160,8 +160,8 @@ class CompressionArguments:
     evaluation_sequences: int = argument(32, "Token windows for evaluation.")
     held_out_sequences: int = argument(
         32,
-        "Token windows on which a loss tolerance is tested, ranks are searched for and a recovery "
-        "is judged; from the end of the calibration text.",
+        "Token windows on which a loss tolerance is tested, ranks are searched for, prices are "
+        "corrected and a recovery is judged; from the end of the calibration text.",
     )
     joint: bool = argument(
         False,

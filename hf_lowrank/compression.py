@@ -38,9 +38,9 @@ def compress(
             `ranks` are filled, as in a checkpoint's config, they are replayed whatever the goal.
         calibration: Batches of forward inputs (tensors by name) for the moments.
         evaluation: Batches for the report's before and after; nothing else looks at them.
-        held_out: Batches on which a loss tolerance is tested, ranks are searched for and a
-            recovery is judged. By default the last quarter of the calibration batches, which
-            then do not enter the moments.
+        held_out: Batches on which a loss tolerance is tested, ranks are searched for, prices are
+            corrected and a recovery is judged. By default the last quarter of the calibration
+            batches, which then do not enter the moments.
         **options: Fields of `RunOptions`.
 
     Returns:

@@ -46,7 +46,7 @@ class Texts:
 
     Attributes:
         calibration: For the moments.
-        held_out: For the search of a loss tolerance or of ranks.
+        held_out: For the search of a loss tolerance or of ranks, and to correct prices.
         evaluation: For the report alone.
     """
 
