@@ -3,7 +3,6 @@
 import importlib.machinery
 import importlib.util
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ import hf_lowrank
 from hf_lowrank import LowRankConfig, sources
 from hf_lowrank.errors import DataError, StorageError, TargetError
 from hf_lowrank.sources import DEMO_HUB_ID, DEMO_NAME, hub_id, load_causal_lm
-from tests.scripts import leftovers, save_checkpoint, word_tokenizer
+from tests.scripts import leftovers, must_not_happen, save_checkpoint, word_tokenizer
 from tests.tiny_models import VOCABULARY, tiny_gpt2, tiny_llama
 
 GGUF_NAMES = {
@@ -41,13 +40,6 @@ def offline(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(save_checkpoint(tmp_path_factory.mktemp("checkpoint") / "model"))
-
-
-def must_not_happen(what: str) -> Callable[..., None]:
-    def fail(*args: Any, **kwargs: Any) -> None:
-        pytest.fail(what)
-
-    return fail
 
 
 def same_state(one: nn.Module, two: nn.Module) -> bool:

@@ -8,6 +8,7 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -36,6 +37,7 @@ from tests.tiny_models import (
 ROOT = Path(__file__).resolve().parents[2]
 SPECIAL = ("<pad>", "<s>", "</s>")
 WORDS = tuple(f"w{number:02d}" for number in range(VOCABULARY - len(SPECIAL)))
+Refusal = Callable[..., str]  # runs with some changes and returns the error
 _PROGRESS = re.compile(r"\d+%\|")
 
 
@@ -207,6 +209,15 @@ def run_python(*arguments: object, **environment: str) -> Finished:
         check=False,
     )
     return Finished(done.returncode, done.stdout, done.stderr)
+
+
+def must_not_happen(what: str) -> Callable[..., None]:
+    """A function that fails the test when it is called."""
+
+    def fail(*args: Any, **kwargs: Any) -> None:
+        pytest.fail(what)
+
+    return fail
 
 
 def leftovers(folder: Path) -> list[str]:

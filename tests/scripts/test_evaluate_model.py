@@ -15,16 +15,11 @@ from hf_lowrank.evaluation import harness
 from hf_lowrank.evaluation.harness import run_tasks
 from hf_lowrank.evaluation.perplexity import measure_loss
 from hf_lowrank.sources import load_any_causal_lm, load_classifier
-from tests.scripts import InProcess, Inputs, make_inputs, save_checkpoint, word_tokenizer
+from tests.scripts import InProcess, Inputs, save_checkpoint, word_tokenizer
 from tests.tiny_models import tiny_bert_classifier, tiny_llama
 
 PLAIN = LowRankConfig(param_ratio=0.6, metric="plain")
 SMALL = ("--evaluation_sequences", 8, "--sequence_length", 32, "--prompt_tokens", 8)
-
-
-@pytest.fixture(scope="module")
-def inputs(tmp_path_factory: pytest.TempPathFactory) -> Inputs:
-    return make_inputs(tmp_path_factory.mktemp("inputs"))
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,7 @@ from hf_lowrank.report.task import TaskReport, load_report
 from hf_lowrank.surgery import factorized_layers
 from hf_lowrank.tasks import fine_tuning
 from tests.fake_hub import FakeHub, acting_as_the_hub, published
-from tests.scripts import Finished, InProcess, Inputs, make_inputs, save_encoder
+from tests.scripts import Finished, InProcess, Inputs, save_encoder
 from tests.scripts.test_run_glue import pairs
 from tests.squad import article, write_squad
 
@@ -156,11 +156,6 @@ def test_a_mistake_is_found_before_anything_is_read(
 
 
 # train_llm.py
-
-
-@pytest.fixture(scope="module")
-def inputs(tmp_path_factory: pytest.TempPathFactory) -> Inputs:
-    return make_inputs(tmp_path_factory.mktemp("train_llm"))
 
 
 @pytest.fixture

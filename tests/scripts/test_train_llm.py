@@ -9,12 +9,7 @@ import torch
 
 import hf_lowrank
 from hf_lowrank.surgery import factorized_layers
-from tests.scripts import Finished, InProcess, Inputs, make_inputs
-
-
-@pytest.fixture(scope="module")
-def inputs(tmp_path_factory: pytest.TempPathFactory) -> Inputs:
-    return make_inputs(tmp_path_factory.mktemp("train_llm"))
+from tests.scripts import Finished, InProcess, Inputs
 
 
 @pytest.fixture

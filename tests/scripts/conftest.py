@@ -1,0 +1,64 @@
+"""A tiny checkpoint with its texts, and runs of compress_llm.py, refused ones among them.
+
+A mistake is refused as early as it can be known. "Early" is made visible by replacing what must
+not be reached by functions that fail the test.
+"""
+
+import shutil
+from pathlib import Path
+
+import pytest
+from transformers import AutoModelForCausalLM
+
+import hf_lowrank
+from tests.scripts import InProcess, Inputs, Refusal, leftovers, make_inputs, must_not_happen
+
+
+@pytest.fixture(scope="package")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> Inputs:
+    """Files that no test changes."""
+    return make_inputs(tmp_path_factory.mktemp("inputs"))
+
+
+@pytest.fixture
+def broken(inputs: Inputs, tmp_path: Path) -> Path:
+    """A copy of the model for a test to damage."""
+    return Path(shutil.copytree(inputs.model, tmp_path / "model"))
+
+
+@pytest.fixture
+def compress_llm(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> InProcess:
+    return InProcess("compress_llm", monkeypatch, capsys)
+
+
+@pytest.fixture
+def refused(compress_llm: InProcess, inputs: Inputs, tmp_path: Path) -> Refusal:
+    """The sentence of a refused run, after a look at what it left on the disk."""
+
+    def run(*arguments: object, **changes: object) -> str:
+        settings = {"param_ratio": 0.6, "output_dir": tmp_path / "output"} | changes
+        done = compress_llm(*inputs.arguments(**settings), *arguments)
+        error = done.error
+        assert not (tmp_path / "output").exists()
+        assert leftovers(tmp_path) == []
+        return error
+
+    return run
+
+
+@pytest.fixture
+def no_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fails the test when a model is loaded."""
+    monkeypatch.setattr(
+        AutoModelForCausalLM, "from_pretrained", must_not_happen("the model was loaded")
+    )
+
+
+@pytest.fixture
+def no_calibration(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fails the test when long work begins."""
+    for name in ("collect_moments", "decompose"):
+        monkeypatch.setattr(hf_lowrank.analysis, name, must_not_happen(f"{name} was called"))
+    monkeypatch.setattr(
+        hf_lowrank.compression_run, "measure_loss", must_not_happen("measure_loss was called")
+    )

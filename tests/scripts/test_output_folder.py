@@ -1,0 +1,173 @@
+"""Where compress_llm.py saves: folders it makes, uses or replaces, and those that it refuses."""
+
+import os
+import shutil
+from collections import namedtuple
+from pathlib import Path
+
+import pytest
+
+from tests.scripts import InProcess, Inputs, Refusal, leftovers
+from tests.scripts.outputs import CHECKPOINT_FILES, read_report
+
+DiskUsage = namedtuple("DiskUsage", "total used free")
+
+
+def test_one_ratio_is_saved_into_the_output_folder_itself(
+    compress_llm: InProcess, inputs: Inputs, tmp_path: Path
+):
+    output = tmp_path / "new" / "small"
+    done = compress_llm(*inputs.arguments(param_ratio=0.8, output_dir=output))
+    assert done.code == 0
+    assert {path.name for path in output.iterdir()} == CHECKPOINT_FILES
+    assert [path.name for path in output.parent.iterdir()] == ["small"]
+    assert f"saved to {output}\n" in done.out
+    assert done.messages == []
+
+
+def test_an_old_output_folder_is_replaced_when_asked_for(
+    compress_llm: InProcess, inputs: Inputs, tmp_path: Path
+):
+    output = tmp_path / "small"
+    for ratio in (0.9, 0.5):
+        done = compress_llm(
+            *inputs.arguments(param_ratio=ratio, output_dir=output), "--overwrite_output_dir"
+        )
+        assert done.code == 0
+        (output / "stale.txt").write_text("old")
+    (output / "stale.txt").unlink()
+    assert {path.name for path in output.iterdir()} == CHECKPOINT_FILES
+    assert read_report(output)["config"]["param_ratio"] == 0.5
+    assert leftovers(tmp_path) == []
+
+
+def test_an_empty_output_folder_is_used(compress_llm: InProcess, inputs: Inputs, tmp_path: Path):
+    (tmp_path / "small").mkdir()
+    done = compress_llm(*inputs.arguments(param_ratio=0.9, output_dir=tmp_path / "small"))
+    assert done.code == 0
+    assert (tmp_path / "small" / "config.json").is_file()
+
+
+def test_a_relative_output_folder_is_taken_from_the_current_folder(
+    compress_llm: InProcess, inputs: Inputs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.chdir(tmp_path)
+    assert compress_llm(*inputs.arguments(param_ratio=0.9, output_dir="a/b/")).code == 0
+    assert (tmp_path / "a" / "b" / "config.json").is_file()
+
+
+def test_without_an_output_folder_nothing_is_written(
+    compress_llm: InProcess, inputs: Inputs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.chdir(tmp_path)
+    done = compress_llm(*inputs.arguments(param_ratio=0.7))
+    assert done.code == 0
+    assert "saved to" not in done.out
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.usefixtures("no_model")
+def test_an_output_folder_that_holds_something(
+    compress_llm: InProcess, inputs: Inputs, tmp_path: Path
+):
+    (tmp_path / "output").mkdir()
+    (tmp_path / "output" / "mine.txt").write_text("keep")
+    done = compress_llm(*inputs.arguments(param_ratio=0.6, output_dir=tmp_path / "output"))
+    assert done.error == (
+        f"{tmp_path / 'output'}: exists and is not empty; choose another --output_dir or add "
+        "--overwrite_output_dir."
+    )
+    assert [path.name for path in (tmp_path / "output").iterdir()] == ["mine.txt"]
+
+
+@pytest.mark.usefixtures("no_model")
+def test_an_output_folder_that_is_a_file(compress_llm: InProcess, inputs: Inputs, tmp_path: Path):
+    (tmp_path / "output").write_text("keep")
+    for arguments in ((), ("--overwrite_output_dir",)):
+        done = compress_llm(
+            *inputs.arguments(param_ratio=0.6, output_dir=tmp_path / "output"), *arguments
+        )
+        assert done.error == f"{tmp_path / 'output'}: is a file, not a folder."
+        assert (tmp_path / "output").read_text() == "keep"
+
+
+@pytest.mark.usefixtures("no_model")
+def test_an_output_folder_below_a_file(refused: Refusal, inputs: Inputs):
+    folder = inputs.calibration / "below"
+    assert refused(output_dir=folder).startswith(f"{folder}: can't be created (")
+
+
+@pytest.mark.usefixtures("no_model")
+def test_an_output_folder_where_nothing_may_be_written(
+    refused: Refusal, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    assert refused() == f"{tmp_path / 'output'}: no permission to write there."
+
+
+@pytest.mark.usefixtures("no_model")
+@pytest.mark.skipif(os.geteuid() == 0, reason="root writes everywhere")
+def test_an_output_folder_without_permission(refused: Refusal, tmp_path: Path):
+    (tmp_path / "locked").mkdir(mode=0o500)
+    folder = tmp_path / "locked" / "output"
+    assert refused(output_dir=folder) == f"{folder}: no permission to write there."
+
+
+@pytest.mark.usefixtures("no_model")
+@pytest.mark.parametrize("folder", [".", ".."])
+def test_the_folder_that_one_works_in_is_not_replaced(
+    compress_llm: InProcess,
+    inputs: Inputs,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    folder: str,
+):
+    (tmp_path / "here").mkdir()
+    (tmp_path / "here" / "mine.txt").write_text("keep")
+    monkeypatch.chdir(tmp_path / "here")
+    done = compress_llm(
+        *inputs.arguments(param_ratio=0.6, output_dir=folder), "--overwrite_output_dir"
+    )
+    assert str(Path(folder).resolve()) in done.error or f"{folder}: " in done.error
+    assert (tmp_path / "here" / "mine.txt").read_text() == "keep"
+
+
+@pytest.mark.usefixtures("no_model")
+def test_the_dense_model_is_not_replaced_by_the_compressed_one(
+    compress_llm: InProcess, inputs: Inputs, broken: Path
+):
+    before = (broken / "model.safetensors").read_bytes()
+    done = compress_llm(
+        *inputs.arguments(model=broken, param_ratio=0.6, output_dir=broken),
+        "--overwrite_output_dir",
+    )
+    assert str(broken) in done.error
+    assert (broken / "model.safetensors").read_bytes() == before
+
+
+@pytest.mark.usefixtures("no_calibration")
+@pytest.mark.parametrize(
+    ("ratios", "free"),
+    [(["0.6"], 30_000), (["0.9", "0.6"], 100_000), (["0.2"], 25_000)],
+    ids=["one", "several", "embeddings count in full"],
+)
+def test_a_disk_with_too_little_space(
+    refused: Refusal,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    ratios: list[str],
+    free: int,
+):
+    # The dense model takes 86,656 bytes: 73,728 in targeted layers and 12,928 in all others.
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: DiskUsage(10**9, 10**9 - free, free))
+    error = refused("--param_ratio", *ratios, param_ratio=None)
+    assert error.startswith(f"{tmp_path / 'output'}: needs about ")
+    assert error.endswith("MB left.")
+
+
+def test_a_disk_with_enough_space(
+    compress_llm: InProcess, inputs: Inputs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: DiskUsage(10**9, 0, 100_000))
+    done = compress_llm(*inputs.arguments(param_ratio=0.6, output_dir=tmp_path / "output"))
+    assert done.code == 0
