@@ -16,6 +16,7 @@ from transformers import HfArgumentParser
 from hf_lowrank.config import SEARCH_NAMES, LowRankConfig
 from hf_lowrank.errors import ConfigError, DataError, LowRankError
 from hf_lowrank.recovery import RECOVERIES, recovery_settings
+from hf_lowrank.stages import check_stages
 
 Parsed = TypeVar("Parsed")
 _CONFIG_FIELDS = {f.name: f for f in dataclasses.fields(LowRankConfig)}
@@ -125,6 +126,7 @@ _COUNTS = (
     "sequence_length",
     "batch_size",
     "recover_steps",
+    "stages",
 )
 
 
@@ -176,6 +178,11 @@ class CompressionArguments:
         f"What these steps train: {' or '.join(RECOVERIES)} (adapters on the factors, merged into "
         "them afterwards; needs peft). Default: factors.",
     )
+    stages: int = argument(
+        1,
+        "Cuts in which a param_ratio is reached, with a part of recover_steps after each, towards "
+        "the dense model, and new moments before the next.",
+    )
     batch_size: int = argument(4, "Token windows in a batch.")
     dtype: str = argument("auto", "auto (as stored), float32, bfloat16 or float16.")
     device: str = argument("cpu", "Device of the model.")
@@ -213,6 +220,10 @@ class CompressionArguments:
             raise ConfigError("joint works on one param_ratio at a time.")
         if self.joint and (self.channels or self.measured_prices):
             raise ConfigError("joint takes neither channels nor measured_prices.")
+        if self.stages > 1 and len(ratios) > 1:
+            raise ConfigError("stages lead to one size; give one param_ratio.")
+        if self.stages > 1 and self.joint:
+            raise ConfigError("joint is one cut; give no stages.")
         if len(set(ratios)) < len(ratios):
             raise ConfigError(f"param_ratio names a size twice: {' '.join(map(str, ratios))}.")
         for name in _COUNTS:
@@ -231,7 +242,9 @@ class CompressionArguments:
             )
         if self.prompts() and self.sample_prompt and not self.output_dir:
             raise ConfigError("sample_prompt is for the report; give --output_dir as well.")
-        return LowRankConfig(**(values | {"param_ratio": ratios[0] if ratios else None}))
+        config = LowRankConfig(**(values | {"param_ratio": ratios[0] if ratios else None}))
+        check_stages(config, self.stages, self.recover_steps)
+        return config
 
     def sizes(self) -> list[str]:
         """Name of each size's folder below the output folder; "" for the folder itself."""

@@ -9,9 +9,11 @@ from torch import nn
 
 from hf_lowrank.compression_run import CompressionRun, RunOptions, Texts, check_goal, split_texts
 from hf_lowrank.config import LowRankConfig
+from hf_lowrank.errors import ConfigError
 from hf_lowrank.loading import attach_config
 from hf_lowrank.losses import Batch
 from hf_lowrank.report.schema import Report
+from hf_lowrank.stages import check_stages, compress_in_stages
 from hf_lowrank.surgery import restore_
 from hf_lowrank.targets import find_targets
 
@@ -52,6 +54,9 @@ def compress(
     """
     config, chosen = config or LowRankConfig(), RunOptions(**options)
     texts = split_texts(config, Texts(calibration, held_out, evaluation), chosen.recover_steps)
+    check_stages(config, chosen.stages, chosen.recover_steps)
+    if chosen.stages > 1:
+        return compress_in_stages(model, config, texts, chosen)
     run = CompressionRun(model, config, texts, chosen)
     return run.apply(*run.choose())
 
@@ -81,6 +86,9 @@ def sweep(
 
     Yields:
         One report for each ratio.
+
+    Raises:
+        ConfigError, TargetError, DataError: Before anything is changed.
     """
     configs = [
         config.replace(param_ratio=ratio, loss_tolerance=None, rank=None, ranks=None)
@@ -92,6 +100,8 @@ def sweep(
     for each in configs:
         check_goal(targets, each)
     chosen = RunOptions(**options)
+    if chosen.stages != 1:
+        raise ConfigError("stages lead to one size; call compress for each.")
     texts = split_texts(configs[0], Texts(calibration, held_out, evaluation), chosen.recover_steps)
     run = CompressionRun(model, configs[0], texts, chosen)
     for each in configs:

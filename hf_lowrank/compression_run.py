@@ -36,7 +36,7 @@ from hf_lowrank.ranks.tolerance import (
 from hf_lowrank.recovery import RecoveryResult, RecoverySettings, recover_, recovery_settings
 from hf_lowrank.report.schema import Report, versions
 from hf_lowrank.report.spectra import compact_spectra
-from hf_lowrank.surgery import factorize_
+from hf_lowrank.surgery import factorize_, swapped
 from hf_lowrank.targets import find_targets, fixed_ranks, untouched_weights
 
 
@@ -66,6 +66,8 @@ class RunOptions:
         recover_steps: Steps of training the factors after the cut, towards the dense model.
         recover: What these steps train: "factors" (the default) or "lora", adapters on the
             factors that are merged into them.
+        stages: In how many cuts a `param_ratio` is reached; after each the factors are trained for
+            a part of the steps, and the next one starts from new moments. See stages.py.
         speed: Whether to time the model before and after, in turn, for the report; of causal
             language models only, see `speed_before_and_after`.
         progress: Whether to show progress bars.
@@ -76,6 +78,7 @@ class RunOptions:
     moment_gib: float = DEFAULT_MOMENT_GIB
     recover_steps: int = 0
     recover: str | None = None
+    stages: int = 1
     speed: bool = False
     progress: bool = True
 
@@ -102,10 +105,23 @@ def split_texts(config: LowRankConfig, texts: Texts, recover_steps: int = 0) -> 
 
 
 class CompressionRun:
-    """One compression in progress: the analysis, and what was measured on the dense model."""
+    """One compression in progress: the analysis, and what was measured on the dense model.
+
+    Args:
+        model: The model.
+        config: What to do.
+        texts: Text by role.
+        options: How to work; `stages` is not read here.
+        dense: The dense layers by name, where the model's own are what an earlier cut left, merged.
+    """
 
     def __init__(
-        self, model: nn.Module, config: LowRankConfig, texts: Texts, options: RunOptions
+        self,
+        model: nn.Module,
+        config: LowRankConfig,
+        texts: Texts,
+        options: RunOptions,
+        dense: Mapping[str, nn.Module] | None = None,
     ) -> None:
         self.model = model
         self.config = config
@@ -115,6 +131,7 @@ class CompressionRun:
         self.stopwatch = Stopwatch()
         self.processes = current_processes()
         targets = find_targets(model, config)
+        self.dense = dict(dense or targets)
         check_goal(targets, config)
         if config.measured_prices:
             check_measurable(model)
@@ -144,7 +161,7 @@ class CompressionRun:
         self.parts: list[dict[str, Any]] = []
         self.before: LossMeasurement | None = None
         if texts.evaluation is not None:
-            with self.stopwatch.phase("evaluation"):
+            with self.stopwatch.phase("evaluation"), swapped(model, self.dense):
                 self.before = self._measure(texts.evaluation, "evaluate dense")
 
     def use(self, config: LowRankConfig) -> None:
@@ -187,19 +204,19 @@ class CompressionRun:
         """Puts the plan into the model, measures it and reports."""
         with self.stopwatch.phase("surgery"):
             analysis = self.analysis
-            originals = factorize_(self.model, analysis.spectra, plan, analysis.orders)
+            is_cut = bool(factorize_(self.model, analysis.spectra, plan, analysis.orders))
             decided = self.config.replace(
                 ranks=dict(plan.ranks), narrowed=_as_lists(plan.narrowed), form="factors"
             )
             attach_config(self.model, decided)
-        recovery = self._recover(originals, self.recovery) if self.recovery else None
+        recovery = self._recover(self.recovery) if self.recovery else None
         evaluation = None
         if self.before is not None and self.texts.evaluation is not None:
             with self.stopwatch.phase("evaluation"):
                 evaluation = compare(
                     self.before, self._measure(self.texts.evaluation, "evaluate compressed")
                 )
-        speed = self._speed(originals)
+        speed = self._speed() if is_cut else None
         parameters, size = model_sizes(self.model)
         predicted = analysis.predicted_rise(plan)
         return Report(
@@ -231,27 +248,25 @@ class CompressionRun:
             spectra=compact_spectra(self.analysis.spectra),
         )
 
-    def _recover(
-        self, originals: dict[str, nn.Module], settings: RecoverySettings
-    ) -> RecoveryResult:
+    def _recover(self, settings: RecoverySettings) -> RecoveryResult:
         with self.stopwatch.phase("recovery"):
             return recover_(
                 self.model,
-                originals,
+                self.dense,
                 self.texts.calibration or [],
                 self.texts.held_out or [],
                 settings,
                 self.options.progress,
             )
 
-    def _speed(self, originals: dict[str, nn.Module]) -> dict[str, Any] | None:
+    def _speed(self) -> dict[str, Any] | None:
         """Timed by the main process while the others wait, so that they do not disturb it."""
-        if not (self.options.speed and originals and is_causal_lm(self.model)):
+        if not (self.options.speed and is_causal_lm(self.model)):
             return None
         with self.stopwatch.phase("speed"):
             is_main = self.processes.is_main
             return self.processes.decide(
-                speed_before_and_after(self.model, originals) if is_main else None
+                speed_before_and_after(self.model, self.dense) if is_main else None
             )
 
     def held_out_loss(self) -> HeldOutLoss:

@@ -98,10 +98,8 @@ def compressed(
 ) -> Iterator[Report]:
     """One report for each size asked for; the model is compressed while it is handled."""
     config = args.to_config()
-    options = {
-        name: getattr(args, name) for name in ("cache_dir", "recover_steps", "recover", "speed")
-    }
-    options |= texts
+    names = ("cache_dir", "recover_steps", "recover", "stages", "speed")
+    options = {name: getattr(args, name) for name in names} | texts
     if args.joint:
         gradient, acceptance = texts["calibration"], texts["held_out"]
         yield compress_jointly(

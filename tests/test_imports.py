@@ -31,6 +31,7 @@ ORDER = (
     "loading",
     "before_after",
     "compression_run",
+    "stages",
     "compression",
     "joint",
     "pruning",

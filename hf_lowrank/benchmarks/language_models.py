@@ -138,6 +138,7 @@ class RecoveryArguments:
         False, "Correct the prices by measurement on the held-out windows."
     )
     recover_steps: int = argument(60, "Steps of training.")
+    stages: int = argument(1, "Cuts in which each size is reached, as in compress_llm.py.")
     calibration: str = argument("demo", "Text for the moments and the training.")
     calibration_sequences: int = argument(48, "Its token windows.")
     held_out_sequences: int = argument(16, "Windows from its end on which the training is judged.")
@@ -167,5 +168,6 @@ def measure_recoveries(args: RecoveryArguments) -> None:
         (calibration, held_out),
         evaluations,
         LowRankConfig(channels=args.channels, measured_prices=args.measured_prices),
+        args.stages,
     )
     write_result(Path(args.output), {"arguments": vars(args)} | result)

@@ -70,7 +70,7 @@ def compress_jointly(
         acceptance: Batches that decide which candidate is kept.
         reported: Batches for the report's before and after; nothing else looks at them.
         settings: What is tried.
-        **options: Fields of `RunOptions`, without `recover_steps`.
+        **options: Fields of `RunOptions`, without `recover_steps` and `stages`.
 
     Returns:
         The report and what was tried. The model itself is changed in place.
@@ -94,6 +94,8 @@ def compress_jointly(
     chosen = RunOptions(**options)
     if chosen.recover_steps:
         raise ConfigError("recover_steps judges by the acceptance set; recover afterwards instead.")
+    if chosen.stages != 1:
+        raise ConfigError("Joint compression is one cut; give no stages.")
     run = CompressionRun(model, config, Texts(gradient, acceptance, reported), chosen)
     candidates = Candidates(run, settings or JointSettings())
     with run.stopwatch.phase("search"):

@@ -64,6 +64,8 @@ class Report:
             `selections`, and their goal: `param_ratio`, or `tolerance` in nats.
         measured_prices: What corrected the prices: for each part its `layers`, the `predicted`
             rise, the `measured` divergence (nats per token) and their `factor`.
+        stages: Of a compression in stages, for each its `param_ratio`, the predicted rise of its
+            cut in nats (`predicted_loss_difference`), and its `recovery`.
         failures: Reason by layer name, for layers kept dense because their decomposition failed.
         untouched: Parameters of matrices inside the blocks that were no targets, by name.
         data: Which text was used for what.
@@ -103,6 +105,7 @@ class Report:
     speed: dict[str, Any] | None = None
     narrowed: dict[str, list[int]] = field(default_factory=dict)
     measured_prices: list[dict[str, Any]] = field(default_factory=list)
+    stages: list[dict[str, Any]] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON data; numbers that JSON can't hold become null."""

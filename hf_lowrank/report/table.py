@@ -51,10 +51,13 @@ def format_report(report: Report) -> str:
             f"prices of {len(factors)} parts corrected by measurement: factors "
             f"{min(factors):.2f} to {max(factors):.2f}"
         )
-    if report.recovery is not None:
-        recovery = report.recovery
+    for stage in report.stages or [{"recovery": report.recovery}]:
+        recovery = stage["recovery"]
+        if recovery is None:
+            continue
+        place = f" at {stage['param_ratio']:g}" if report.stages else ""
         lines.append(
-            f"recovery{' by LoRA' if recovery.get('kind') == 'lora' else ''}, "
+            f"recovery{' by LoRA' if recovery.get('kind') == 'lora' else ''}{place}, "
             f"{recovery['steps']} steps: held-out loss {recovery['loss_before']:.4f} -> "
             f"{recovery['loss_after']:.4f}, {'kept' if recovery['accepted'] else 'not kept'}"
         )
@@ -172,7 +175,8 @@ def describe_run(report: Report) -> str:
     how += ", prices measured part by part" if config.get("measured_prices") else ""
     what = "Ranks, and channels of feed-forwards," if config.get("channels") else "Ranks"
     goal = found[0] if found else "a loss tolerance"
-    return f"Goal: {goal}. {what} by {how}; seed {report.seed}."
+    stages = f", in {len(report.stages)} stages" if report.stages else ""
+    return f"Goal: {goal}{stages}. {what} by {how}; seed {report.seed}."
 
 
 def _describe_training(training: Mapping[str, Any]) -> str:
