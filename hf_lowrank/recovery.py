@@ -9,6 +9,7 @@ with the same layers. The result is kept only if the loss on held-out text falls
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -110,7 +111,7 @@ def recover_(
     """Trains the factors, or LoRA on them, in place.
 
     The dense layers are put back for the teacher's forward pass of each batch, so there is one
-    model in memory.
+    model in memory. Its last hidden states are kept, on the CPU, for batches that come again.
 
     Args:
         model: The compressed causal language model.
@@ -162,6 +163,7 @@ def _train(
     frozen = [p for p in model.parameters() if p.requires_grad]
     device = next(model.parameters()).device
     order = _order(len(batches), settings)
+    left, kept = Counter(order), dict[int, torch.Tensor]()  # teacher's states, by batch
     try:
         for parameter in frozen:
             parameter.requires_grad_(False)
@@ -169,9 +171,14 @@ def _train(
             parameter.requires_grad_(True)
         for step in tqdm(order, desc="recover", disable=None if progress else True, leave=False):
             batch = {name: tensor.to(device) for name, tensor in batches[step].items()}
-            with torch.no_grad(), swapped(model, originals):
-                teacher = hidden_states(model, batch)
-            found = distillation_losses(model, batch, teacher, settings.kl_weight)
+            left[step] -= 1
+            teacher = kept.pop(step, None)
+            if teacher is None:
+                with torch.no_grad(), swapped(model, originals):
+                    teacher = hidden_states(model, batch)
+            if left[step]:
+                kept[step] = teacher.cpu()
+            found = distillation_losses(model, batch, teacher.to(device), settings.kl_weight)
             loss = found.sums.sum() / found.counts.sum()
             if not bool(torch.isfinite(loss.detach())):
                 raise NumericalError(

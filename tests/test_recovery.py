@@ -148,6 +148,19 @@ def test_the_first_step_is_adamw_on_that_loss(monkeypatch: pytest.MonkeyPatch):
     assert sum(seen[8:]) < sum(seen[:8])  # two passes over the same eight batches
 
 
+def test_the_teacher_reads_each_batch_once(monkeypatch: pytest.MonkeyPatch):
+    model, originals, batches, held_out = compressed()
+    lengths: list[int] = []
+
+    def note(model: Any, batch: Batch) -> torch.Tensor:
+        lengths.append(len(batch["input_ids"]))
+        return hidden_states(model, batch)
+
+    monkeypatch.setattr(recovery, "hidden_states", note)
+    recover(model, originals, batches, held_out, RecoverySettings(steps=20))
+    assert len(batches) == len(lengths) == 8
+
+
 def test_the_seed_decides_the_order_and_the_result():
     def trained(seed: int) -> dict[str, torch.Tensor]:
         model, originals, batches, held_out = compressed()
