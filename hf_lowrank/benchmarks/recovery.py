@@ -103,6 +103,8 @@ def measure_recovery(
 
 
 def _describe(rise_left: float) -> str:
+    if math.isnan(rise_left):
+        return "the cut model is no worse than the dense one"
     return "below the dense model" if rise_left < 0 else f"{rise_left:.0%} of the rise left"
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from hf_lowrank import LowRankConfig, compress
-from hf_lowrank.benchmarks.recovery import measure_recovery
+from hf_lowrank.benchmarks.recovery import format_row, measure_recovery
 from hf_lowrank.errors import ConfigError
 from hf_lowrank.evaluation.perplexity import measure_loss
 from hf_lowrank.recovery import RecoverySettings
@@ -66,6 +66,13 @@ def test_stages_end_in_the_model_that_compress_makes(capsys):
     options = {"recover_steps": 6, "stages": 2, "progress": False}
     compress(model, BEST.replace(param_ratio=0.5), texts[0], held_out=texts[1], **options)
     assert found["rows"][0]["recovered"]["it"] == measure_loss(model, evaluation).perplexity
+
+
+def test_a_cut_without_a_rise_has_no_share_of_it_left():
+    row = {"param_ratio": 0.9, "cut": {"it": 9.0}, "recovered": {"it": 8.0}}
+    row |= {"rise_left": {"it": math.nan}, "seconds": 60.0, "total_seconds": 90.0}
+    sentence = "the cut model is no worse than the dense one"
+    assert format_row(row) == f"0.9: it 9 -> 8 ({sentence}), 1.0 minutes, 1.5 with the cut"
 
 
 def test_too_few_steps_for_the_stages_are_refused_before_any_work():
