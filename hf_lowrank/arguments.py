@@ -171,7 +171,9 @@ class CompressionArguments:
         "confirms; for one size or a loss_tolerance (0: no rise).",
     )
     recover_steps: int = argument(
-        0, "Steps of training the factors after the cut, towards the dense model."
+        0,
+        "Steps of training the factors after the cut, towards the dense model; with several stages "
+        "of all of them together.",
     )
     recover: str | None = argument(
         None,
@@ -203,7 +205,9 @@ class CompressionArguments:
     )
     seed: int = config_option("seed")
     cache_dir: str | None = argument(
-        None, "Folder for moments and spectra, so that a killed or repeated run goes on from there."
+        None,
+        "Folder for moments and spectra, so that a killed or repeated run goes on from there; "
+        "training is done again.",
     )
 
     def to_config(self) -> LowRankConfig:

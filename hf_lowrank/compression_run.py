@@ -135,6 +135,11 @@ class CompressionRun:
         check_goal(targets, config)
         if config.measured_prices:
             check_measurable(model)
+        if self.recovery and not is_causal_lm(model):
+            raise ConfigError(
+                f"recover_steps compare next-token distributions; {type(model).__name__} is no "
+                "causal language model. Fine-tune it with Trainer instead."
+            )
         self.untouched = untouched_weights(model, targets)
         self.sizes = model_sizes(model)
         cache = None

@@ -202,11 +202,12 @@ class NarrowedLinear(nn.Linear):
 def _dense_layer(weight: torch.Tensor, bias: torch.Tensor | None, conv1d: bool) -> nn.Module:
     """An `nn.Linear`, or a `Conv1D`, with a weight of shape (out, in) and a bias."""
     rows, columns = weight.shape
-    layer: Any = Conv1D(rows, columns) if conv1d else nn.Linear(columns, rows, bias is not None)
-    layer.to(weight)
+    with torch.device("meta"):  # no random start, so the random state is left alone
+        layer: Any = Conv1D(rows, columns) if conv1d else nn.Linear(columns, rows, bias is not None)
+    layer = layer.to(weight.dtype).to_empty(device=weight.device)
     layer.weight.copy_(weight.T if conv1d else weight)
-    if bias is not None:
-        layer.bias.copy_(bias)
+    if layer.bias is not None:
+        layer.bias.copy_(torch.zeros_like(layer.bias) if bias is None else bias)
     dense: nn.Module = layer
     return dense
 

@@ -129,6 +129,8 @@ def recover_(
     factors = [p for layer in compressed_layers(model).values() for p in _weights(layer)]
     start = [parameter.detach().clone() for parameter in factors]
     before = measure_loss(model, held_out).mean
+    if not factors:  # all layers stayed dense
+        return RecoveryResult(before, before, False, 0, settings.kind)
     try:
         with eval_mode(model):
             if settings.kind == "lora":

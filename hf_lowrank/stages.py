@@ -1,19 +1,20 @@
 """Compression in stages: cut part of the way, train, merge, measure the moments anew, cut again.
 
-Each stage prices what it drops at the model as the stages before left it, and training makes up for
-small cuts more easily than for a large one. The teacher of every training is the dense model.
+Each stage prices what it drops at the model as the stages before left it. The teacher of every
+training is the dense model.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 from torch import nn
 
 from hf_lowrank.compression_run import CompressionRun, RunOptions, Texts, check_goal
-from hf_lowrank.config import LowRankConfig
+from hf_lowrank.config import SEARCH_NAMES, LowRankConfig
 from hf_lowrank.errors import ConfigError
 from hf_lowrank.loading import attach_config
 from hf_lowrank.report.schema import Report
@@ -26,14 +27,23 @@ def check_stages(config: LowRankConfig, stages: int, recover_steps: int) -> None
 
     Raises:
         ConfigError: There are fewer than one, or there are several without a size to reach or
-            without a step of training for each.
+            without a step of training for each, or with a rule that searches for ranks.
     """
     if not isinstance(stages, int) or isinstance(stages, bool) or stages < 1:
         raise ConfigError(f"stages must be an integer >= 1, got {stages!r}.")
     if stages == 1:
         return
-    if config.goal != "param_ratio" or config.ranks is not None:
+    if config.ranks is not None:
+        raise ConfigError(
+            "The config's ranks are made again in one cut; give no stages, or no ranks."
+        )
+    if config.goal != "param_ratio":
         raise ConfigError("stages need a size to reach: set param_ratio.")
+    if config.effective_rule in SEARCH_NAMES:
+        raise ConfigError(
+            f"rule {config.effective_rule!r} would give layers back ranks that an earlier stage "
+            "took; choose another rule, or give no stages."
+        )
     if recover_steps <= stages:
         raise ConfigError(
             f"stages={stages} needs training after every cut: set recover_steps to at least "
@@ -80,6 +90,8 @@ def compress_in_stages(
             "param_ratio": stage.config["param_ratio"],
             "predicted_loss_difference": stage.predicted_loss_difference,
             "recovery": stage.recovery,
+            "measured_prices": stage.measured_prices,
+            "failures": stage.failures,
         }
         for stage in [*earlier, report]
     ]
@@ -101,18 +113,29 @@ def earlier_stages(
     goals = stage_goals(config.param_ratio or 1.0, options.stages, options.recover_steps)
     try:
         for ratio, steps in goals[:-1]:
-            run = CompressionRun(
-                model,
-                config.replace(param_ratio=ratio),
-                dataclasses.replace(texts, evaluation=None),
-                dataclasses.replace(options, recover_steps=steps, speed=False),
-                dense,
-            )
-            reports.append(run.apply(*run.choose()))
-            if compressed_layers(model):
+            sized = config.replace(param_ratio=ratio)
+            reports.append(_stage(model, sized, texts, options, steps, dense))
+            start = time.perf_counter()
+            if compressed_layers(model):  # else there was nothing to drop
                 merge_(model)
+            reports[-1].seconds["surgery"] += time.perf_counter() - start
         yield dense, reports
     except BaseException:
         restore_(model, dense)
         attach_config(model, None)
         raise
+
+
+def _stage(
+    model: nn.Module,
+    config: LowRankConfig,
+    texts: Texts,
+    options: RunOptions,
+    steps: int,
+    dense: Mapping[str, nn.Module],
+) -> Report:
+    """One stage before the last; its spectra are gone when it returns."""
+    texts = dataclasses.replace(texts, evaluation=None)
+    options = dataclasses.replace(options, recover_steps=steps, speed=False)
+    run = CompressionRun(model, config, texts, options, dense)
+    return run.apply(*run.choose())

@@ -14,12 +14,21 @@ import hf_lowrank
 from hf_lowrank import recovery
 from hf_lowrank.analysis import analyze
 from hf_lowrank.config import LowRankConfig
-from hf_lowrank.errors import NumericalError
+from hf_lowrank.errors import ConfigError, NumericalError
 from hf_lowrank.evaluation.perplexity import measure_loss
 from hf_lowrank.losses import distillation_losses, hidden_states
 from hf_lowrank.recovery import RecoveryResult, RecoverySettings, recover_
 from hf_lowrank.surgery import factorize_, factorized_layers
-from tests.tiny_models import Batch, logits, snapshot, tiny_gpt2, tiny_llama, written_batches
+from tests.tiny_models import (
+    Batch,
+    batches_for,
+    logits,
+    snapshot,
+    tiny_bert_classifier,
+    tiny_gpt2,
+    tiny_llama,
+    written_batches,
+)
 
 GENTLE = RecoverySettings(steps=20, learning_rate=3e-3)
 HARMFUL = RecoverySettings(steps=5, learning_rate=3.0)
@@ -82,6 +91,25 @@ def test_no_steps_change_nothing():
     found = recover(model, originals, batches, held_out, RecoverySettings(steps=0))
     assert not found.accepted
     assert all(torch.equal(before[n], t) for n, t in model.state_dict().items())
+
+
+@pytest.mark.parametrize("kind", ["factors", "lora"])
+def test_a_model_that_stayed_dense_has_nothing_to_train(kind: str):
+    model = tiny_llama()
+    before, batches = snapshot(model), written_batches(model, 4)
+    found = recover(model, {}, batches, batches[:1], RecoverySettings(5, kind=kind))
+    assert (found.steps, found.accepted) == (0, False)
+    assert found.loss_after == found.loss_before == measure_loss(model, batches[:1]).mean
+    assert all(torch.equal(before[n], t) for n, t in model.state_dict().items())
+
+
+def test_an_encoder_is_refused_before_any_work(monkeypatch: pytest.MonkeyPatch):
+    model = tiny_bert_classifier()
+    batches = batches_for(model, 4)
+    monkeypatch.setattr("hf_lowrank.compression_run.analyze", lambda *a, **k: pytest.fail("worked"))
+    config = LowRankConfig(param_ratio=0.5)
+    with pytest.raises(ConfigError, match="BertForSequenceClassification is no causal language"):
+        hf_lowrank.compress(model, config, batches, recover_steps=5, progress=False)
 
 
 def test_flags_gradients_and_modes_are_as_before():

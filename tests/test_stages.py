@@ -1,5 +1,8 @@
 """Compression in stages: what each stage starts from, and what a failure leaves."""
 
+import gc
+import weakref
+
 import pytest
 import torch
 
@@ -11,16 +14,18 @@ from hf_lowrank.compression_run import CompressionRun, RunOptions, Texts
 from hf_lowrank.errors import ConfigError, NumericalError
 from hf_lowrank.joint.system import compress_jointly
 from hf_lowrank.loading import load
+from hf_lowrank.measured_prices import measure_parts, with_factors
 from hf_lowrank.recovery import RecoverySettings, recover_
 from hf_lowrank.report.schema import Report
-from hf_lowrank.report.table import describe_run, format_report
+from hf_lowrank.report.table import comparison_rows, describe_run, format_report
+from hf_lowrank.report.text_card import _limits
 from hf_lowrank.stages import stage_goals
 from hf_lowrank.surgery import compressed_layers, factorize_, merge_
 from hf_lowrank.targets import find_targets
 from tests.compress import mean_loss
-from tests.tiny_models import equal_states, snapshot, tiny_llama, written_batches
+from tests.tiny_models import equal_states, snapshot, tiny_gpt2, tiny_llama, written_batches
 
-CONFIG = LowRankConfig(param_ratio=0.5, channels=True)
+CONFIG = LowRankConfig(param_ratio=0.5, channels=True, measured_prices=True)
 OPTIONS = {"recover_steps": 6, "stages": 2, "progress": False}
 
 
@@ -35,16 +40,59 @@ def no_work(monkeypatch):
     monkeypatch.setattr("hf_lowrank.compression_run.analyze", lambda *a, **k: pytest.fail("worked"))
 
 
-def compress_twice(model, text):
+def compress_twice(model, text, kind="factors"):
     """Two stages by hand: cut, train towards the dense model, merge, cut again, train again."""
     dense = find_targets(model, CONFIG)
     for ratio, steps in ((0.75, 2), (0.5, 4)):
         if compressed_layers(model):
             merge_(model)
         analysis = analyze(model, CONFIG, text[:6], progress=False)
+        plan = analysis.plan_for_ratio(ratio)
+        analysis = with_factors(analysis, measure_parts(model, analysis, plan, text[6:9]))
         factorize_(model, analysis.spectra, analysis.plan_for_ratio(ratio), analysis.orders)
-        recover_(model, dense, text[:6], text[6:9], RecoverySettings(steps), progress=False)
+        settings = RecoverySettings(steps, kind=kind)
+        recover_(model, dense, text[:6], text[6:9], settings, progress=False)
     return model
+
+
+def test_other_layers_and_lora_are_staged_alike(text):
+    model = tiny_gpt2()
+    text = written_batches(model, 9)
+    before = torch.get_rng_state()
+    report = compress(model, CONFIG, text[:6], held_out=text[6:9], recover="lora", **OPTIONS)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert equal_states(
+        model.state_dict(), compress_twice(tiny_gpt2(), text, kind="lora").state_dict()
+    )
+    assert [stage["recovery"]["kind"] for stage in report.stages] == ["lora", "lora"]
+
+
+def test_speed_is_compared_with_the_dense_layers(text, monkeypatch):
+    model, calls = tiny_llama(), []
+    dense = find_targets(model, CONFIG)
+
+    def time_both(model, originals):
+        calls.append(dict(originals))
+
+    monkeypatch.setattr("hf_lowrank.compression_run.speed_before_and_after", time_both)
+    compress(model, CONFIG, text[:6], held_out=text[6:9], speed=True, **OPTIONS)
+    assert calls == [dense]
+
+
+def test_only_the_analysis_at_hand_is_in_memory(text, monkeypatch):
+    alive, found = [], []
+
+    def note(*args, **kwargs):
+        gc.collect()
+        alive.append(sum(each() is not None for each in found))
+        result = analyze(*args, **kwargs)
+        found.append(weakref.ref(result))
+        return result
+
+    monkeypatch.setattr("hf_lowrank.compression_run.analyze", note)
+    options = OPTIONS | {"stages": 3}
+    compress(tiny_llama(), CONFIG, text[:6], held_out=text[6:9], **options)
+    assert alive == [0, 0, 0]
 
 
 def test_stages_are_cuts_with_training_and_new_moments_in_between(text):
@@ -64,23 +112,26 @@ def test_stages_are_cuts_with_training_and_new_moments_in_between(text):
     assert describe_run(report).startswith(
         "Goal: at most 50.0% of the targeted layers' weights kept, in 2 stages."
     )
+    assert "After each cut 2 and 4 steps of training" in describe_run(report)
+    assert comparison_rows({"a": report})[1][8].endswith("6 steps of recovery, 2 stages")
+    assert "was also trained on the calibration text" in " ".join(_limits(report))
+    assert all(stage["measured_prices"] for stage in report.stages)
     assert "recovery at 0.75, 2 steps: held-out loss" in format_report(report)
     assert "recovery at 0.5, 4 steps: held-out loss" in format_report(report)
 
 
 def test_the_checkpoint_loads_and_the_report_is_read_again(text, tmp_path):
     model = tiny_llama()
-    config = CONFIG.replace(measured_prices=True)
-    report = compress(
-        model, config, text[:6], held_out=text[6:9], cache_dir=tmp_path / "cache", **OPTIONS
-    )
+    report = compress(model, CONFIG, text[:6], held_out=text[6:9], **OPTIONS)
     model.save_pretrained(tmp_path / "model")
     assert equal_states(load(tmp_path / "model").state_dict(), model.state_dict())
     report.save(tmp_path / "report.json")
     assert Report.load(tmp_path / "report.json").stages == report.stages
-    again = tiny_llama()
-    compress(again, config, text[:6], held_out=text[6:9], cache_dir=tmp_path / "cache", **OPTIONS)
-    assert equal_states(again.state_dict(), model.state_dict())
+    for _ in ("written", "read"):
+        cached = tiny_llama()
+        options = OPTIONS | {"cache_dir": tmp_path / "cache"}
+        compress(cached, CONFIG, text[:6], held_out=text[6:9], **options)
+        assert equal_states(cached.state_dict(), model.state_dict())
 
 
 def test_seconds_are_those_of_all_stages(text, monkeypatch):
@@ -97,6 +148,16 @@ def test_seconds_are_those_of_all_stages(text, monkeypatch):
     assert len(spent) == 2
     for phase in ("statistics", "decomposition", "recovery"):
         assert report.seconds[phase] == sum(each[phase] for each in spent)
+
+
+def test_the_whole_budget_leaves_every_layer_dense(text):
+    model = tiny_llama()
+    before = snapshot(model)
+    config = LowRankConfig(param_ratio=1.0)
+    report = compress(model, config, text[:6], held_out=text[6:9], **OPTIONS)
+    assert set(report.ranks.values()) == {None}
+    assert [stage["recovery"]["steps"] for stage in report.stages] == [0, 0]
+    assert equal_states(model.state_dict(), before)
 
 
 def test_goals_cut_evenly_and_train_longest_after_the_last_cut():
@@ -142,6 +203,8 @@ def test_a_failure_leaves_the_dense_model(text, monkeypatch, fails_at):
         (CONFIG, {"stages": 0}, "stages must be an integer >= 1, got 0"),
         (CONFIG, {"stages": 1.5}, "stages must be an integer >= 1, got 1.5"),
         (CONFIG, {"stages": 3}, "training after every cut: set recover_steps to at least 4"),
+        (CONFIG.replace(ranks={"q": 1}), {"stages": 2}, "ranks are made again in one cut"),
+        (LowRankConfig(param_ratio=0.5, rule="latency"), {"stages": 2}, "would give layers back"),
         (LowRankConfig(loss_tolerance=0.1), {"stages": 2}, "stages need a size to reach"),
         (LowRankConfig(rank=4), {"stages": 2, "recover_steps": 9}, "stages need a size to reach"),
     ],

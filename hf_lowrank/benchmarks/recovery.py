@@ -41,15 +41,15 @@ def measure_recovery(
         evaluations: Batches by name; only the figures come from them.
         config: Settings of the cut, but for its size.
         stages: Cuts in which each size is reached, see `compress_in_stages`; all but the last
-            are trained after at the kind's own rate.
+            are trained after with the default settings of the kind.
 
     Returns:
         `dense`, `settings` and `rows`, perplexities by text. A row's `cut` is after the last cut,
         its `seconds` are those of all training, `total_seconds` of everything but evaluations, and
         `rise_left` is the rise of the loss over the dense model after the recovery as a share of
-        that after the cut. If the cut is another than one by `kfac` with `price`, a row also has
-        the perplexities after that one, `price_alone`, and the rise after the recovery as a share
-        of its rise, `of_price_alone`.
+        that after the cut. With channels, measured prices or stages a row also has the
+        perplexities after one cut without them, `price_alone`, and the rise after the recovery as
+        a share of its rise, `of_price_alone`.
 
     Raises:
         ConfigError: See `check_stages`.

@@ -109,12 +109,22 @@ def comparison_rows(reports: Mapping[str, Report]) -> list[list[str]]:
         sizes = {side: f"{count / 1e6:.1f}" for side, count in report.bytes.items()}
         words = [str(config[key]) for key in ("metric", "rule") if config.get(key)]
         words += [word for word in ("channels", "measured_prices") if config.get(word)]
+        if report.recovery is not None:
+            words.append(f"{sum(_steps(report))} steps of recovery")
+        if report.stages:
+            words.append(f"{len(report.stages)} stages")
         how = ", ".join(words)
         seconds = f"{sum(report.seconds.values()):.1f}"
         rows.append(
             [name, sizes["kept"], *after, f"{kept:.4f}", sizes["dense"], before, how, seconds]
         )
     return rows
+
+
+def _steps(report: Report) -> list[int]:
+    """Steps of training after each cut."""
+    recoveries = [stage["recovery"] for stage in report.stages] or [report.recovery]
+    return [recovery["steps"] for recovery in recoveries if recovery]
 
 
 def _quality(found: Evaluation) -> tuple[str, list[str]]:
@@ -176,7 +186,12 @@ def describe_run(report: Report) -> str:
     what = "Ranks, and channels of feed-forwards," if config.get("channels") else "Ranks"
     goal = found[0] if found else "a loss tolerance"
     stages = f", in {len(report.stages)} stages" if report.stages else ""
-    return f"Goal: {goal}{stages}. {what} by {how}; seed {report.seed}."
+    said = f"Goal: {goal}{stages}. {what} by {how}; seed {report.seed}."
+    if not any(_steps(report)):
+        return said
+    after = "each cut" if report.stages else "the cut"
+    steps = " and ".join(str(count) for count in _steps(report))
+    return f"{said} After {after} {steps} steps of training towards the dense model."
 
 
 def _describe_training(training: Mapping[str, Any]) -> str:

@@ -134,9 +134,10 @@ def _limits(report: Report) -> list[str]:
             "The dense weights were read from a quantized .gguf file, so the figures of the dense "
             "model are not those of its original."
         )
-    if report.training is not None:
+    if report.training is not None or report.recovery is not None:
+        text = "calibration" if report.training is None else "training"
         lines.append(
-            "The compressed model was also trained on the training text, the dense model was not: "
+            f"The compressed model was also trained on the {text} text, the dense model was not: "
             "the difference is not that of the compression alone."
         )
     return [*lines, *sentences(warnings(report))]
