@@ -134,6 +134,17 @@ def test_the_checkpoint_loads_and_the_report_is_read_again(text, tmp_path):
         assert equal_states(cached.state_dict(), model.state_dict())
 
 
+def test_a_training_that_was_not_kept_is_not_claimed(text):
+    report = compress(tiny_llama(), CONFIG, text[:6], held_out=text[6:9], **OPTIONS)
+    report.stages[0]["recovery"]["accepted"] = False
+    report.stages[1]["recovery"]["accepted"] = True
+    assert "After each cut 0 and 4 steps of training" in describe_run(report)
+    assert "was also trained" in " ".join(_limits(report))
+    report.stages[1]["recovery"]["accepted"] = False
+    assert "steps of" not in describe_run(report) + comparison_rows({"a": report})[1][8]
+    assert "was also trained" not in " ".join(_limits(report))
+
+
 def test_seconds_are_those_of_all_stages(text, monkeypatch):
     spent = []
     original = CompressionRun.apply

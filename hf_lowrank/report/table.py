@@ -109,8 +109,8 @@ def comparison_rows(reports: Mapping[str, Report]) -> list[list[str]]:
         sizes = {side: f"{count / 1e6:.1f}" for side, count in report.bytes.items()}
         words = [str(config[key]) for key in ("metric", "rule") if config.get(key)]
         words += [word for word in ("channels", "measured_prices") if config.get(word)]
-        if report.recovery is not None:
-            words.append(f"{sum(_steps(report))} steps of recovery")
+        if any(kept_steps(report)):
+            words.append(f"{sum(kept_steps(report))} steps of recovery")
         if report.stages:
             words.append(f"{len(report.stages)} stages")
         how = ", ".join(words)
@@ -121,10 +121,10 @@ def comparison_rows(reports: Mapping[str, Report]) -> list[list[str]]:
     return rows
 
 
-def _steps(report: Report) -> list[int]:
-    """Steps of training after each cut."""
+def kept_steps(report: Report) -> list[int]:
+    """Steps of training after each cut, 0 where held-out text rejected what they gave."""
     recoveries = [stage["recovery"] for stage in report.stages] or [report.recovery]
-    return [recovery["steps"] for recovery in recoveries if recovery]
+    return [each["steps"] if each["accepted"] else 0 for each in recoveries if each]
 
 
 def _quality(found: Evaluation) -> tuple[str, list[str]]:
@@ -187,10 +187,10 @@ def describe_run(report: Report) -> str:
     goal = found[0] if found else "a loss tolerance"
     stages = f", in {len(report.stages)} stages" if report.stages else ""
     said = f"Goal: {goal}{stages}. {what} by {how}; seed {report.seed}."
-    if not any(_steps(report)):
+    if not any(kept_steps(report)):
         return said
     after = "each cut" if report.stages else "the cut"
-    steps = " and ".join(str(count) for count in _steps(report))
+    steps = " and ".join(str(count) for count in kept_steps(report))
     return f"{said} After {after} {steps} steps of training towards the dense model."
 
 

@@ -19,7 +19,7 @@ from hf_lowrank.report.card_parts import (
 )
 from hf_lowrank.report.schema import Report
 from hf_lowrank.report.speed import speed_notes, speed_rows
-from hf_lowrank.report.table import describe_run, number, warnings
+from hf_lowrank.report.table import describe_run, kept_steps, number, warnings
 
 
 def text_card_parts(report: Report) -> CardParts:
@@ -134,7 +134,7 @@ def _limits(report: Report) -> list[str]:
             "The dense weights were read from a quantized .gguf file, so the figures of the dense "
             "model are not those of its original."
         )
-    if report.training is not None or report.recovery is not None:
+    if report.training is not None or any(kept_steps(report)):
         text = "calibration" if report.training is None else "training"
         lines.append(
             f"The compressed model was also trained on the {text} text, the dense model was not: "
