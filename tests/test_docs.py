@@ -90,6 +90,13 @@ def script_calls(text: str) -> list[tuple[str, set[str]]]:
     return [(script, set(re.findall(r"--([a-z]\w*)", rest))) for script, rest in calls]
 
 
+def anchors(text: str) -> set[str]:
+    """What `#...` links to a page may name: its headings as GitHub writes them."""
+    prose = re.sub(r"```.*?```", "", text, flags=re.DOTALL)
+    headings = re.findall(r"^#+ +(.+?) *$", prose, re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading).lower().replace(" ", "-") for heading in headings}
+
+
 # README
 
 
@@ -177,6 +184,17 @@ def test_relative_links_lead_somewhere(page: Path):
     assert not missing, f"{page.name} links to files that do not exist: {missing}"
 
 
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_to_headings_find_them(page: Path):
+    text = page.read_text("utf-8")
+    missing = []
+    for target, anchor in re.findall(r"\]\((?!https?:)([^)#\s]*\.md|)#([^)\s]+)\)", text):
+        other = (page.parent / target).read_text("utf-8") if target else text
+        if anchor not in anchors(other):
+            missing.append(f"{target}#{anchor}")
+    assert not missing, f"{page.name} links to headings that do not exist: {missing}"
+
+
 # The checks themselves
 
 
@@ -220,6 +238,11 @@ def test_calls_of_scripts_are_found_with_their_options():
         "text `python scripts/a.py --one 1`\n    python scripts/b.py --two-three x \\\n  --four\n"
     )
     assert script_calls(text) == [("a", {"one"}), ("b", {"two", "four"})]
+
+
+def test_anchors_are_those_of_headings_outside_code():
+    text = "# One Two\n```\n# no heading\n```\n## `a-b`, all + one\n"
+    assert anchors(text) == {"one-two", "a-b-all--one"}
 
 
 def test_an_error_in_a_block_names_its_line():
