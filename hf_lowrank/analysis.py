@@ -32,6 +32,9 @@ BYTES_PER_MOMENT = 4
 SECOND_MOMENTS = frozenset({"input", "input_centred", "output"})
 DEFAULT_MOMENT_GIB = 8.0
 
+# Spectra, reasons of failures and channels of a group of layers, by layer name.
+GroupResult = tuple[dict[str, Spectrum], dict[str, str], dict[str, ChannelOrder]]
+
 
 class Stopwatch:
     """Adds up seconds by phase."""
@@ -162,15 +165,8 @@ def analyze(
                     [block.output for block in inside],
                 )
             with stopwatch.phase("decomposition"):
-                mine = dict(processes.share(list(group.items())))
-                orders = _order_channels(
-                    model, [b for b in inside if b.output in mine], moments, config
-                )
-                spectra, failures = decompose_layers(mine, moments, config, progress)
-                cached = (
-                    processes.merge(spectra),
-                    processes.merge(failures),
-                    processes.merge(orders),
+                cached = _decompose_group(
+                    model, group, inside, moments, config, progress, processes
                 )
             if cache:
                 with stopwatch.phase("cache"):
@@ -185,9 +181,25 @@ def analyze(
     return result
 
 
+def _decompose_group(
+    model: nn.Module,
+    group: Mapping[str, nn.Module],
+    blocks: Sequence[FeedForward],
+    moments: dict[str, Moments],
+    config: LowRankConfig,
+    progress: bool,
+    processes: Processes,
+) -> GroupResult:
+    """Decomposes a group of layers, each process its share; all processes get all results."""
+    mine = dict(processes.share(list(group.items())))
+    orders = _order_channels(model, [b for b in blocks if b.output in mine], moments, config)
+    spectra, failures = decompose_layers(mine, moments, config, progress)
+    return processes.merge(spectra), processes.merge(failures), processes.merge(orders)
+
+
 def _read_cache(
     cache: RunCache | None, names: list[str], blocks: Sequence[FeedForward]
-) -> tuple[dict[str, Spectrum], dict[str, str], dict[str, ChannelOrder]] | None:
+) -> GroupResult | None:
     """Spectra, failures and channels of a group of layers, or None if any are missing."""
     spectra = cache.read_spectra(names) if cache else None
     if cache is None or spectra is None:

@@ -34,6 +34,7 @@ from hf_lowrank.report.table import (
     number,
     probe_rows,
     rank_rows,
+    stage_rows,
     warnings,
 )
 
@@ -57,6 +58,7 @@ def report_page(report: Report) -> str:
             section("Ranks", *_ranks(report)),
             section("Spectra and where they are cut", *_spectra(report)),
             section("Search for the loss tolerance", *_probes(report)),
+            section("Stages", *_stages(report)),
             section("What the models write", *_samples({"compressed": report})),
             section("Settings", *_settings(report)),
         ],
@@ -83,7 +85,7 @@ def comparison_page(reports: Mapping[str, Report]) -> str:
             section("Quality by size", _size_quality(reports)),
             section("What the models write", *_samples(reports)),
             *(
-                section(f"{name}: ranks", *_ranks(report), *_probes(report))
+                section(f"{name}: ranks", *_ranks(report), *_probes(report), *_stages(report))
                 for name, report in reports.items()
             ),
         ],
@@ -211,6 +213,16 @@ def _probes(report: Report) -> list[str]:
         probes_figure(report), "Predicted and measured rise of the loss by kept share", kind="wide"
     )
     return [drawn, plain_table(probe_rows(report))]
+
+
+def _stages(report: Report) -> list[str]:
+    if not report.stages:
+        return []
+    caption = (
+        "Losses in nats per token. Each cut starts from the model that the stage before it left; "
+        "its predicted rise is over that model."
+    )
+    return [plain_table(stage_rows(report)), paragraph(caption, "note")]
 
 
 def _samples(reports: Mapping[str, Report]) -> list[str]:

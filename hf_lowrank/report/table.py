@@ -257,6 +257,24 @@ def probe_rows(report: Report) -> list[list[str]]:
     return rows
 
 
+def stage_rows(report: Report) -> list[list[str]]:
+    """The cuts of a compression in stages and the training after each, with a header."""
+    rows = [["kept", "rise predicted for the cut", "steps", "held-out loss", "after training", ""]]
+    for stage in report.stages:
+        trained = stage["recovery"]
+        rows.append(
+            [
+                f"{stage['param_ratio']:.1%}",
+                number(stage["predicted_loss_difference"], "+.4f"),
+                str(trained["steps"]),
+                number(trained["loss_before"], ".4f"),
+                number(trained["loss_after"], ".4f"),
+                "kept" if trained["accepted"] else "not kept",
+            ]
+        )
+    return rows
+
+
 def number(value: float | None, spec: str) -> str:
     """A number in a format, or "-" where there is none."""
     return "-" if value is None or math.isnan(value) else format(value, spec)

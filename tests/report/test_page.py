@@ -111,6 +111,21 @@ def test_a_page_shows_what_the_report_holds():
         assert any(expected in word for word in words), expected
 
 
+def test_stages_are_a_table_of_cuts_and_training():
+    trained = {"loss_before": 4.5, "loss_after": 4.25, "accepted": True, "steps": 20}
+    refused = {"loss_before": 4.75, "loss_after": 4.875, "accepted": False, "steps": 40}
+    stages = [
+        {"param_ratio": 0.75, "predicted_loss_difference": 0.0625, "recovery": trained},
+        {"param_ratio": 0.5, "predicted_loss_difference": None, "recovery": refused},
+    ]
+    for page in (report_page, lambda each: comparison_page({"one": each, "two": full_report()})):
+        words = Page(page(full_report(stages=stages))).words
+        start = words.index("after training") + 1
+        assert words[start : start + 6] == ["75.0%", "+0.0625", "20", "4.5000", "4.2500", "kept"]
+        assert words[start + 6 : start + 12] == ["50.0%", "-", "40", "4.7500", "4.8750", "not kept"]
+    assert "rise predicted for the cut" not in report_page(full_report())
+
+
 def test_ranks_form_a_table_of_blocks_by_types_darker_where_more_is_kept():
     text = report_page(full_report())
     cells = {
