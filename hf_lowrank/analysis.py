@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Protocol
 
 from torch import nn
 from tqdm.auto import tqdm
@@ -104,6 +105,17 @@ class Analysis:
         return predicted_rise_with_channels(self.spectra, self.orders, plan)
 
 
+class MomentReader(Protocol):
+    """Reads the moments of an analysis before they are decomposed and freed."""
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """Names of `Moments` fields to collect besides those of the metric."""
+
+    def read(self, moments: Mapping[str, Moments]) -> None:
+        """Gets the moments of each group of layers by name; may take its own out of them."""
+
+
 def analyze(
     model: nn.Module,
     config: LowRankConfig,
@@ -115,6 +127,7 @@ def analyze(
     moment_gib: float = DEFAULT_MOMENT_GIB,
     progress: bool = True,
     processes: Processes = ALONE,
+    reader: MomentReader | None = None,
 ) -> Analysis:
     """Collects the moments that the config's metric needs and decomposes every target layer.
 
@@ -132,6 +145,7 @@ def analyze(
         progress: Whether to show progress bars.
         processes: Those that share the calibration batches and the layers out among them; the main
             one alone reads and writes the cache.
+        reader: Sees all moments; cached spectra are then made again.
 
     Raises:
         DataError: The metric needs calibration data and there is none.
@@ -148,15 +162,17 @@ def analyze(
     result = Analysis(config, {n: linear_shape(m) for n, m in targets.items()}, {})
     progress, cache = progress and processes.is_main, cache if processes.is_main else None
     outputs = [block.output for block in blocks]
-    for group in _groups(targets, metric.needs, moment_gib, outputs):
+    needs = metric.needs | (reader.needs if reader else frozenset())
+    for group in _groups(targets, needs, moment_gib, outputs):
         names, inside = list(group), [block for block in blocks if block.output in group]
-        cached = processes.decide(_read_cache(cache, names, inside))
+        cached = processes.decide(None if reader else _read_cache(cache, names, inside))
         if cached is None:
             with stopwatch.phase("statistics"):
                 moments = _moments(
                     model,
                     group,
                     calibration,
+                    needs,
                     config,
                     loss_function,
                     cache,
@@ -164,6 +180,8 @@ def analyze(
                     processes,
                     [block.output for block in inside],
                 )
+            if reader:
+                reader.read(moments)
             with stopwatch.phase("decomposition"):
                 cached = _decompose_group(
                     model, group, inside, moments, config, progress, processes
@@ -264,6 +282,7 @@ def _moments(
     model: nn.Module,
     group: Mapping[str, nn.Module],
     calibration: Sequence[Batch] | None,
+    needs: frozenset[str],
     config: LowRankConfig,
     loss_function: LossFunction | None,
     cache: RunCache | None,
@@ -272,7 +291,7 @@ def _moments(
     whole: Sequence[str],
 ) -> dict[str, Moments]:
     """Moments of a group of layers, from the cache or by a pass over the calibration data."""
-    names, needs = list(group), METRICS[config.metric].needs
+    names = list(group)
     if not needs or calibration is None:
         return {name: Moments() for name in group}
     cached = processes.decide(cache.read_moments(names, needs, whole) if cache else None)

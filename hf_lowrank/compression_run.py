@@ -11,7 +11,13 @@ from typing import Any
 
 from torch import nn
 
-from hf_lowrank.analysis import DEFAULT_MOMENT_GIB, Analysis, Stopwatch, analyze
+from hf_lowrank.analysis import (
+    DEFAULT_MOMENT_GIB,
+    Analysis,
+    MomentReader,
+    Stopwatch,
+    analyze,
+)
 from hf_lowrank.before_after import compare, model_sizes
 from hf_lowrank.cache import RunCache
 from hf_lowrank.config import LowRankConfig
@@ -113,6 +119,7 @@ class CompressionRun:
         texts: Text by role.
         options: How to work; `stages` is not read here.
         dense: The dense layers by name, where the model's own are what an earlier cut left, merged.
+        reader: See `analyze`.
     """
 
     def __init__(
@@ -122,6 +129,7 @@ class CompressionRun:
         texts: Texts,
         options: RunOptions,
         dense: Mapping[str, nn.Module] | None = None,
+        reader: MomentReader | None = None,
     ) -> None:
         self.model = model
         self.config = config
@@ -161,6 +169,7 @@ class CompressionRun:
             moment_gib=options.moment_gib,
             progress=options.progress,
             processes=self.processes,
+            reader=reader,
         )
         self._predicted = self.analysis  # with the prices as predicted
         self.parts: list[dict[str, Any]] = []

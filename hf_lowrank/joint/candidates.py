@@ -4,32 +4,24 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 
-import torch
-from torch import nn
-
-from hf_lowrank.analysis import metric_settings
 from hf_lowrank.compression_run import CompressionRun
-from hf_lowrank.decomposition.metrics import METRICS
-from hf_lowrank.decomposition.moments import Moments
 from hf_lowrank.decomposition.spectrum import Spectrum
 from hf_lowrank.errors import NumericalError
 from hf_lowrank.held_out import check_fixed_ranks
 from hf_lowrank.joint.first_order import (
     corrected_spectrum,
     first_order_terms,
-    retruncation_form,
     trusted_tails,
 )
-from hf_lowrank.losses import Batch, LossFunction
+from hf_lowrank.joint.gradients import GradientReader
 from hf_lowrank.ranks.plan import RankPlan
 from hf_lowrank.ranks.rules import RULES
 from hf_lowrank.ranks.threshold import plan_for_scores, predicted_rise, smallest_ratio
 from hf_lowrank.ranks.tolerance import LossDifference, Probe, search_tolerance
-from hf_lowrank.statistics import collect_moments
 from hf_lowrank.targets import linear_weight
 
 
@@ -79,24 +71,19 @@ class Candidates:
     Args:
         run: A compression whose texts are gradient set, acceptance set and reported set.
         settings: What is tried.
+        reader: What was read of the gradient set.
     """
 
-    def __init__(self, run: CompressionRun, settings: JointSettings) -> None:
+    def __init__(
+        self, run: CompressionRun, settings: JointSettings, reader: GradientReader
+    ) -> None:
         self.settings = settings
         self.run = run
         self.analysis = run.analysis
         self.held_out = run.held_out_loss()
         self.decompositions = len(run.analysis.spectra)
         self.known: dict[tuple[float, tuple[int | None, ...]], Trial] = {}
-        layers = {name: run.model.get_submodule(name) for name in run.analysis.spectra}
-        with run.stopwatch.phase("gradient"):
-            self.gradients, moments = mean_gradients(
-                run.model, layers, run.texts.calibration or [], run.options.loss_function
-            )
-        kfac, numbers = METRICS["kfac"], metric_settings(run.config)
-        self.forms = {
-            name: retruncation_form(kfac.form(moment, numbers)) for name, moment in moments.items()
-        }
+        self.gradients, self.forms = reader.gradients, reader.forms
         self.linear = {
             name: first_order_terms(spectrum, self.gradients[name])
             for name, spectrum in self.analysis.spectra.items()
@@ -232,27 +219,6 @@ class Candidates:
                         found[name] = corrected
         self.decompositions += len(found)
         return found
-
-
-def mean_gradients(
-    model: nn.Module,
-    targets: Mapping[str, nn.Module],
-    batches: Sequence[Batch],
-    loss_function: LossFunction | None = None,
-) -> tuple[dict[str, torch.Tensor], dict[str, Moments]]:
-    """Gradient of the mean loss by layer name, shape (m, n), and the second moments beside it.
-
-    The labels are always the data's own: labels drawn from the model have no gradient on average.
-    All gradients are held at once, in fp32: as much memory as the targeted weights.
-    """
-    needs = METRICS["kfac"].needs | {"gradient"}
-    moments = collect_moments(model, targets, batches, needs, loss_function=loss_function)
-    gradients = {}
-    for name, moment in moments.items():
-        assert moment.gradient is not None  # asked for
-        gradients[name] = moment.gradient / moment.losses
-        moment.gradient = None
-    return gradients, moments
 
 
 def _key(plan: RankPlan) -> tuple[int | None, ...]:

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 
 from hf_lowrank import LowRankConfig
 from hf_lowrank.analysis import decompose_layers
-from hf_lowrank.joint.candidates import mean_gradients
+from hf_lowrank.joint.gradients import mean_gradients
 from hf_lowrank.joint.perturbation import format_range, linear_range, measure_range
 from hf_lowrank.ranks.threshold import plan_for_budget
 from hf_lowrank.targets import find_targets

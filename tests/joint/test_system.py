@@ -4,17 +4,29 @@ import json
 import math
 
 import pytest
+import torch
 
 import hf_lowrank
-from hf_lowrank import LowRankConfig
+from hf_lowrank import LowRankConfig, compress
+from hf_lowrank.analysis import analyze
+from hf_lowrank.benchmarks.cost import counted
 from hf_lowrank.errors import ConfigError, DataError, NumericalError
 from hf_lowrank.evaluation.perplexity import measure_loss
 from hf_lowrank.held_out import HeldOutLoss
 from hf_lowrank.joint.candidates import JointSettings
+from hf_lowrank.joint.gradients import GradientReader, mean_gradients
 from hf_lowrank.joint.system import compress_jointly
+from hf_lowrank.losses import item_losses
 from hf_lowrank.report.table import format_report
+from hf_lowrank.targets import find_targets
 from tests.scripts import InProcess, make_inputs
-from tests.tiny_models import num_lowrank, sentence_batches, tiny_bert_classifier, tiny_llama
+from tests.tiny_models import (
+    equal_states,
+    num_lowrank,
+    sentence_batches,
+    tiny_bert_classifier,
+    tiny_llama,
+)
 
 
 def test_a_given_size_is_kept_and_never_worse_than_price_alone(text):
@@ -96,6 +108,46 @@ def test_an_encoder():
     )
     assert result.report.held_out["mean"] <= result.baseline.mean
     assert num_lowrank(model) > 0
+
+
+@pytest.mark.parametrize(
+    ("label_source", "loss", "passes"),
+    [("data", None, 1), ("model", None, 2), ("model", item_losses, 1)],
+)
+def test_gradients_take_a_pass_of_their_own_only_where_labels_are_drawn(
+    text, label_source, loss, passes
+):
+    model = tiny_llama()
+    config = LowRankConfig(param_ratio=0.6, label_source=label_source)
+    with counted(model) as cost:
+        compress_jointly(model, config, text[:4], text[4:6], loss_function=loss, progress=False)
+    assert cost.backwards == passes * sum(len(batch["input_ids"]) for batch in text[:4])
+
+
+@pytest.mark.parametrize("moment_gib", [8.0, 1e-5])
+def test_what_is_read_in_passing_is_what_a_pass_of_its_own_gives(text, moment_gib):
+    model, config = tiny_llama(), LowRankConfig()
+    reader = GradientReader(config)
+    options = {"moment_gib": moment_gib, "progress": False}
+    found = analyze(model, config, text[:4], reader=reader, **options)
+    alone = analyze(model, config, text[:4], **options)
+    gradients, _ = mean_gradients(model, find_targets(model, config), text[:4])
+    assert set(found.spectra) == set(reader.forms) == set(gradients)
+    for name, gradient in gradients.items():
+        assert torch.allclose(reader.gradients[name], gradient, atol=1e-7)
+        assert gradient.abs().max() > 1e-4
+        assert torch.equal(found.spectra[name].sigma, alone.spectra[name].sigma)
+
+
+def test_a_cache_of_spectra_does_not_keep_the_gradients_away(text, tmp_path):
+    config = LowRankConfig(param_ratio=0.6)
+    compress(tiny_llama(), config, text[:4], cache_dir=tmp_path, progress=False)
+    states = []
+    for options in ({}, {"cache_dir": tmp_path}, {"cache_dir": tmp_path}):
+        model = tiny_llama()
+        compress_jointly(model, config, text[:4], text[4:6], progress=False, **options)
+        states.append(model.state_dict())
+    assert all(equal_states(states[0], state) for state in states[1:])
 
 
 @pytest.mark.parametrize(
