@@ -75,6 +75,14 @@ def test_all_systems_are_in_the_table_with_their_measured_figures():
         assert cells == system_cells(name, rows), name
 
 
+def test_systems_measured_on_more_tokens_are_in_a_table_of_their_own():
+    rows = result("systems_128x512")["rows"]
+    _, *shown = table("docs/results.md", "system at 128 x 512")
+    assert {name for name, *_ in shown} == {row["name"] for row in rows}
+    for name, *cells in shown:
+        assert cells == system_cells(name, rows), name
+
+
 def test_readme_selects_from_the_table_of_systems():
     rows = result("systems")["rows"]
     _, *shown = table("README.md", "system", "0.8")
