@@ -12,7 +12,7 @@ from hf_lowrank.config import LowRankConfig
 from hf_lowrank.decomposition.metrics import METRICS, QuadraticForm
 from hf_lowrank.decomposition.moments import Moments
 from hf_lowrank.joint.first_order import retruncation_form
-from hf_lowrank.losses import Batch, LossFunction
+from hf_lowrank.losses import Batch
 from hf_lowrank.statistics import collect_moments
 
 
@@ -40,33 +40,20 @@ class GradientReader:
 
     def read(self, moments: Mapping[str, Moments]) -> None:
         """Takes the gradients out of the moments of some layers, and keeps the forms."""
-        self.gradients |= take_gradients(moments)
         for name, moment in moments.items():
+            assert moment.gradient is not None  # asked for
+            self.gradients[name] = moment.gradient / moment.losses
+            moment.gradient = None
             form = METRICS["kfac"].form(moment, self._settings)
             self.forms[name] = retruncation_form(form)
 
+    def collect(
+        self, model: nn.Module, targets: Mapping[str, nn.Module], batches: Sequence[Batch]
+    ) -> dict[str, Moments]:
+        """Reads a pass of its own, with the labels of the data; returns its second moments.
 
-def mean_gradients(
-    model: nn.Module,
-    targets: Mapping[str, nn.Module],
-    batches: Sequence[Batch],
-    loss_function: LossFunction | None = None,
-) -> tuple[dict[str, torch.Tensor], dict[str, Moments]]:
-    """Gradient of the mean loss by layer name, shape (m, n), and the second moments beside it.
-
-    The labels are always the data's own: labels drawn from the model have no gradient on average.
-    All gradients are held at once, in fp32: as much memory as the targeted weights.
-    """
-    needs = METRICS["kfac"].needs | GradientReader.needs
-    moments = collect_moments(model, targets, batches, needs, loss_function=loss_function)
-    return take_gradients(moments), moments
-
-
-def take_gradients(moments: Mapping[str, Moments]) -> dict[str, torch.Tensor]:
-    """Gradient of the mean loss by layer name; the moments have none afterwards."""
-    gradients = {}
-    for name, moment in moments.items():
-        assert moment.gradient is not None  # asked for
-        gradients[name] = moment.gradient / moment.losses
-        moment.gradient = None
-    return gradients
+        Labels drawn from the model have no gradient on average.
+        """
+        moments = collect_moments(model, targets, batches, METRICS["kfac"].needs | self.needs)
+        self.read(moments)
+        return moments

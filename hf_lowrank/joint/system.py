@@ -15,7 +15,6 @@ from torch import nn
 
 from hf_lowrank.compression_run import CompressionRun, RunOptions, Texts
 from hf_lowrank.config import LowRankConfig
-from hf_lowrank.decomposition.metrics import METRICS
 from hf_lowrank.distributed import current_processes
 from hf_lowrank.errors import ConfigError, DataError
 from hf_lowrank.joint.candidates import Candidates, JointSettings
@@ -24,7 +23,6 @@ from hf_lowrank.joint.gradients import GradientReader
 from hf_lowrank.losses import Batch
 from hf_lowrank.ranks.tolerance import LossDifference, Probe
 from hf_lowrank.report.schema import Report
-from hf_lowrank.statistics import collect_moments
 from hf_lowrank.targets import find_targets
 
 
@@ -101,14 +99,13 @@ def compress_jointly(
     if chosen.stages != 1:
         raise ConfigError("Joint compression is one cut; give no stages.")
     reader = GradientReader(config)
-    # Labels drawn from the model have no gradient on average: the data's need a pass of their own.
+    # Gradients need the labels of the data; a loss of one's own has no other labels.
     is_one_pass = config.label_source == "data" or chosen.loss_function is not None
     texts = Texts(gradient, acceptance, reported)
     run = CompressionRun(model, config, texts, chosen, reader=reader if is_one_pass else None)
     if not is_one_pass:
         with run.stopwatch.phase("gradient"):
-            needs = METRICS["kfac"].needs | reader.needs
-            reader.read(collect_moments(model, find_targets(model, config), gradient, needs))
+            reader.collect(model, find_targets(model, config), gradient)
     candidates = Candidates(run, settings or JointSettings(), reader)
     with run.stopwatch.phase("search"):
         if config.param_ratio is not None:

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 
 from hf_lowrank import LowRankConfig
 from hf_lowrank.analysis import decompose_layers
-from hf_lowrank.joint.gradients import mean_gradients
+from hf_lowrank.joint.gradients import GradientReader
 from hf_lowrank.joint.perturbation import format_range, linear_range, measure_range
 from hf_lowrank.ranks.threshold import plan_for_budget
 from hf_lowrank.targets import find_targets
@@ -17,12 +17,15 @@ def test_predictions_hold_for_small_noise_and_fail_for_large(text):
     model = tiny_llama()
     config = LowRankConfig()
     targets = find_targets(model, config)
-    gradients, moments = mean_gradients(model, targets, text[:4])
+    reader = GradientReader(config)
+    moments = reader.collect(model, targets, text[:4])
     spectra, _ = decompose_layers(targets, moments, config, progress=False)
     shapes = {name: spectrum.shape for name, spectrum in spectra.items()}
     plan = plan_for_budget(shapes, spectra, "price", 0.4)
     before = snapshot(model)
-    points = measure_range(model, spectra, plan, gradients, text[:4], scales=(1.0, 1e-3, 1e-2, 0.1))
+    points = measure_range(
+        model, spectra, plan, reader.gradients, text[:4], scales=(1.0, 1e-3, 1e-2, 0.1)
+    )
     assert [point.scale for point in points] == [1e-3, 1e-2, 0.1, 1.0]
     assert points[0].measured == pytest.approx(points[0].first_order, rel=0.2)
     assert abs(points[-1].measured - points[-1].first_order) > 0.5 * abs(points[-1].first_order)
@@ -35,8 +38,8 @@ def test_predictions_hold_for_small_noise_and_fail_for_large(text):
 
 def test_gradients_are_those_of_the_mean_loss():
     model, batches = tiny_llama(), token_batches(3)
-    targets = find_targets(model, LowRankConfig())
-    found, _ = mean_gradients(model, targets, batches)
+    targets, reader = find_targets(model, LowRankConfig()), GradientReader(LowRankConfig())
+    reader.collect(model, targets, batches)
     total, count = 0.0, 0
     for batch in batches:
         logits = model(**batch).logits[:, :-1]
@@ -44,4 +47,4 @@ def test_gradients_are_those_of_the_mean_loss():
         count += batch["input_ids"][:, 1:].numel()
     (total / count).backward()
     for name, layer in targets.items():
-        assert torch.allclose(found[name], layer.weight.grad, atol=1e-5), name
+        assert torch.allclose(reader.gradients[name], layer.weight.grad, atol=1e-5), name
