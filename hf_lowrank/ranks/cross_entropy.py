@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+
 import torch
 
 from hf_lowrank.ranks.plan import RankPlan
@@ -12,7 +14,7 @@ GROUP_DEPTHS = 2
 
 
 def cross_entropy_search(problem: RankProblem) -> RankPlan:
-    """Gaussian log-shares by group of layers, refitted in rounds to the best quarter.
+    """Gaussian log-shares by group of layers, refitted in rounds to the best quarter so far.
 
     Stands for Cheng et al. 2020 (ranks by reinforcement learning). Simplified: the policy is one
     Gaussian for each layer type and half of the depth and has no state; it is moved by the
@@ -23,16 +25,22 @@ def cross_entropy_search(problem: RankProblem) -> RankPlan:
     generator = torch.Generator().manual_seed(problem.seed)
     mean = torch.zeros(len(groups), dtype=torch.float64)
     spread = torch.ones(len(groups), dtype=torch.float64)
-    tried: list[RankPlan] = []
+    samples = mean[None]  # equal shares come first
+    tried = [_plan(problem, groups, mean)]
     while len(tried) < problem.trials:
-        size = min(max(2, problem.trials // ROUNDS), problem.trials - len(tried))
+        size = min(max(1, problem.trials // ROUNDS), problem.trials - len(tried))
         noise = torch.randn(size, len(groups), generator=generator, dtype=torch.float64)
-        noise[0] = 0.0  # the mean itself: at first equal shares
-        samples = mean + spread * noise
-        plans = [problem.plan_for_weights(group_weights(groups, row)) for row in samples.tolist()]
-        losses = torch.tensor([problem.loss(plan) for plan in plans], dtype=torch.float64)
-        best = samples[losses.argsort(stable=True)[: max(1, size // 4)]]
+        samples = torch.cat([samples, mean + spread * noise])
+        tried += [_plan(problem, groups, row) for row in samples[-size:]]
+        losses = torch.tensor([problem.loss(plan) for plan in tried], dtype=torch.float64)
+        # Of one sample there is no spread; the smoothing keeps a few from narrowing it at once.
+        best = samples[losses.argsort(stable=True)[: max(2, len(tried) // 4)]]
         mean = best.mean(dim=0)
         spread = 0.5 * spread + 0.5 * (best - mean).square().mean(dim=0).sqrt()
-        tried += plans
     return best_of(tried, problem.loss)
+
+
+def _plan(
+    problem: RankProblem, groups: Mapping[str, Sequence[str]], log2_weights: torch.Tensor
+) -> RankPlan:
+    return problem.plan_for_weights(group_weights(groups, log2_weights.tolist()))

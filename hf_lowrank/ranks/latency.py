@@ -38,8 +38,10 @@ def latency_search(problem: RankProblem, latency: Latency | None = None) -> Rank
         shape = problem.shapes[name]
         if shape not in tables:
             tables[shape] = _latency_table(shape, time_of)
+        dense = break_even_rank(*shape)  # a layer of that rank stays as it is, without error
         points: list[Point] = [
-            (seconds, float(errors[rank]), rank) for rank, seconds in tables[shape].items()
+            (seconds, float(errors[rank]) if rank < dense else 0.0, rank)
+            for rank, seconds in tables[shape].items()
         ]
         score = torch.zeros(len(errors) - 1, dtype=torch.float64)
         for before, after in itertools.pairwise(lower_hull(points)):

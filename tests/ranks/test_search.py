@@ -221,6 +221,27 @@ def test_a_step_that_costs_no_time_is_taken_first():
     assert latency_search(RankProblem(shapes, spectra, 0.9), latency).ranks["a"] is None
 
 
+def test_a_dense_layer_has_no_error():
+    """At the break-even rank of 10 half of a's price is left, but a layer of that rank is dense."""
+    shapes = {"a": (20, 20), "b": (20, 20)}
+    prices = {"a": [0.05] * 20, "b": [0.07] * 10 + [0.0] * 10}
+    spectra = {name: spectrum_of((20, 20), [1.0] * 20, prices[name]) for name in shapes}
+
+    def latency(shape, rank):
+        return 10.0 if rank is None else float(rank)
+
+    plan = latency_search(RankProblem(shapes, spectra, 0.55), latency)
+    assert plan.ranks == {"a": None, "b": 1}
+
+
+@pytest.mark.parametrize("trials", [1, 5, 8])
+def test_the_learned_search_spends_its_trials_on_different_plans(trials):
+    measure = Measure()
+    search_plan("cross-entropy", SHAPES, spectra_of(), 0.5, measure=measure, trials=trials)
+    tried = {tuple(plan.ranks.items()) for plan in measure.plans}
+    assert len(tried) == len(measure.plans) == trials
+
+
 def test_latency_is_measured_in_seconds():
     assert 0 < measure_latency((64, 64), None) < 1
     assert 0 < measure_latency((64, 64), 4) < 1
