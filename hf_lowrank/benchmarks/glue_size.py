@@ -22,6 +22,7 @@ from hf_lowrank.benchmarks.record import write_result
 from hf_lowrank.benchmarks.table import main_score, part_of, run_row
 from hf_lowrank.cache import RunCache
 from hf_lowrank.config import LowRankConfig
+from hf_lowrank.errors import ConfigError
 from hf_lowrank.ranks.threshold import smallest_ratio
 from hf_lowrank.surgery import factorized
 from hf_lowrank.tasks.arguments import CUTS
@@ -45,6 +46,10 @@ def find_smallest_sizes(args: GlueSizeArguments) -> None:
     for task in args.tasks or ["mrpc"]:
         one = dataclasses.replace(settings, task=task)
         methods = args.methods or list(CUTS)
+        if args.epochs <= 0 and (unknown := [name for name in methods if name not in CUTS]):
+            raise ConfigError(
+                f"With epochs 0 the methods are {', '.join(CUTS)}; got {', '.join(unknown)}."
+            )
         rows += smallest_sizes(one, methods, args.share, Path(args.folder))
         write_result(Path(args.output), {"arguments": vars(args), "rows": rows})
 

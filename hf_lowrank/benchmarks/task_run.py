@@ -11,6 +11,7 @@ from hf_lowrank.arguments import PublishingArguments, parse_several, user_errors
 from hf_lowrank.benchmarks.record import provenance
 from hf_lowrank.jobs import check_publishing, name_models, save_and_publish
 from hf_lowrank.report.table import align
+from hf_lowrank.report.task_card import format_loss
 from hf_lowrank.report.task import TaskReport
 from hf_lowrank.saving import check_output_folder
 from hf_lowrank.tasks.arguments import TaskArguments
@@ -65,4 +66,7 @@ def format_scores(report: TaskReport) -> str:
         if found is not None:
             rows.append([name, *(f"{value:.4f}" for value in found.values())])
     kept = parameters["targeted_kept"] / parameters["targeted_dense"]
-    return f"{align(rows)}\nkept {parameters['targeted_kept']:,} targeted parameters ({kept:.2%})"
+    return (
+        f"{align(rows)}\n{format_loss(report.development_loss)}\n"
+        f"kept {parameters['targeted_kept']:,} targeted parameters ({kept:.2%})"
+    )

@@ -28,6 +28,9 @@ class TaskReport(Report):
         uncured_held_out_metrics: The same of the compressed model before its fine-tuning.
         held_out_metrics: The same of the model that the run made.
         held_out_loss: Its mean loss there, nats per example.
+        development_loss: Mean loss on the development set in the stored type, nats per example:
+            `dense`, `compressed` (the model that the run made), their paired `difference` and its
+            `standard_error`.
         selections: What each rank selection did, where ranks are selected in training.
         lpaf: What LPAF's stages did.
         command: Command line of the run; this and the next three are of saved runs only.
@@ -46,6 +49,7 @@ class TaskReport(Report):
     uncured_held_out_metrics: dict[str, float] | None = None
     held_out_metrics: dict[str, float] = field(default_factory=dict)
     held_out_loss: float | None = None
+    development_loss: dict[str, float] = field(default_factory=dict)
     selections: list[dict[str, Any]] | None = None
     lpaf: dict[str, Any] | None = None
     command: str = ""

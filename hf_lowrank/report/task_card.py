@@ -130,11 +130,21 @@ def _measured(report: TaskReport) -> str:
         f"Scores: on the {data['evaluation_examples']:,} examples of the development set of "
         f"{_name(report)}, used for these figures alone. One run with one seed.",
     ]
+    if report.development_loss:
+        lines.append(f"{format_loss(report.development_loss)}.")
     if report.uncured_metrics is not None and report.arguments["epochs"] > 0:
         found = ", ".join(f"{name} {value:.4f}" for name, value in report.uncured_metrics.items())
         same = "the same, " if report.uncured_metrics == report.metrics else ""
         lines.append(f"Before the last fine-tuning: {same}{found}.")
     return "\n".join(lines)
+
+
+def format_loss(found: Mapping[str, float]) -> str:
+    """The losses of `TaskReport.development_loss` as one line."""
+    return (
+        f"Mean loss on the development set: {found['dense']:.4f} -> {found['compressed']:.4f} nats "
+        f"per example ({found['difference']:+.4f} +- {found['standard_error']:.4f})"
+    )
 
 
 def _limits(report: TaskReport) -> list[str]:

@@ -36,7 +36,9 @@ LPAF_VARIANTS: dict[str, dict[str, Any]] = {
         "mixed_rank": False,
     },
 }
-METHOD_NAMES = ("dense", *CUTS, *SELECTION_RULES, *LPAF_VARIANTS)
+# Cut along the gradient, with ranks and factors that held-out examples accept.
+JOINT = "joint"
+METHOD_NAMES = ("dense", *CUTS, JOINT, *SELECTION_RULES, *LPAF_VARIANTS)
 
 
 @dataclass
@@ -75,7 +77,7 @@ class TaskArguments:
     seed: int = argument(0, "Seed of everything random.")
 
     def check(self) -> None:
-        """Refuses what can be known to fail.
+        """Refuses settings that are certain to fail.
 
         Raises:
             ConfigError: With the first such setting.
@@ -87,6 +89,8 @@ class TaskArguments:
         LowRankConfig(param_ratio=self.param_ratio, loss_tolerance=self.loss_tolerance)
         if self.method in {*SELECTION_RULES, *LPAF_VARIANTS} and self.epochs <= 0:
             raise ConfigError(f"method {self.method} cuts while it trains; epochs must be > 0.")
+        if self.method in SELECTION_RULES and self.loss_tolerance == 0:
+            raise ConfigError(f"method {self.method} needs a loss_tolerance > 0.")
         if not 0 < self.pruning_share < 1:
             raise ConfigError(f"pruning_share must lie in (0, 1), got {self.pruning_share}.")
         for name in ("batch_size", "max_length", "calibration_samples", "selections_per_epoch"):

@@ -5,18 +5,22 @@ from __future__ import annotations
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+from datasets import Dataset
 from torch import nn
 
 from hf_lowrank.compression import compress
 from hf_lowrank.config import DEFAULT_LOSS_TOLERANCE, LowRankConfig
+from hf_lowrank.joint.system import compress_jointly
 from hf_lowrank.pruning.lpaf import STAGES, LpafSettings, lpaf_
+from hf_lowrank.report.schema import Report
 from hf_lowrank.tasks.arguments import (
     CUTS,
+    JOINT,
     LPAF_VARIANTS,
     SELECTION_RULES,
     TaskArguments,
@@ -53,13 +57,45 @@ def cut_then_train(
     )
     seconds = {"compress": time.perf_counter() - start}
     report = _then_fine_tune(model, task, args)
-    return report | {
-        "config": found.config,
-        "probes": found.probes,
-        "held_out": found.held_out,
-        "failures": found.failures,
-        "seconds": seconds | report["seconds"],
-    }
+    return _cut_fields(found) | report | {"seconds": seconds | report["seconds"]}
+
+
+def cut_jointly_then_train(model: nn.Module, task: Task, args: TaskArguments) -> dict[str, Any]:
+    """One cut with ranks and factors steered along the gradient (docs/methods.md, 5)."""
+    start = time.perf_counter()
+    accepting = _without(task.held_out, [task.validation])
+    fitting = _without(
+        task.train.select(range(min(args.calibration_samples, len(task.train)))),
+        [task.validation, task.held_out],
+    )
+    found = compress_jointly(
+        model,
+        _config(args, "kfac"),
+        task.batches(fitting, args.batch_size),
+        task.batches(accepting, args.batch_size),
+        task.batches(task.validation, args.batch_size),
+        progress=sys.stderr.isatty(),
+    ).report
+    seconds = {"compress": time.perf_counter() - start}
+    report = _then_fine_tune(model, task, args)
+    return (
+        _cut_fields(found)
+        | {"joint": found.joint}
+        | report
+        | {"seconds": seconds | report["seconds"]}
+    )
+
+
+def _without(split: Dataset, others: Sequence[Dataset]) -> Dataset:
+    """The examples of a split whose text does not stand in other splits, too."""
+    texts = {tuple(ids) for other in others for ids in other["input_ids"]}
+    return split.select([i for i, ids in enumerate(split["input_ids"]) if tuple(ids) not in texts])
+
+
+def _cut_fields(found: Report) -> dict[str, Any]:
+    """What the report of a run says of its cut."""
+    names = ("config", "probes", "held_out", "failures")
+    return {name: getattr(found, name) for name in names}
 
 
 def cut_while_training(
@@ -78,7 +114,9 @@ def cut_while_training(
                 selection_steps=max(1, steps_per_epoch // args.selections_per_epoch),
                 selection_samples=args.selection_samples,
                 target_param_ratio=target,
-                selection_tolerance=args.loss_tolerance or DEFAULT_LOSS_TOLERANCE,
+                selection_tolerance=(
+                    DEFAULT_LOSS_TOLERANCE if args.loss_tolerance is None else args.loss_tolerance
+                ),
             ),
             train_dataset=task.train,
             eval_dataset=task.held_out,
@@ -171,5 +209,6 @@ def _then_fine_tune(model: nn.Module, task: Task, args: TaskArguments) -> dict[s
 
 METHODS: dict[str, Method] = {"dense": train_on}
 METHODS |= {name: partial(cut_then_train, **cut) for name, cut in CUTS.items()}
+METHODS[JOINT] = cut_jointly_then_train
 METHODS |= {name: partial(cut_while_training, rule=r) for name, r in SELECTION_RULES.items()}
 METHODS |= {name: partial(prune_cut_train, **parts) for name, parts in LPAF_VARIANTS.items()}

@@ -5,16 +5,19 @@ from __future__ import annotations
 import time
 from typing import Any
 
+from accelerate.utils import extract_model_from_parallel
 from torch import nn
 
 from hf_lowrank.before_after import model_sizes
 from hf_lowrank.config import LowRankConfig
-from hf_lowrank.evaluation.perplexity import measure_loss
+from hf_lowrank.evaluation.perplexity import LossMeasurement, measure_loss
 from hf_lowrank.modeling_lowrank import linear_shape
 from hf_lowrank.ranks.plan import RankPlan
+from hf_lowrank.ranks.tolerance import paired_difference
 from hf_lowrank.report.schema import versions
 from hf_lowrank.report.task import TaskReport
 from hf_lowrank.sources import hub_id
+from hf_lowrank.surgery import narrowed_layers
 from hf_lowrank.targets import find_targets, untouched_weights
 from hf_lowrank.tasks.arguments import TaskArguments
 from hf_lowrank.tasks.fine_tuning import dense_model
@@ -36,15 +39,23 @@ def run_task(task: Task, args: TaskArguments) -> tuple[nn.Module, TaskReport]:
     shapes = {name: linear_shape(layer) for name, layer in targets.items()}
     untouched = untouched_weights(model, targets)
     dense_sizes = model_sizes(model)
+    validation = task.batches(task.validation, args.batch_size)
+    before = measure_loss(model, validation)
     found: dict[str, Any] = {
         "dense_metrics": task.score(model, task.validation),
         "dense_held_out_metrics": task.score(model, task.held_out),
     }
     found |= {"config": {}} | METHODS[args.method](model, task, args)
     found["seconds"] = seconds | found["seconds"]
-    plan = RankPlan(current_ranks(model, shapes), shapes)
+    narrowed = {name: linear_shape(layer) for name, layer in narrowed_layers(model).items()}
+    plan = RankPlan(current_ranks(model, shapes), shapes, narrowed)
     sizes = model_sizes(model)
     held_out = task.batches(task.held_out, args.batch_size)
+    found["metrics"] = task.score(model, task.validation)
+    found["held_out_metrics"] = task.score(model, task.held_out)
+    found["held_out_loss"] = measure_loss(model, held_out).mean
+    # As it is saved: Trainer leaves the autocast of its training on the model.
+    extract_model_from_parallel(model, keep_fp32_wrapper=False)
     return model, TaskReport(
         **found,
         model=args.model,
@@ -60,12 +71,21 @@ def run_task(task: Task, args: TaskArguments) -> tuple[nn.Module, TaskReport]:
         },
         bytes={"dense": dense_sizes[1], "kept": sizes[1]},
         ranks=dict(plan.ranks),
+        narrowed={name: list(shape) for name, shape in narrowed.items()},
         untouched=untouched,
         data=task.data,
         task=task.name,
         method=args.method,
         arguments=dict(vars(args)),
-        metrics=task.score(model, task.validation),
-        held_out_metrics=task.score(model, task.held_out),
-        held_out_loss=measure_loss(model, held_out).mean,
+        development_loss=_compared(before, measure_loss(model, validation)),
     )
+
+
+def _compared(before: LossMeasurement, after: LossMeasurement) -> dict[str, float]:
+    found = paired_difference(before.items, after.items)
+    return {
+        "dense": before.mean,
+        "compressed": after.mean,
+        "difference": found.mean,
+        "standard_error": found.standard_error,
+    }

@@ -1,11 +1,13 @@
 """`scripts/run_glue.py` end to end: a tiny encoder, 24 made-up pairs, every kind of method."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from transformers import AutoModelForSequenceClassification
 
 import hf_lowrank
 from hf_lowrank.surgery import factorized_layers
@@ -77,6 +79,9 @@ def run(place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixt
         ("dense", {"epochs": 0}),
         ("kfac", {"param_ratio": 0.5}),
         ("svd", {"param_ratio": 0.5, "epochs": 0}),
+        ("kfac-channels", {"param_ratio": 0.5}),
+        ("joint", {"param_ratio": 0.5}),
+        ("joint", {"loss_tolerance": 0.0, "epochs": 0}),
         ("kfac", {"loss_tolerance": 0.05, "bf16": True}),
         ("rank-selection", {"param_ratio": 0.5}),
         ("rank-selection-price", {"loss_tolerance": 0.05}),
@@ -87,7 +92,7 @@ def run(place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixt
 )
 @pytest.mark.filterwarnings("ignore:.*pin_memory.*:UserWarning")
 def test_every_kind_of_method_reports_and_saves(
-    run: Any, method: str, goal: dict[str, Any], tmp_path: Path
+    run: Any, place: Path, method: str, goal: dict[str, Any], tmp_path: Path
 ):
     output = tmp_path / "output"
     done = run(method=method, output_dir=output, **goal)
@@ -104,6 +109,7 @@ def test_every_kind_of_method_reports_and_saves(
     assert f"kept {kept:,} targeted parameters ({kept / dense:.2%})" in done.out
     assert all(type(value) is float and value >= 0 for value in report["seconds"].values())
     assert len(report["ranks"]) == 12
+    check_development_loss(report, output, place)
     if method == "dense":
         assert kept == dense
         assert report["metrics"] == report["dense_metrics"]
@@ -113,13 +119,48 @@ def test_every_kind_of_method_reports_and_saves(
         assert 0.4 * dense < kept <= 0.5 * dense
     assert ("uncured_metrics" in report) == (not method.startswith("rank-selection"))
     assert ("selections" in report) == method.startswith("rank-selection")
+    assert ("joint" in report) == (method == "joint")
     if goal.get("epochs") == 0:
         assert report["metrics"] == report["uncured_metrics"]
     if any(rank is not None for rank in report["ranks"].values()):
         model = hf_lowrank.load(output)
+        weights = sum(weight.numel() for n in report["ranks"] for weight in matrices(model, n))
+        assert kept == weights
         found = {name: layer.rank for name, layer in factorized_layers(model).items()}
         assert found == {n: rank for n, rank in report["ranks"].items() if rank is not None}
         assert all(bool(torch.isfinite(p).all()) for p in model.parameters())
+
+
+def matrices(model: torch.nn.Module, name: str) -> list[torch.Tensor]:
+    return [p for p in model.get_submodule(name).parameters() if p.ndim == 2]
+
+
+def check_development_loss(report: dict[str, Any], output: Path, place: Path) -> None:
+    """The saved model's loss on the development set, one sentence pair at a time."""
+    task = load_glue_task(GlueArguments(**settings(place)))
+    model = AutoModelForSequenceClassification.from_pretrained(output).eval()
+    with torch.no_grad():
+        losses = [model(**task.collator([row])).loss.item() for row in task.validation]
+    found = report["development_loss"]
+    assert found["compressed"] == pytest.approx(sum(losses) / len(losses), rel=1e-3)
+    assert found["difference"] == pytest.approx(found["compressed"] - found["dense"], abs=1e-6)
+    assert (found["standard_error"] > 0) == (found["difference"] != 0)
+
+
+def test_joint_sets_share_no_text(place: Path, tmp_path: Path):
+    """A development pair that is also trained on is left out of the fitting, not refused."""
+    for name in ("MRPC", "model"):
+        shutil.copytree(place / name, tmp_path / name)
+    rows = (tmp_path / "MRPC" / "train.tsv").read_text().splitlines(keepends=True)
+    with (tmp_path / "MRPC" / "dev.tsv").open("a") as file:
+        file.writelines(rows[1:12])
+    with (tmp_path / "MRPC" / "train.tsv").open("a") as file:
+        file.writelines(rows[12:24])
+    args = GlueArguments(
+        **settings(tmp_path, method="joint", param_ratio=0.5, epochs=0, model=str(place / "model"))
+    )
+    _, report = run_task(load_glue_task(args), args)
+    assert report.parameters["targeted_kept"] <= 0.5 * report.parameters["targeted_dense"]
 
 
 def test_the_dense_model_is_trained_once_for_all_methods(
