@@ -64,7 +64,8 @@ class Analysis:
         failures: Reason by layer name, for layers that stay dense because of a failure.
         fixed: Ranks fixed by `rank_pattern`, and None for the failures.
         tokens: Calibration tokens used.
-        orders: Channels of feed-forwards by the name of the layer out of them, if they may go.
+        orders: Channel order of each feed-forward, keyed by its output layer; empty unless
+            `channels`.
     """
 
     config: LowRankConfig
@@ -232,7 +233,7 @@ def _order_channels(
     moments: Mapping[str, Moments],
     config: LowRankConfig,
 ) -> dict[str, ChannelOrder]:
-    """Channels of feed-forwards by the name of the layer out of them, where they have a price."""
+    """Channel order of each feed-forward whose channels have a price, keyed by its output layer."""
     metric, settings = METRICS[config.metric], metric_settings(config)
     orders: dict[str, ChannelOrder] = {}
     for block in blocks:

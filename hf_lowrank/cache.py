@@ -104,7 +104,7 @@ class RunCache:
         _write(self._path("spectra", names, _SPECTRUM_SETTINGS), tensors, failures)
 
     def read_orders(self, blocks: Sequence[FeedForward]) -> dict[str, ChannelOrder] | None:
-        """Channels of feed-forwards by the name of the layer out of them, or None."""
+        """Channel order of each feed-forward, keyed by its output layer; None if not there."""
         found = _read(self._path("channels", [b.output for b in blocks], _SPECTRUM_SETTINGS))
         if found is None:
             return None

@@ -1,7 +1,8 @@
-"""Every error that hf_lowrank raises on purpose.
+"""Errors for users' mistakes, bad data and failed I/O; broken internal contracts raise builtins.
 
 All of them are `LowRankError`, so a script can turn each into one line on stderr. Each leaf is
 also the builtin error that a caller would expect, so `except ValueError` works as well.
+modeling_lowrank.py also runs without this package, so it raises ValueError.
 """
 
 from __future__ import annotations

@@ -263,6 +263,20 @@ def test_nothing_is_printed_where_nothing_went_wrong(capsys: pytest.CaptureFixtu
 
 
 def test_every_error_of_the_library_is_also_a_builtin_one():
-    for name, kind in vars(errors).items():
-        if isinstance(kind, type) and issubclass(kind, LowRankError) and kind is not LowRankError:
-            assert issubclass(kind, (ValueError, RuntimeError)), name
+    kinds = {
+        name: kind
+        for name, kind in vars(errors).items()
+        if isinstance(kind, type) and kind is not LowRankError
+    }
+    assert set(kinds) == {
+        "ConfigError",
+        "TargetError",
+        "DataError",
+        "CheckpointError",
+        "NumericalError",
+        "StorageError",
+        "PublishError",
+    }
+    for name, kind in kinds.items():
+        assert issubclass(kind, LowRankError), name
+        assert issubclass(kind, (ValueError, RuntimeError)), name

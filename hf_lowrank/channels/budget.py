@@ -1,6 +1,6 @@
 """Ranks and channels from one budget, by their prices.
 
-A channel costs a row of each layer into it and a column of the layer out of it; a rank of the
+A channel costs a row of each layer into it and a column of the output layer; a rank of the
 low-rank layers in its place costs more. Both kinds of cuts have a predicted rise of the loss, so
 they compete for one budget in the same currency.
 """
@@ -60,7 +60,7 @@ def plan_with_channels(
     Args:
         shapes: (out_features, in_features) of every targeted layer.
         spectra: With prices, of every layer that is not in `fixed`.
-        orders: Channels of feed-forwards by the name of the layer out of them.
+        orders: Channel order of each feed-forward, keyed by its output layer.
         param_ratio: Kept / dense parameters over all targeted layers, in (0, 1].
         min_rank: Smallest rank of a factorized layer.
         fixed: Ranks decided beforehand. A feed-forward with a layer among them keeps its channels.
@@ -69,7 +69,7 @@ def plan_with_channels(
         ConfigError: Even the smallest ranks exceed the budget.
     """
     fixed = dict(fixed or {})
-    if param_ratio >= 1:  # no channel goes without need, even where none is worth anything
+    if param_ratio >= 1:  # nothing has to be cut, so keep every channel, even a worthless one
         return plan_for_budget(shapes, spectra, "price", 1.0, min_rank=min_rank, fixed=fixed)
     free = [
         each

@@ -14,7 +14,7 @@ from torch import nn
 from hf_lowrank.errors import TargetError
 from hf_lowrank.modeling_lowrank import linear_shape
 
-# Layers into the channels, and the layer out of them, below one module.
+# Layers into the channels, and the output layer, below one module.
 _PATTERNS: tuple[tuple[tuple[str, ...], str], ...] = (
     (("gate_proj", "up_proj"), "down_proj"),  # Llama and most that came after
     (("wi_0", "wi_1"), "wo"),  # T5 1.1
@@ -36,7 +36,7 @@ class FeedForward:
 
     Attributes:
         inputs: Layers into the channels: gate and up, or a single one.
-        output: The layer out of them.
+        output: The output layer, which reads the channels.
     """
 
     inputs: tuple[str, ...]

@@ -1,7 +1,7 @@
 """Narrower feed-forwards.
 
 Whatever a system does to channels, pruning or merging, leaves each layer into the channels with
-fewer rows, and the layer out of them with fewer columns.
+fewer rows, and the output layer with fewer columns.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class Narrowing:
     Attributes:
         gather: For each layer into the channels the indices of those that stay as they are, shape
             (k,), or a map of shape (k, n): `W' = gather W`, `b' = gather b`.
-        output: The weight out of them, shape (d_out, k).
+        output: The output layer's new weight, shape (d_out, k).
     """
 
     gather: tuple[torch.Tensor, ...]

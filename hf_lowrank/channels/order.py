@@ -90,7 +90,7 @@ def order_channels(
         model: The dense model.
         block: The feed-forward.
         whole: Second moment of the channels themselves, n x n.
-        form: The `kfac` form of the layer out of the channels.
+        form: The `kfac` form of the output layer.
 
     Returns:
         None where that layer has more outputs than inputs: such channels have no price here.

@@ -90,8 +90,8 @@ def measure_speed(
     that is not counted. The new tokens are given, not sampled, so all models do the same steps.
 
     Args:
-        models: By name, a model, or what opens a block in which it is there: then it is opened
-            for each round, and opening it is not timed.
+        models: Models by name, or functions returning a context manager that yields one; it is
+            entered anew each round, outside the timing.
         settings: What to time.
 
     Raises:

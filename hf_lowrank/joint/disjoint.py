@@ -18,7 +18,7 @@ def check_disjoint(**sets: Sequence[Batch] | None) -> None:
     """Refuses sets that share an item.
 
     Token sequences share something if they are equal without padding, or if any 64 tokens in a
-    row stand in both, as in windows of the same text that overlap. Other items (images) are
+    row are in both, as in windows of the same text that overlap. Other items (images) are
     shared if their tensors are equal. Labels do not count: the same text with another label is
     the same text.
 
@@ -36,7 +36,7 @@ def check_disjoint(**sets: Sequence[Batch] | None) -> None:
                 other = owner.get(content)
                 if other is not None:
                     raise DataError(
-                        f"Item {index} of the {name} set also stands in the {other} set; the "
+                        f"Item {index} of the {name} set is also in the {other} set; the "
                         f"{', '.join(sets)} sets must not overlap."
                     )
                 own[content] = name

@@ -1,7 +1,7 @@
 """Model folding (Wang et al., ICLR 2025, arXiv 2502.10216): similar channels become one, data-free.
 
 Channels are clustered by k-means; a cluster keeps the mean of its weights into the channels and the
-sum of its weights out of them, so channels that are equal merge without loss.
+sum of its columns of the output layer, so channels that are equal merge without loss.
 """
 
 from __future__ import annotations

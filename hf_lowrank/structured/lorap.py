@@ -33,8 +33,8 @@ def channel_importance(
 ) -> torch.Tensor:
     """Norm over a channel's weights of |weight| times the norm of what it multiplies, shape (n,).
 
-    A channel's weights are its row in each layer into the channels and its column in the layer
-    out of them; the importance of one weight is that of Wanda (Sun et al., ICLR 2024).
+    A channel's weights are its row in each layer into the channels and its column in the output
+    layer; the importance of one weight is that of Wanda (Sun et al., ICLR 2024).
 
     Args:
         weights: The feed-forward's weights.

@@ -144,7 +144,7 @@ def test_a_failed_row_says_why_and_does_not_end_the_comparison(texts, tmp_path: 
 
 def test_texts_that_overlap_are_refused(texts, tmp_path: Path):
     overlapping = BenchmarkTexts(texts.calibration, texts.held_out, {"test": texts.held_out})
-    with pytest.raises(DataError, match="Item 0 of the test set also stands in the held_out set"):
+    with pytest.raises(DataError, match="Item 0 of the test set is also in the held_out set"):
         compare(overlapping, tmp_path)
 
 

@@ -16,7 +16,7 @@ def test_disjoint_sets_pass(text):
 
 def test_an_item_in_two_sets_is_refused(text):
     shared = {name: tensor[2:] for name, tensor in text[1].items()}
-    message = "^Item 4 of the reported set also stands in the gradient set; the gradient, acc"
+    message = "^Item 4 of the reported set is also in the gradient set; the gradient, acc"
     with pytest.raises(DataError, match=message):
         check_disjoint(gradient=text[:4], acceptance=text[4:8], reported=[text[9], shared])
 

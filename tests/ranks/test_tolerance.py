@@ -218,6 +218,7 @@ def test_a_measured_fall_does_not_correct_the_prediction():
 def test_every_third_probe_is_the_middle():
     measure = Measure(true_rise)
     _, probes = search(measure, predict=lambda plan: 0.5 * true_rise(plan.param_ratio))
+    assert len(probes) > 2
     low, high = 0.001, 1.0
     for index, probe in enumerate(probes):
         if index % 3 == 2:

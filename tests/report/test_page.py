@@ -190,12 +190,23 @@ def test_text_from_outside_stays_text():
         assert any(attack in word for word in page.words)
 
 
-@pytest.mark.parametrize("flaw", [math.inf, math.nan])
-def test_numbers_that_are_none_still_make_a_page(flaw: float):
+@pytest.mark.parametrize(
+    ("flaw", "shown", "shown_signed"), [(math.inf, "inf", "+inf"), (math.nan, "-", "-")]
+)
+def test_numbers_that_are_none_still_make_a_page(flaw: float, shown: str, shown_signed: str):
     original = full_report(probes=[probe(measured=flaw)])
     original.evaluation.perplexity_after = flaw
-    Page(report_page(original))
-    Page(comparison_page({"a": original, "b": full_report()}))
+    page = Page(report_page(original))
+    after = page.words.index("perplexity") + 2
+    assert page.words[after - 1 : after + 1] == ["10.50", shown]
+    measured = page.words.index("+0.0310") + 1
+    assert page.words[measured : measured + 2] == [shown_signed, "0.0050"]
+    compared = Page(comparison_page({"a": original, "b": full_report()}))
+    row = compared.words.index("seconds") + 1
+    assert compared.words[row : row + 4] == ["a", "3.1", shown, "+0.1541"]
+    for each in (page, compared):
+        assert not any("nan" in word.split() for word in each.words)
+        assert not any({"nan", "inf"} & svg_text(figure) for figure in each.figures)
 
 
 def test_without_matplotlib_one_sentence_says_so(monkeypatch: pytest.MonkeyPatch):
