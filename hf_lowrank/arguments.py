@@ -101,7 +101,7 @@ class PublishingArguments:
     )
 
     def check(self, output_dir: str | None) -> None:
-        """Refuses what would not be read.
+        """Refuses settings that would be ignored.
 
         Raises:
             ConfigError: With the first such setting.
@@ -224,6 +224,10 @@ class CompressionArguments:
             raise ConfigError("joint works on one param_ratio at a time.")
         if self.joint and (self.channels or self.measured_prices):
             raise ConfigError("joint takes neither channels nor measured_prices.")
+        if self.joint and self.recover_steps > 0:
+            raise ConfigError("joint trains no factors; give no recover_steps.")
+        if self.joint and self.search_trials != _CONFIG_FIELDS["search_trials"].default:
+            raise ConfigError("joint tries a fixed set of candidates; give no search_trials.")
         if self.stages > 1 and len(ratios) > 1:
             raise ConfigError("stages lead to one size; give one param_ratio.")
         if self.stages > 1 and self.joint:

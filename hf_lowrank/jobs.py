@@ -11,7 +11,7 @@ from torch import nn
 
 from hf_lowrank.arguments import CompressionArguments, PublishingArguments
 from hf_lowrank.compression import compress, sweep
-from hf_lowrank.data.text import check_local_text
+from hf_lowrank.data.text import DEMO, check_local_text
 from hf_lowrank.joint.system import compress_jointly
 from hf_lowrank.publishing import check_repository, publish
 from hf_lowrank.report.plots import can_draw
@@ -23,9 +23,16 @@ from hf_lowrank.sources import check_hub_id, hub_id
 def check_before_loading(
     args: CompressionArguments, publishing: PublishingArguments, folder: Path | None
 ) -> dict[str, str | None]:
-    """All that can be known at once; the repository of each size by its folder's name."""
+    """Runs the checks that need no model; returns each size's repository by folder name."""
     if folder:
-        check_output_folder(folder, args.overwrite_output_dir, source=Path(args.model))
+        texts = {args.text_source(role) for role in args.text_roles()} - {DEMO}
+        check_output_folder(
+            folder,
+            args.overwrite_output_dir,
+            source=None if args.model == DEMO else Path(args.model),
+            texts=[Path(text) for text in sorted(texts)],
+            cache=Path(args.cache_dir) if args.cache_dir else None,
+        )
     if args.cache_dir:
         check_cache_folder(Path(args.cache_dir))
     for role in args.text_roles():

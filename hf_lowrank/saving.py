@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -37,7 +37,13 @@ def check_cache_folder(folder: Path) -> None:
 
 
 def check_output_folder(
-    folder: Path, overwrite: bool, num_bytes: int = 0, source: Path | None = None
+    folder: Path,
+    overwrite: bool,
+    num_bytes: int = 0,
+    source: Path | None = None,
+    *,
+    texts: Iterable[Path] = (),
+    cache: Path | None = None,
 ) -> None:
     """Refuses an output folder that can't be used, before any long work.
 
@@ -45,11 +51,14 @@ def check_output_folder(
         folder: The folder's final name.
         overwrite: Whether an existing folder may be replaced.
         num_bytes: Space that the result will take.
-        source: Folder of the dense model, which must not be replaced.
+        source: File or folder of the dense model, which must not be replaced; anything that is
+            not on this disk, like a name on the Hub, passes.
+        texts: Files that the run reads, likewise.
+        cache: The run's cache folder, which would fill the output folder, or go with it.
 
     Raises:
-        StorageError: The folder exists and holds something, is a file, can't be created, or the
-            disk is too full.
+        StorageError: The folder exists and holds something, is a file or a mount point, is or
+            holds one of the other paths, can't be created, or the disk is too full.
     """
     try:
         is_used = folder.is_dir() and any(folder.iterdir())
@@ -59,8 +68,9 @@ def check_output_folder(
         raise StorageError(f"{folder}: can't be created ({error.strerror or error}).") from error
     if Path.cwd().is_relative_to(folder.resolve()):
         raise StorageError(f"{folder}: is the current folder or one above it; name another.")
-    if source is not None and source.is_dir() and source.resolve() == folder.resolve():
-        raise StorageError(f"{folder}: is the dense model itself; name another output folder.")
+    if os.path.ismount(folder.resolve()):  # no other folder can take its name
+        raise StorageError(f"{folder}: is a mount point; name a folder inside it.")
+    _check_apart(folder, [*([source] if source else []), *texts], cache)
     if is_used and not overwrite:
         raise StorageError(
             f"{folder}: exists and is not empty; choose another --output_dir or add "
@@ -77,6 +87,19 @@ def check_output_folder(
         raise StorageError(
             f"{folder}: needs about {num_bytes / 1e6:.0f} MB, but the disk has only "
             f"{free / 1e6:.0f} MB left."
+        )
+
+
+def _check_apart(folder: Path, reads: Iterable[Path], cache: Path | None) -> None:
+    place = folder.resolve()
+    for path in reads:
+        if os.path.exists(path) and path.resolve().is_relative_to(place):
+            raise StorageError(
+                f"{folder}: would replace {path}, which this run reads; name another output folder."
+            )
+    if cache is not None and cache.resolve().is_relative_to(place):
+        raise StorageError(
+            f"{cache}: the cache can't lie in the output folder {folder}; name a folder beside it."
         )
 
 

@@ -177,6 +177,65 @@ def test_the_root_folder_is_not_replaced():
         check_output_folder(Path("/"), overwrite=True)
 
 
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_what_the_run_reads_is_not_replaced(tmp_path: Path, overwrite: bool):
+    output = tmp_path / "outputs"
+    (output / "base").mkdir(parents=True)
+    write(output / "base")
+    for path in (output, output / "base", output / "base" / "file.txt"):
+        sentence = f"{output}: would replace {path}, which this run reads; name another"
+        for role in ({"source": path}, {"texts": [tmp_path, path]}):
+            with pytest.raises(StorageError, match=f"^{sentence} output folder\\.$"):
+                check_output_folder(output, overwrite, **role)
+
+
+def test_links_do_not_hide_what_the_run_reads(tmp_path: Path):
+    (tmp_path / "outputs" / "base").mkdir(parents=True)
+    (tmp_path / "model").symlink_to(tmp_path / "outputs" / "base")
+    (tmp_path / "results").symlink_to(tmp_path / "outputs")
+    for folder, source in (("outputs", "model"), ("results", "outputs/base"), ("model", "model")):
+        with pytest.raises(StorageError, match=f"would replace {tmp_path / source}, which"):
+            check_output_folder(tmp_path / folder, overwrite=True, source=tmp_path / source)
+
+
+def test_an_output_folder_inside_or_beside_the_dense_model(tmp_path: Path):
+    for name in ("base", "base-small"):
+        (tmp_path / name).mkdir()
+    for folder in (tmp_path / "base" / "small", tmp_path / "base-small"):
+        check_output_folder(folder, overwrite=True, source=tmp_path / "base", cache=tmp_path)
+
+
+def test_a_name_on_the_hub_is_no_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    text = Path("x" * 300)
+    check_output_folder(Path("gpt2"), overwrite=False, source=Path("gpt2"), texts=[text])
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+@pytest.mark.parametrize("cache", ["out", "out/cache", "out/../out/deep/cache"])
+def test_a_cache_inside_the_output_folder(tmp_path: Path, overwrite: bool, cache: str):
+    folder, cache_folder = tmp_path / "out", tmp_path / cache
+    with pytest.raises(StorageError) as caught:
+        check_output_folder(folder, overwrite, cache=cache_folder)
+    assert str(caught.value) == (
+        f"{cache_folder}: the cache can't lie in the output folder {folder}; name a folder beside "
+        "it."
+    )
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_mount_point_is_not_renamed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    (tmp_path / "volume").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "volume")
+    monkeypatch.setattr(os.path, "ismount", lambda path: Path(path) == tmp_path / "volume")
+    for name in ("volume", "link"):
+        with pytest.raises(
+            StorageError, match=rf"{name}: is a mount point; name a folder inside it\.$"
+        ):
+            check_output_folder(tmp_path / name, overwrite=True)
+    check_output_folder(tmp_path / "volume" / "out", overwrite=False)
+
+
 def test_permission_is_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(os, "access", lambda path, mode: not (path == tmp_path and mode == os.W_OK))
     with pytest.raises(StorageError, match=r"out: no permission to write there\.$"):

@@ -11,8 +11,8 @@ from hf_lowrank.arguments import PublishingArguments, parse_several, user_errors
 from hf_lowrank.benchmarks.record import provenance
 from hf_lowrank.jobs import check_publishing, name_models, save_and_publish
 from hf_lowrank.report.table import align
-from hf_lowrank.report.task_card import format_loss
 from hf_lowrank.report.task import TaskReport
+from hf_lowrank.report.task_card import format_loss
 from hf_lowrank.saving import check_output_folder
 from hf_lowrank.tasks.arguments import TaskArguments
 from hf_lowrank.tasks.run import run_task
@@ -38,7 +38,7 @@ def task_command(
         args.check()
         folder = Path(args.output_dir) if args.output_dir else None
         if folder:
-            check_output_folder(folder, overwrite=False)
+            check_output_folder(folder, overwrite=False, cache=Path(args.cache_dir))
         repo_id = check_publishing(publishing, args.output_dir)[""]
         task = load_task(args)
         model, found = run_task(task, args)

@@ -42,6 +42,24 @@ def test_both_goals_at_once(refused: Refusal):
 
 
 @pytest.mark.usefixtures("no_model")
+@pytest.mark.parametrize(
+    ("setting", "value", "sentence"),
+    [
+        ("recover_steps", 5, "joint trains no factors; give no recover_steps."),
+        ("recover", "lora", "recover='lora' does nothing without steps; give recover_steps > 0."),
+        ("search_trials", 5, "joint tries a fixed set of candidates; give no search_trials."),
+        ("channels", True, "joint takes neither channels nor measured_prices."),
+        ("measured_prices", True, "joint takes neither channels nor measured_prices."),
+        ("stages", 2, "joint is one cut; give no stages."),
+    ],
+)
+def test_joint_with_a_setting_that_it_would_ignore(
+    refused: Refusal, setting: str, value: object, sentence: str
+):
+    assert refused(joint=True, **{setting: value}) == sentence
+
+
+@pytest.mark.usefixtures("no_model")
 @pytest.mark.parametrize("tolerance", ["-0.1", "nan", "inf"])
 def test_a_tolerance_outside_its_range(refused: Refusal, tolerance: str):
     error = refused(param_ratio=None, loss_tolerance=tolerance)

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import sys
 from collections import namedtuple
 from pathlib import Path
 
@@ -143,6 +144,64 @@ def test_the_dense_model_is_not_replaced_by_the_compressed_one(
     )
     assert str(broken) in done.error
     assert (broken / "model.safetensors").read_bytes() == before
+
+
+@pytest.mark.usefixtures("no_model")
+@pytest.mark.parametrize("role", ["model", "calibration", "evaluation"])
+def test_what_the_run_reads_is_not_replaced_with_its_folder(
+    compress_llm: InProcess, inputs: Inputs, broken: Path, tmp_path: Path, role: str
+):
+    output, path = tmp_path / "outputs", tmp_path / "outputs" / "deep" / "mine"
+    path.parent.mkdir(parents=True)
+    shutil.move(broken if role == "model" else shutil.copy(inputs.evaluation, tmp_path), path)
+    before = sorted(tmp_path.rglob("*"))
+    arguments = inputs.arguments(**{role: path}, param_ratio=0.6, output_dir=output)
+    done = compress_llm(*arguments, "--overwrite_output_dir")
+    assert done.error == (
+        f"{output}: would replace {path}, which this run reads; name another output folder."
+    )
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.usefixtures("no_model")
+@pytest.mark.parametrize("arguments", [(), ("--overwrite_output_dir",)])
+def test_a_cache_inside_the_output_folder(
+    refused: Refusal, tmp_path: Path, arguments: tuple[str, ...]
+):
+    cache = tmp_path / "output" / "cache"
+    assert refused(*arguments, cache_dir=cache) == (
+        f"{cache}: the cache can't lie in the output folder {tmp_path / 'output'}; name a folder "
+        "beside it."
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments"), [("run_glue", ()), ("run_qa", ("--data_file", "none.json"))]
+)
+def test_a_cache_inside_the_output_folder_of_a_task(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    name: str,
+    arguments: tuple[str, ...],
+):
+    folders = ("--output_dir", tmp_path, "--cache_dir", tmp_path / "dense")
+    done = InProcess(name, monkeypatch, capsys)("--param_ratio", 0.5, *folders, *arguments)
+    assert done.error == (
+        f"{tmp_path / 'dense'}: the cache can't lie in the output folder {tmp_path}; name a folder "
+        "beside it."
+    )
+
+
+def test_a_folder_called_demo_is_not_the_demo_model(
+    compress_llm: InProcess, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Neither the model nor a text: a run that replaces it gets as far as loading the model."""
+    (tmp_path / "demo").mkdir()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(compress_llm.module, "load_causal_lm", lambda *args: sys.exit(5))
+    done = compress_llm("--param_ratio", 0.6, "--output_dir", "demo", "--overwrite_output_dir")
+    assert done.code == 5
 
 
 @pytest.mark.usefixtures("no_calibration")
