@@ -23,6 +23,7 @@ from hf_lowrank.joint.gradients import GradientReader
 from hf_lowrank.losses import Batch
 from hf_lowrank.ranks.tolerance import LossDifference, Probe
 from hf_lowrank.report.schema import Report
+from hf_lowrank.report.spectra import compact_spectra
 from hf_lowrank.targets import find_targets
 
 
@@ -113,8 +114,12 @@ def compress_jointly(
             probes: list[Probe] = []
         else:
             baseline, accepted, probes = candidates.smallest_within(config.effective_tolerance)
-    run.analysis = dataclasses.replace(run.analysis, spectra=dict(accepted.spectra))
+    plain = run.analysis
+    run.analysis = dataclasses.replace(plain, spectra=dict(accepted.spectra))
     report = run.apply(accepted.plan, probes, accepted.difference)
+    # Corrected factors have neither prices nor dropped components: those of the ranks are shown.
+    report.spectra = compact_spectra(plain.spectra)
+    report.predicted_loss_difference = plain.predicted_rise(accepted.plan)
     trials = [
         {"name": each.name, "param_ratio": each.param_ratio} | dataclasses.asdict(each.difference)
         for each in candidates.known.values()

@@ -17,6 +17,7 @@ from hf_lowrank.joint.candidates import JointSettings
 from hf_lowrank.joint.gradients import GradientReader
 from hf_lowrank.joint.system import compress_jointly
 from hf_lowrank.losses import item_losses
+from hf_lowrank.report.page import report_page
 from hf_lowrank.report.table import format_report
 from hf_lowrank.targets import find_targets
 from tests.scripts import InProcess, make_inputs
@@ -59,6 +60,21 @@ def test_nothing_tried_is_price_alone(text):
     assert result.method == "price"
     assert result.report.held_out["mean"] == result.baseline.mean
     assert len(result.trials) == 1
+
+
+def test_a_report_of_corrected_factors_shows_the_spectra_of_the_dense_weights(text, monkeypatch):
+    """Corrected factors have as many components as their rank, and no prices."""
+    pytest.importorskip("matplotlib")
+    monkeypatch.setattr("hf_lowrank.joint.candidates._is_better", lambda candidate, best: True)
+    config, settings = LowRankConfig(param_ratio=0.6), JointSettings((), (1e-2,))
+    result = compress_jointly(
+        tiny_llama(), config, text[:4], text[4:6], settings=settings, progress=False
+    )
+    assert result.method == "price, step 0.01"
+    plain = compress(tiny_llama(), config, text[:4], progress=False)
+    assert result.report.spectra == plain.spectra
+    assert result.report.predicted_loss_difference == plain.predicted_loss_difference
+    assert "Spectra and where they are cut" in report_page(result.report)
 
 
 def test_candidates_without_a_finite_loss_are_refused(text, monkeypatch):
