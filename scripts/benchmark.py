@@ -1,7 +1,9 @@
-r"""Comparisons whose figures stand in README and docs; each writes a JSON with its provenance.
+r"""Comparisons whose figures are in README and docs; each writes a JSON with its provenance.
 
 python scripts/benchmark.py metrics --calibration FILE --evaluation FILE --output result.json
 python scripts/benchmark.py systems --calibration FILE --evaluation FILE --output_dir rows
+python scripts/benchmark.py perturbation --calibration FILE --held_out_sequences 8 \
+    --param_ratio 0.8 --output perturbation.json --picture perturbation.svg
 python scripts/benchmark.py glue --model FOLDER --data_dir GLUE --tasks mrpc rte --output glue.json
 python scripts/benchmark.py qa --model FOLDER --data_file dev-v1.1.json --questions 2000 \
     --methods dense svd kfac lpaf --param_ratios 0.25 --output qa.json
@@ -24,6 +26,7 @@ from hf_lowrank.benchmarks.language_models import (
     compare_all_systems,
     measure_recoveries,
 )
+from hf_lowrank.benchmarks.perturbation import PerturbationArguments, measure_perturbations
 from hf_lowrank.benchmarks.pruned_ranks import PrunedRanksArguments, compare_pruned_ranks
 from hf_lowrank.benchmarks.qa import QaTableArguments, fill_qa_table
 
@@ -31,6 +34,7 @@ COMMANDS = {
     "recovery": (RecoveryArguments, measure_recoveries),
     "metrics": (MetricsArguments, compare_all_metrics),
     "systems": (SystemsArguments, compare_all_systems),
+    "perturbation": (PerturbationArguments, measure_perturbations),
     "glue": (GlueTableArguments, fill_glue_table),
     "glue-size": (GlueSizeArguments, find_smallest_sizes),
     "qa": (QaTableArguments, fill_qa_table),

@@ -26,7 +26,7 @@ class PerturbationPoint:
 
     Attributes:
         scale: t.
-        noise: Relative weight noise, `||t D|| / ||W||` over all layers of the plan.
+        noise: Relative weight noise, `||t D|| / ||W||` over the layers that the plan factorizes.
         measured: Measured rise of the mean loss, nats.
         standard_error: Of the measured rise.
         first_order: `t <Gr, D>`, nats.
