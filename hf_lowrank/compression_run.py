@@ -39,7 +39,13 @@ from hf_lowrank.ranks.tolerance import (
     Probe,
     search_tolerance,
 )
-from hf_lowrank.recovery import RecoveryResult, RecoverySettings, recover_, recovery_settings
+from hf_lowrank.recovery import (
+    RecoveryResult,
+    RecoverySettings,
+    check_recoverable,
+    recover_,
+    recovery_settings,
+)
 from hf_lowrank.report.schema import Report, versions
 from hf_lowrank.report.spectra import compact_spectra
 from hf_lowrank.surgery import factorize_, swapped
@@ -118,7 +124,8 @@ class CompressionRun:
         config: What to do.
         texts: Text by role.
         options: How to work; `stages` is not read here.
-        dense: The dense layers by name, where the model's own are what an earlier cut left, merged.
+        dense: The original dense layers by name, if the model holds merged layers from an earlier
+            stage.
         reader: See `analyze`.
     """
 
@@ -141,13 +148,10 @@ class CompressionRun:
         targets = find_targets(model, config)
         self.dense = dict(dense or targets)
         check_goal(targets, config)
-        if config.measured_prices:
-            check_measurable(model)
-        if self.recovery and not is_causal_lm(model):
-            raise ConfigError(
-                f"recover_steps compare next-token distributions; {type(model).__name__} is no "
-                "causal language model. Fine-tune it with Trainer instead."
-            )
+        if config.measured_prices and config.ranks is None:
+            check_measurable(model, texts.held_out or [])
+        if self.recovery:
+            check_recoverable(model, texts.calibration or [], texts.held_out or [])
         self.untouched = untouched_weights(model, targets)
         self.sizes = model_sizes(model)
         cache = None

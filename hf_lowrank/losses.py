@@ -26,6 +26,7 @@ from hf_lowrank.errors import ConfigError, DataError
 Batch = Mapping[str, torch.Tensor]
 IGNORED = -100
 SLICE_TOKENS = 512
+_CAUSAL_MODELS = frozenset(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
 _SPAN_MODELS = frozenset(MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES.values())
 
 
@@ -69,7 +70,8 @@ def item_losses(model: nn.Module, batch: Batch, label_source: str = "data") -> I
             which makes squared gradients an unbiased estimate of the Fisher information.
 
     Raises:
-        ConfigError: The model has no output that a loss can be computed from.
+        ConfigError: The model has no output that a loss can be computed from, or it writes text
+            and is neither an encoder-decoder nor a causal language model that transformers lists.
         DataError: The batch lacks labels.
     """
     if is_causal_lm(model):
@@ -78,8 +80,8 @@ def item_losses(model: nn.Module, batch: Batch, label_source: str = "data") -> I
 
 
 def is_causal_lm(model: nn.Module) -> bool:
-    """Whether the model is a causal language model, judged by its class."""
-    return type(model).__name__ in set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
+    """Whether the model is a causal language model, judged by its class and those above it."""
+    return _is_one_of(model, _CAUSAL_MODELS)
 
 
 def is_encoder_decoder(model: nn.Module) -> bool:
@@ -136,7 +138,7 @@ def _next_tokens(batch: Batch) -> torch.Tensor:
 
 
 def _hidden_states(model: nn.Module, batch: Batch) -> torch.Tensor:
-    body = model.base_model
+    body = _inner(model).base_model
     hidden: torch.Tensor = body(**_without_labels(batch), use_cache=False)[0]  # type: ignore[operator]
     return hidden
 
@@ -154,14 +156,17 @@ def _head_is_last(model: nn.Module, batch: Batch) -> bool:
     known = _HEAD_IS_LAST.get(model)
     if known is None:
         head = model.get_output_embeddings()  # type: ignore[operator]
-        if head is None or getattr(model, "base_model", model) is model:
+        inner = _inner(model)
+        if head is None or getattr(inner, "base_model", inner) is inner:
             known = False
         else:
-            probe = {"input_ids": batch["input_ids"][:1, :4]}
-            # Accelerate wraps `forward` for mixed precision, which rounds the logits.
-            forward = getattr(model, "_original_forward", model)
-            expected = forward(**probe, use_cache=False).logits.float()
-            found = head(_hidden_states(model, probe)).float()
+            device = next(model.parameters()).device
+            probe = {"input_ids": batch["input_ids"][:1, :4].to(device)}
+            # Accelerate's mixed precision rounds the logits, compiled kernels do so differently.
+            forward = getattr(model, "_original_forward", getattr(model, "_orig_mod", model))
+            with eval_mode(model):
+                expected = forward(**probe, use_cache=False).logits.float()
+                found = head(_hidden_states(model, probe)).float()
             known = torch.equal(expected, found)  # the same head on the same states
         _HEAD_IS_LAST[model] = known
     return known
@@ -210,17 +215,28 @@ class _SlicedLoss(torch.autograd.Function):
         return weighted, None, None, None, None
 
 
-def hidden_states(model: nn.Module, batch: Batch) -> torch.Tensor:
-    """Last hidden states of a causal language model, shape (batch, length, hidden).
+def check_distillable(model: nn.Module, batch: Batch) -> None:
+    """Refuses models without `hidden_states`; 4 tokens of the batch are read, once for each model.
 
     Raises:
-        ConfigError: The model's logits are not simply its head applied to them.
+        ConfigError: The model is no causal language model, or its logits are not simply its head
+            applied to its last hidden states.
     """
     if not (is_causal_lm(model) and _head_is_last(model, batch)):
         raise ConfigError(
             f"{type(model).__name__}: distillation needs a causal language model whose logits are "
-            "its head applied to the last hidden states."
+            "its head applied to the last hidden states; leave out recover_steps and "
+            "measured_prices."
         )
+
+
+def hidden_states(model: nn.Module, batch: Batch) -> torch.Tensor:
+    """Last hidden states of a causal language model, shape (batch, length, hidden).
+
+    Raises:
+        ConfigError: See `check_distillable`.
+    """
+    check_distillable(model, batch)
     return _hidden_states(model, batch)
 
 
@@ -270,10 +286,15 @@ def _cross_entropy(logits: torch.Tensor, targets: torch.Tensor, sample: bool) ->
 
 
 def _head_losses(model: nn.Module, batch: Batch, sample: bool) -> ItemLosses:
-    if type(model).__name__ in _SPAN_MODELS:
+    if _is_one_of(model, _SPAN_MODELS):
         return _span_losses(model, batch, sample)
     labels = batch.get("labels")
     needs_labels = is_encoder_decoder(model)
+    if not needs_labels and getattr(model, "can_generate", lambda: False)():
+        raise ConfigError(
+            f"{type(model).__name__} writes text, but is not among the causal language models of "
+            "transformers, so its loss is not known; pass a loss_function."
+        )
     if labels is None and (not sample or needs_labels):
         advice = "add them" if needs_labels else "add them or set label_source='model'"
         raise DataError(
@@ -344,6 +365,18 @@ def _span_losses(model: nn.Module, batch: Batch, sample: bool) -> ItemLosses:
         losses.append(_cross_entropy(logits, targets, sample))
     total = (losses[0] + losses[1]) / 2
     return ItemLosses(total, torch.ones(len(total), dtype=torch.long, device=total.device))
+
+
+def _is_one_of(model: nn.Module, names: frozenset[str]) -> bool:
+    return any(each.__name__ in names for each in type(_inner(model)).__mro__)
+
+
+def _inner(model: nn.Module) -> nn.Module:
+    """The model inside the wrappers of torch.compile and PEFT."""
+    if any(each.__name__ == "PeftModel" for each in type(model).__mro__):
+        return _inner(model.get_base_model())  # type: ignore[operator]
+    compiled = getattr(model, "_orig_mod", None)
+    return model if compiled is None else _inner(compiled)
 
 
 def _config(model: nn.Module) -> object:

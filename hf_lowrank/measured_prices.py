@@ -17,9 +17,9 @@ from tqdm.auto import tqdm
 
 from hf_lowrank.analysis import Analysis
 from hf_lowrank.channels.feed_forward import named_feed_forwards
-from hf_lowrank.errors import ConfigError, NumericalError
+from hf_lowrank.errors import ConfigError, DataError, NumericalError
 from hf_lowrank.held_out import HeldOutDivergence
-from hf_lowrank.losses import Batch, is_causal_lm
+from hf_lowrank.losses import Batch, check_distillable, is_causal_lm
 from hf_lowrank.ranks.plan import RankPlan
 from hf_lowrank.ranks.problem import block_number
 from hf_lowrank.surgery import factorized
@@ -29,17 +29,21 @@ DEPTHS = 10
 _LARGEST = 20.0  # factor
 
 
-def check_measurable(model: nn.Module) -> None:
+def check_measurable(model: nn.Module, held_out: Sequence[Batch]) -> None:
     """Refuses models whose divergence can't be measured.
 
     Raises:
-        ConfigError: The model is no causal language model.
+        ConfigError: The model is no causal language model, or changes its logits after the head.
+        DataError: There is no held-out text.
     """
     if not is_causal_lm(model):
         raise ConfigError(
             f"measured_prices compares next-token distributions; {type(model).__name__} is no "
             "causal language model."
         )
+    if not held_out:
+        raise DataError("measured_prices needs held-out text; pass held_out.")
+    check_distillable(model, held_out[0])
 
 
 def measure_parts(

@@ -20,7 +20,14 @@ from tqdm.auto import tqdm
 from hf_lowrank.errors import ConfigError, DataError, NumericalError
 from hf_lowrank.evaluation.perplexity import measure_loss
 from hf_lowrank.lora import check_peft, lora_on_factors
-from hf_lowrank.losses import Batch, distillation_losses, eval_mode, hidden_states
+from hf_lowrank.losses import (
+    Batch,
+    check_distillable,
+    distillation_losses,
+    eval_mode,
+    hidden_states,
+    is_causal_lm,
+)
 from hf_lowrank.surgery import compressed_layers, swapped
 
 # What is trained, and at which peak rate of AdamW.
@@ -100,6 +107,28 @@ def recovery_settings(kind: str | None, steps: int, seed: int = 0) -> RecoverySe
     return None
 
 
+def check_recoverable(
+    model: nn.Module, batches: Sequence[Batch], held_out: Sequence[Batch]
+) -> None:
+    """Refuses what `recover_` can't work with, before a cut.
+
+    Raises:
+        ConfigError: The model is no causal language model, or changes its logits after the head.
+        DataError: There is no calibration text or no held-out text.
+    """
+    if not is_causal_lm(model):
+        raise ConfigError(
+            f"recover_steps compare next-token distributions; {type(model).__name__} is no "
+            "causal language model. Fine-tune it with Trainer instead."
+        )
+    if not (batches and held_out):
+        raise DataError(
+            "A recovery needs calibration text to train on and held-out text to be judged by; "
+            f"got {len(batches)} and {len(held_out)} batches."
+        )
+    check_distillable(model, batches[0])
+
+
 def recover_(
     model: nn.Module,
     originals: Mapping[str, nn.Module],
@@ -122,10 +151,10 @@ def recover_(
         progress: Whether to show a progress bar.
 
     Raises:
+        ConfigError, DataError: See `check_recoverable`.
         NumericalError: The loss is NaN or infinite; the factors are then as before.
     """
-    if not batches:
-        raise DataError("Recovery needs calibration text.")
+    check_recoverable(model, batches, held_out)
     factors = [p for layer in compressed_layers(model).values() for p in _weights(layer)]
     start = [parameter.detach().clone() for parameter in factors]
     before = measure_loss(model, held_out).mean

@@ -14,6 +14,7 @@ from hf_lowrank.held_out import HeldOutDivergence
 from hf_lowrank.measured_prices import measure_parts, model_parts, with_factors
 from hf_lowrank.report.table import comparison_rows, describe_run, format_report
 from tests.compress import mean_loss
+from tests.losses import tiny_gemma2
 from tests.tiny_models import (
     batches_for,
     equal_states,
@@ -148,6 +149,22 @@ def test_other_models_and_rules_are_refused(text):
     assert num_lowrank(model) == 0
     with pytest.raises(ConfigError, match="measured_prices works on prices"):
         LowRankConfig(param_ratio=0.5, metric="whitened", measured_prices=True)
+
+
+def no_work(*args, **kwargs):
+    pytest.fail("worked")
+
+
+def test_a_model_that_changes_its_logits_is_refused_before_any_work(text, monkeypatch):
+    monkeypatch.setattr("hf_lowrank.compression_run.analyze", no_work)
+    with pytest.raises(ConfigError, match=r"^Gemma2ForCausalLM: .* recover_steps and measured_pri"):
+        compress(tiny_gemma2(), CONFIG, text[:4], progress=False)
+
+
+def test_prices_without_held_out_text_are_refused_before_any_work(text, monkeypatch):
+    monkeypatch.setattr("hf_lowrank.compression_run.analyze", no_work)
+    with pytest.raises(DataError, match=r"measured_prices needs held-out text; pass held_out\."):
+        compress(tiny_llama(), CONFIG, text[:4], held_out=[], progress=False)
 
 
 def test_factors_stay_within_bounds(text, analysis):

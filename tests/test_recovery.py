@@ -14,11 +14,12 @@ import hf_lowrank
 from hf_lowrank import recovery
 from hf_lowrank.analysis import analyze
 from hf_lowrank.config import LowRankConfig
-from hf_lowrank.errors import ConfigError, NumericalError
+from hf_lowrank.errors import ConfigError, DataError, NumericalError
 from hf_lowrank.evaluation.perplexity import measure_loss
 from hf_lowrank.losses import distillation_losses, hidden_states
 from hf_lowrank.recovery import RecoveryResult, RecoverySettings, recover_
 from hf_lowrank.surgery import factorize_, factorized_layers
+from tests.losses import tiny_gemma2
 from tests.tiny_models import (
     Batch,
     batches_for,
@@ -27,6 +28,7 @@ from tests.tiny_models import (
     tiny_bert_classifier,
     tiny_gpt2,
     tiny_llama,
+    token_batches,
     written_batches,
 )
 
@@ -110,6 +112,44 @@ def test_an_encoder_is_refused_before_any_work(monkeypatch: pytest.MonkeyPatch):
     config = LowRankConfig(param_ratio=0.5)
     with pytest.raises(ConfigError, match="BertForSequenceClassification is no causal language"):
         hf_lowrank.compress(model, config, batches, recover_steps=5, progress=False)
+
+
+@pytest.mark.parametrize("stages", [1, 2])
+def test_a_model_that_changes_its_logits_is_refused_before_any_work(
+    stages: int, monkeypatch: pytest.MonkeyPatch
+):
+    model, text = tiny_gemma2(), token_batches(6)
+    layers = dict(model.named_modules())
+    monkeypatch.setattr("hf_lowrank.compression_run.analyze", lambda *a, **k: pytest.fail("worked"))
+    config, options = LowRankConfig(param_ratio=0.5), {"recover_steps": 6, "stages": stages}
+    with pytest.raises(ConfigError, match=r"^Gemma2ForCausalLM: .*; leave out recover_steps"):
+        hf_lowrank.compress(model, config, text, progress=False, **options)
+    assert dict(model.named_modules()) == layers
+    assert not hasattr(model.config, "quantization_config")
+
+
+@pytest.mark.parametrize("stages", [1, 2])
+@pytest.mark.parametrize(("calibration", "held_out"), [(None, 2), ([], 2), (2, [])])
+def test_a_recovery_without_text_is_refused_before_any_work(
+    calibration: Any, held_out: Any, stages: int, monkeypatch: pytest.MonkeyPatch
+):
+    model = tiny_llama()
+    text = [token_batches(n) if isinstance(n, int) else n for n in (calibration, held_out)]
+    monkeypatch.setattr("hf_lowrank.compression_run.analyze", lambda *a, **k: pytest.fail("worked"))
+    options = {"held_out": text[1], "recover_steps": 6, "stages": stages, "progress": False}
+    config = LowRankConfig(param_ratio=0.5, metric="plain")
+    with pytest.raises(DataError, match="needs calibration text to train on and held-out text"):
+        hf_lowrank.compress(model, config, text[0], **options)
+    assert not factorized_layers(model)
+
+
+def test_a_model_in_training_mode_is_judged_without_its_dropout():
+    model = tiny_llama(attention_dropout=0.5).train()
+    text = token_batches(4)
+    config = LowRankConfig(param_ratio=0.5, metric="plain")
+    report = hf_lowrank.compress(model, config, text, recover_steps=1, progress=False)
+    assert report.recovery is not None
+    assert model.training
 
 
 def test_flags_gradients_and_modes_are_as_before():
