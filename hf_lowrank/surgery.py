@@ -1,4 +1,6 @@
-"""Edits of a model's layers: factorize, take back, merge. The only code here that touches a model.
+"""Edits of a model's layers: factorize, take back, merge.
+
+Only this module and modeling_lowrank.py (for loading) put layers into a model; others call them.
 
 The verbs with a trailing underscore work in place and check everything before their first edit.
 """
@@ -88,8 +90,8 @@ def factorize_(
         model: The dense model.
         spectra: Spectrum of every layer that the plan gives a rank.
         plan: Ranks by layer name; None leaves a layer dense, or narrowed if the plan says so.
-        orders: Channels of the feed-forwards that the plan narrows, by the name of the layer out
-            of them.
+        orders: Channel order of each feed-forward that the plan narrows, keyed by its output
+            layer.
 
     Returns:
         The dense layers that were replaced, by name; `restore_` puts them back.
@@ -188,11 +190,13 @@ def merge_(model: nn.Module) -> nn.Module:
     the low-rank entries from the model's config, so that it is saved as a dense model.
 
     Raises:
-        TargetError: The model has no low-rank or narrowed layer.
+        TargetError: The model has no low-rank or narrowed layer, or one has an adapter. Nothing
+            has been edited then.
     """
     layers = compressed_layers(model)
     if not layers:
         raise TargetError("The model has no low-rank or narrowed layer to merge.")
+    _refuse_adapters(layers)
     for name, layer in layers.items():
         dense = layer.to_dense()
         dense.train(layer.training)
@@ -203,6 +207,19 @@ def merge_(model: nn.Module) -> nn.Module:
     if hasattr(model, "config"):
         unmark_as_lowrank(model)
     return model
+
+
+def _refuse_adapters(layers: Mapping[str, nn.Module]) -> None:
+    """Refuses layers with anything around their weights, of which a product knows nothing."""
+    for name, layer in layers.items():
+        factors = [layer.lowrank_A, layer.lowrank_B] if isinstance(layer, LowRankLinear) else []
+        is_plain = all(type(factor) is nn.Linear for factor in factors)
+        # PEFT calls the layer under an adapter base_layer.
+        if not is_plain or name.endswith(".base_layer"):
+            raise TargetError(
+                f"{name.removesuffix('.base_layer')}: its weights are no plain nn.Linear, and "
+                "merging would lose what is added to them; merge_and_unload the adapter first."
+            )
 
 
 def _planned_layer(model: nn.Module, name: str, plan: RankPlan) -> nn.Module:

@@ -21,10 +21,10 @@ from hf_lowrank import (
     print_trainable_parameters,
     recovery,
 )
-from hf_lowrank.errors import ConfigError
+from hf_lowrank.errors import ConfigError, TargetError
 from hf_lowrank.evaluation.perplexity import measure_loss
 from hf_lowrank.recovery import RecoverySettings, recover_
-from hf_lowrank.surgery import factorized_layers
+from hf_lowrank.surgery import factorized_layers, narrowed_layers
 from test_recovery import compressed, factor_names
 from tests.scripts import word_tokenizer, written_text
 from tests.tiny_models import (
@@ -247,3 +247,22 @@ def test_trl_fine_tunes_a_compressed_model(tmp_path: Path):
     trainer.train()
     assert isinstance(model.model.layers[0].mlp.up_proj, LowRankLinear)
     assert any(not torch.equal(before[n], t) for n, t in model.state_dict().items())
+
+
+@pytest.mark.parametrize("channels", [False, True])
+def test_merging_under_an_adapter_is_refused_before_any_change(channels: bool):
+    model = tiny_llama()
+    (batch,) = written_batches(model, 1)
+    config = LowRankConfig(param_ratio=0.5, channels=True) if channels else PLAIN
+    hf_lowrank.compress(model, config, [batch], progress=False)
+    names = list(narrowed_layers(model)) if channels else ["lowrank_A", "lowrank_B"]
+    adapted = get_peft_model(model, LoraConfig(target_modules=names, init_lora_weights=False))
+    kinds = [(name, type(module)) for name, module in adapted.named_modules()]
+    trained = logits(adapted.eval(), batch)
+    with pytest.raises(TargetError, match=r"_proj: .* merge_and_unload the adapter first\.$"):
+        hf_lowrank.merge(adapted)
+    assert [(name, type(module)) for name, module in adapted.named_modules()] == kinds
+    assert torch.equal(logits(adapted, batch), trained)
+    merged = hf_lowrank.merge(adapted.merge_and_unload())
+    torch.testing.assert_close(logits(merged, batch), trained, atol=1e-3, rtol=1e-3)
+    assert {type(m) for n, m in merged.named_modules() if n.endswith("_proj")} == {nn.Linear}
