@@ -15,6 +15,7 @@ import weakref
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
+from typing import Any
 
 import torch
 from torch import nn
@@ -366,16 +367,26 @@ def _mirror_(matrix: torch.Tensor) -> None:
 def _separate_lengths(model: nn.Module, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Makes sure that encoder and decoder positions can be told apart by their number.
 
-    Masks are matched to activations by shape, so equal lengths would be ambiguous; one more
-    ignored label at the end separates them.
+    Masks are matched to activations by shape, so equal lengths are ambiguous where the masks
+    differ. One more ignored label at the end separates them; where the decoder has no position
+    left for it, the last label is dropped instead.
     """
     labels, inputs = batch.get("labels"), batch.get("input_ids")
     if not is_encoder_decoder(model) or labels is None or inputs is None:
         return batch
-    if labels.shape == inputs.shape:
-        for name, value in _DECODER_PADDING.items():
-            if name in batch:
-                batch[name] = torch.nn.functional.pad(batch[name], (0, 1), value=value)
+    if labels.shape != inputs.shape:
+        return batch
+    config: Any = model.config
+    limit = getattr(getattr(config, "decoder", config), "max_position_embeddings", None)
+    limit = getattr(config, "max_decoder_position_embeddings", limit)  # LED's own name
+    is_full = limit is not None and labels.shape[1] >= limit
+    mask = batch.get("attention_mask", torch.ones_like(inputs)).bool()
+    if is_full and torch.equal(mask, labels != IGNORED):
+        return batch
+    for name, value in _DECODER_PADDING.items():
+        if name in batch:
+            change = (0, -1 if is_full else 1)
+            batch[name] = torch.nn.functional.pad(batch[name], change, value=value)
     return batch
 
 

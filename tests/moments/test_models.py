@@ -3,8 +3,12 @@
 import pytest
 import torch
 from transformers import (
+    BartConfig,
+    BartForConditionalGeneration,
     BertConfig,
     BertForMultipleChoice,
+    EncoderDecoderConfig,
+    EncoderDecoderModel,
     WhisperConfig,
     WhisperForConditionalGeneration,
 )
@@ -129,6 +133,65 @@ def test_an_encoder_without_attention_mask_has_no_padding():
     for name, moment in collect_moments(model, layers, [batch], SECOND).items():
         full = dict(batch, attention_mask=torch.ones(3, 16))
         assert moment.tokens == int(mask_of(name, full).sum()), name
+
+
+def tiny_bart():
+    """Learned positions: 16 and no more, on either side."""
+    config = BartConfig(
+        vocab_size=96, d_model=16, encoder_layers=1, decoder_layers=1, encoder_ffn_dim=24,
+        decoder_ffn_dim=24, encoder_attention_heads=2, decoder_attention_heads=2, dropout=0.0,
+        max_position_embeddings=16, init_std=0.2, pad_token_id=0, decoder_start_token_id=2,
+    )  # fmt: skip
+    return build(BartForConditionalGeneration, config, 0)
+
+
+def full_length_batch():
+    tokens, targets = (token_batches(1, 3, seed=seed)[0]["input_ids"] for seed in (0, 1))
+    return {"input_ids": tokens, "attention_mask": torch.ones_like(tokens), "labels": targets}
+
+
+def test_lengths_at_the_limit_without_padding_lose_nothing():
+    model, batch = tiny_bart(), full_length_batch()
+    layers = linears(model)
+    wanted, count = captured(model, layers, batch)
+    moments = collect_moments(model, layers, [batch], ALL)
+    for name, (inputs, gradients) in wanted.items():
+        assert (moments[name].tokens, moments[name].losses) == (3 * 16, count)
+        assert_close(moments[name].gradient, gradients.flatten(0, 1).T @ inputs.flatten(0, 1))
+
+
+@pytest.mark.parametrize("with_inputs", [False, True])
+def test_lengths_at_the_limit_with_padding_lose_the_last_label_alone(with_inputs):
+    """Both sides have their own padding, so they can't share a mask."""
+    model, batch = tiny_bart(), full_length_batch()
+    batch["attention_mask"][2, 9:] = 0
+    batch["labels"][1, 6:] = IGNORED
+    if with_inputs:
+        decoder_inputs = model.prepare_decoder_input_ids_from_labels(batch["labels"])
+        batch["decoder_input_ids"] = decoder_inputs
+        batch["decoder_attention_mask"] = torch.ones_like(decoder_inputs)
+    layers = linears(model)
+    cut = {k: v if k in ("input_ids", "attention_mask") else v[:, :-1] for k, v in batch.items()}
+    cut["labels"] = cut["labels"].contiguous()
+    moments = collect_moments(model, layers, [batch], ALL)
+    assert_equal_moments(moments, collect_moments(model, layers, [cut], ALL))
+    assert moments["model.encoder.layers.0.fc1"].tokens == 3 * 16 - 7
+    assert moments["model.decoder.layers.0.fc1"].tokens == 3 * 15 - 9
+
+
+@pytest.mark.filterwarnings("ignore:Version v4.12.0 introduces:FutureWarning")
+def test_the_limit_of_a_nested_decoder_counts():
+    side = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "vocab_size": 96}
+    side |= {"num_attention_heads": 2, "max_position_embeddings": 16, "bos_token_id": 1}
+    config = EncoderDecoderConfig(
+        encoder={"model_type": "bert", **side},
+        decoder={"model_type": "bert", "is_decoder": True, "add_cross_attention": True, **side},
+        decoder_start_token_id=1,
+        pad_token_id=0,
+    )
+    model, batch = build(EncoderDecoderModel, config, 0), full_length_batch()
+    layers = linears(model)
+    assert collect_moments(model, layers, [batch], SECOND).keys() == layers.keys()
 
 
 def test_an_encoder_may_read_something_else_than_tokens():
