@@ -48,9 +48,9 @@ def energy_share(spectrum: Spectrum) -> torch.Tensor:
 def stable_rank(spectrum: Spectrum) -> torch.Tensor:
     """Minus (i + 1) / stable rank: ranks in proportion to sum of sigma^2 / sigma_1^2.
 
-    Cuttlefish (Wang et al., MLSys 2023). Simplified: it is a rank rule on its own here, its
-    common factor comes from the budget in place of the ratio at initialisation, and when to
-    switch to low rank during training is left to the trainer.
+    Cuttlefish (Wang et al., MLSys 2023). Simplified: the common factor of all ranks comes from the
+    budget in place of a factor for each layer, its full rank over its stable rank at
+    initialisation. When to cut in a training is decided in `training/switch.py`.
     """
     squares = spectrum.sigma**2
     tiny = torch.finfo(torch.float64).tiny

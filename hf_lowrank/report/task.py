@@ -32,6 +32,8 @@ class TaskReport(Report):
             `dense`, `compressed` (the model that the run made), their paired `difference` and its
             `standard_error`.
         selections: What each rank selection did, where ranks are selected in training.
+        switch: When full-rank training gave way to factors, see `FullRankSwitch.summary`; for
+            Cuttlefish alone.
         lpaf: What LPAF's stages did.
         command: Command line of the run; this and the next three are of saved runs only.
         commit: Version of the code.
@@ -51,6 +53,7 @@ class TaskReport(Report):
     held_out_loss: float | None = None
     development_loss: dict[str, float] = field(default_factory=dict)
     selections: list[dict[str, Any]] | None = None
+    switch: dict[str, Any] | None = None
     lpaf: dict[str, Any] | None = None
     command: str = ""
     commit: str = ""

@@ -105,18 +105,39 @@ def _made(report: TaskReport) -> str:
             f"Then {_epochs(given, 'epochs', 'learning_rate')} of LPAF: weights pruned to a "
             f"density of {given['final_density']:g}, cut, tuned. {describe_run(report)}"
         )
+    elif report.switch is not None:
+        lines += _switched(report, report.switch)
     elif report.training is not None:
         lines.append(describe_run(report))
     elif report.method == "dense":
         lines.append(f"Then fine-tuned {again}" if given["epochs"] > 0 else "")
         lines.append(f"Seed {report.seed}.")
     else:
-        examples = min(given["calibration_samples"], report.data["train_examples"])
-        lines.append(
-            f"Then cut. {describe_run(report)} Calibration: {examples:,} of these examples."
-        )
+        lines.append(f"Then cut. {_cut(report)}")
         lines.append(f"Then fine-tuned {again}" if given["epochs"] > 0 else "Not trained after it.")
     return "\n".join(line for line in lines if line)
+
+
+def _cut(report: TaskReport) -> str:
+    examples = min(report.arguments["calibration_samples"], report.data["train_examples"])
+    return f"{describe_run(report)} Calibration: {examples:,} of these examples."
+
+
+def _switched(report: TaskReport, switch: Mapping[str, Any]) -> list[str]:
+    """The steps of Cuttlefish."""
+    given = report.arguments
+    reason = (
+        "the stable ranks had settled"
+        if switch["settled"]
+        else f"{given['full_rank_share']:.0%} of the steps were done, the stable ranks not settled"
+    )
+    return [
+        f"Then {_epochs(given, 'epochs', 'learning_rate')} of Cuttlefish: trained at full rank up "
+        f"to epoch {switch['epoch']:.3g}, when {reason}; cut; the factors trained in what was left "
+        "of the epochs. Of the cut model and the epochs after it, the one with the lowest held-out "
+        "loss was kept.",
+        _cut(report),
+    ]
 
 
 def _epochs(given: Mapping[str, Any], epochs: str, learning_rate: str) -> str:

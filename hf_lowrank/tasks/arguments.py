@@ -20,6 +20,8 @@ CUTS: dict[str, dict[str, Any]] = {
 }
 # Cut while training: the rule of each method.
 SELECTION_RULES = {"rank-selection": "relative", "rank-selection-price": "price"}
+# Trained at full rank until the stable ranks settle, then cut: the metric of each method.
+CUTTLEFISH_VARIANTS = {"cuttlefish": "plain", "cuttlefish-kfac": "kfac"}
 # Pruned first: LPAF, and what it has in place of one of its parts. Without pruning it is `svd`.
 LPAF_VARIANTS: dict[str, dict[str, Any]] = {
     "lpaf": {},
@@ -38,7 +40,7 @@ LPAF_VARIANTS: dict[str, dict[str, Any]] = {
 }
 # Cut along the gradient, with ranks and factors that held-out examples accept.
 JOINT = "joint"
-METHOD_NAMES = ("dense", *CUTS, JOINT, *SELECTION_RULES, *LPAF_VARIANTS)
+METHOD_NAMES = ("dense", *CUTS, JOINT, *SELECTION_RULES, *CUTTLEFISH_VARIANTS, *LPAF_VARIANTS)
 
 
 @dataclass
@@ -62,10 +64,15 @@ class TaskArguments:
     dense_learning_rate: float = argument(1e-4, "Its learning rate.")
     epochs: float = argument(3, "Epochs of fine-tuning with or after the cut; 0 for none.")
     learning_rate: float = argument(1e-4, "Its learning rate.")
-    selections_per_epoch: int = argument(2, "Rank selections in an epoch, where a method selects.")
+    selections_per_epoch: int = argument(
+        2, "Rank selections in an epoch, where a method selects; profiles of Cuttlefish's ranks."
+    )
     selection_samples: int = argument(256, "Training examples that a selection is measured on.")
     final_density: float = argument(0.25, "Share of the weights that survives LPAF's pruning.")
     pruning_share: float = argument(0.5, "Share of the epochs in which LPAF prunes.")
+    full_rank_share: float = argument(
+        0.5, "Largest share of the epochs that Cuttlefish trains at full rank."
+    )
     batch_size: int = argument(32, "Examples in a training batch.")
     max_length: int = argument(128, "Tokens to which an example is cut.")
     train_samples: int = argument(0, "Training examples to use: a seeded subset; 0 = all.")
@@ -87,12 +94,16 @@ class TaskArguments:
                 f"method must be one of {', '.join(METHOD_NAMES)}; got {self.method!r}."
             )
         LowRankConfig(param_ratio=self.param_ratio, loss_tolerance=self.loss_tolerance)
-        if self.method in {*SELECTION_RULES, *LPAF_VARIANTS} and self.epochs <= 0:
+        while_training = {*SELECTION_RULES, *CUTTLEFISH_VARIANTS, *LPAF_VARIANTS}
+        if self.method in while_training and self.epochs <= 0:
             raise ConfigError(f"method {self.method} cuts while it trains; epochs must be > 0.")
         if self.method in SELECTION_RULES and self.loss_tolerance == 0:
             raise ConfigError(f"method {self.method} needs a loss_tolerance > 0.")
-        if not 0 < self.pruning_share < 1:
-            raise ConfigError(f"pruning_share must lie in (0, 1), got {self.pruning_share}.")
+        if self.method in CUTTLEFISH_VARIANTS and self.param_ratio is None:
+            raise ConfigError(f"method {self.method} cuts to a size; give a param_ratio.")
+        for name in ("pruning_share", "full_rank_share"):
+            if not 0 < getattr(self, name) < 1:
+                raise ConfigError(f"{name} must lie in (0, 1), got {getattr(self, name)}.")
         for name in ("batch_size", "max_length", "calibration_samples", "selections_per_epoch"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be >= 1, got {getattr(self, name)}.")

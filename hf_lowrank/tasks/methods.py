@@ -10,16 +10,20 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from accelerate.utils import extract_model_from_parallel
 from datasets import Dataset
 from torch import nn
+from transformers import Trainer, TrainingArguments
 
 from hf_lowrank.compression import compress
 from hf_lowrank.config import DEFAULT_LOSS_TOLERANCE, LowRankConfig
 from hf_lowrank.joint.system import compress_jointly
+from hf_lowrank.pruning.analysis import mean_ranks, target_weights
 from hf_lowrank.pruning.lpaf import STAGES, LpafSettings, lpaf_
 from hf_lowrank.report.schema import Report
 from hf_lowrank.tasks.arguments import (
     CUTS,
+    CUTTLEFISH_VARIANTS,
     JOINT,
     LPAF_VARIANTS,
     SELECTION_RULES,
@@ -29,6 +33,7 @@ from hf_lowrank.tasks.fine_tuning import SPECTRA_FOLDER, fine_tune, training_set
 from hf_lowrank.tasks.task import Task
 from hf_lowrank.training.arguments import LowRankTrainingArguments
 from hf_lowrank.training.best import BestWeights
+from hf_lowrank.training.switch import FullRankSwitch
 from hf_lowrank.training.trainer import LowRankTrainer
 
 # Compresses the fine-tuned dense model in place and returns its part of the report, with `seconds`
@@ -38,17 +43,23 @@ Method = Callable[[nn.Module, Task, TaskArguments], dict[str, Any]]
 
 def train_on(model: nn.Module, task: Task, args: TaskArguments) -> dict[str, Any]:
     """No compression, as many epochs as the other methods have: the row to compare with."""
-    return _then_fine_tune(model, task, args)
+    return _then_fine_tune(model, task, args, args.epochs)
 
 
 def cut_then_train(
     model: nn.Module, task: Task, args: TaskArguments, *, metric: str, channels: bool = False
 ) -> dict[str, Any]:
     """One cut in a metric, with the metric's default rule; then fine-tuning of what is left."""
+    return _cut_then_fine_tune(model, task, args, _config(args, metric, channels), args.epochs)
+
+
+def _cut_then_fine_tune(
+    model: nn.Module, task: Task, args: TaskArguments, config: LowRankConfig, epochs: float
+) -> dict[str, Any]:
     start = time.perf_counter()
     found = compress(
         model,
-        _config(args, metric, channels),
+        config,
         task.batches(task.train, args.batch_size, args.calibration_samples),
         held_out=task.batches(task.held_out, args.batch_size),
         cache_dir=Path(args.cache_dir)
@@ -56,7 +67,7 @@ def cut_then_train(
         progress=sys.stderr.isatty(),
     )
     seconds = {"compress": time.perf_counter() - start}
-    report = _then_fine_tune(model, task, args)
+    report = _then_fine_tune(model, task, args, epochs)
     return _cut_fields(found) | report | {"seconds": seconds | report["seconds"]}
 
 
@@ -77,7 +88,7 @@ def cut_jointly_then_train(model: nn.Module, task: Task, args: TaskArguments) ->
         progress=sys.stderr.isatty(),
     ).report
     seconds = {"compress": time.perf_counter() - start}
-    report = _then_fine_tune(model, task, args)
+    report = _then_fine_tune(model, task, args, args.epochs)
     return (
         _cut_fields(found)
         | {"joint": found.joint}
@@ -138,6 +149,42 @@ def cut_while_training(
     }
 
 
+def settle_cut_train(
+    model: nn.Module, task: Task, args: TaskArguments, *, metric: str
+) -> dict[str, Any]:
+    """Cuttlefish (docs/methods.md, 6): full rank until stable ranks settle, then the factors.
+
+    The learning rate of the full-rank training falls as if that went on for all epochs; the
+    factors train for what is left of them under a schedule of their own.
+    """
+
+    def stable_ranks() -> dict[str, float]:
+        layers = mean_ranks(target_weights(model))["layers"]
+        return {name: found["stable_rank"] for name, found in layers.items()}
+
+    start = time.perf_counter()
+    switch = FullRankSwitch(stable_ranks, args.selections_per_epoch, args.full_rank_share)
+    with tempfile.TemporaryDirectory() as folder:
+        settings = training_settings(args, folder, args.epochs, args.learning_rate)
+        trainer = Trainer(
+            model=model,
+            args=TrainingArguments(**settings | {"eval_strategy": "no"}),
+            train_dataset=task.train,
+            data_collator=task.collator,
+            callbacks=[switch],
+        )
+        trainer.train()
+    # Trainer leaves its autocast on the model; moments are measured without.
+    extract_model_from_parallel(model, keep_fp32_wrapper=False)
+    seconds = {"full_rank": time.perf_counter() - start}
+    # Half a step short: Trainer rounds up, and rounding errors must not add a step to the epochs.
+    left = trainer.state.max_steps - trainer.state.global_step - 0.5
+    epochs = args.epochs * left / trainer.state.max_steps
+    config = _config(args, metric).replace(rule="stable-rank")
+    report = _cut_then_fine_tune(model, task, args, config, epochs)
+    return report | {"switch": switch.summary(), "seconds": seconds | report["seconds"]}
+
+
 def prune_cut_train(
     model: nn.Module,
     task: Task,
@@ -195,11 +242,13 @@ def _config(args: TaskArguments, metric: str, channels: bool = False) -> LowRank
     )
 
 
-def _then_fine_tune(model: nn.Module, task: Task, args: TaskArguments) -> dict[str, Any]:
+def _then_fine_tune(
+    model: nn.Module, task: Task, args: TaskArguments, epochs: float
+) -> dict[str, Any]:
     uncured = task.score(model, task.validation)
     uncured_held_out = task.score(model, task.held_out)
     start = time.perf_counter()
-    fine_tune(model, task, args, args.epochs, args.learning_rate)
+    fine_tune(model, task, args, epochs, args.learning_rate)
     return {
         "uncured_metrics": uncured,
         "uncured_held_out_metrics": uncured_held_out,
@@ -211,4 +260,5 @@ METHODS: dict[str, Method] = {"dense": train_on}
 METHODS |= {name: partial(cut_then_train, **cut) for name, cut in CUTS.items()}
 METHODS[JOINT] = cut_jointly_then_train
 METHODS |= {name: partial(cut_while_training, rule=r) for name, r in SELECTION_RULES.items()}
+METHODS |= {name: partial(settle_cut_train, metric=m) for name, m in CUTTLEFISH_VARIANTS.items()}
 METHODS |= {name: partial(prune_cut_train, **parts) for name, parts in LPAF_VARIANTS.items()}

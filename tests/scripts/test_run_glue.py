@@ -7,15 +7,18 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForSequenceClassification
+from transformers import AutoModelForSequenceClassification, Trainer
 
 import hf_lowrank
+from hf_lowrank.pruning.analysis import mean_ranks, target_weights
+from hf_lowrank.report.card import model_card
 from hf_lowrank.surgery import factorized_layers
 from hf_lowrank.tasks import fine_tuning
 from hf_lowrank.tasks.arguments import METHOD_NAMES
 from hf_lowrank.tasks.glue import GlueArguments, load_glue_task
 from hf_lowrank.tasks.methods import METHODS
 from hf_lowrank.tasks.run import run_task
+from hf_lowrank.training import switch
 from tests.scripts import WORDS, Finished, InProcess, leftovers, save_encoder
 from tests.tiny_models import HIDDEN, INTERMEDIATE
 
@@ -85,6 +88,8 @@ def run(place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixt
         ("kfac", {"loss_tolerance": 0.05, "bf16": True}),
         ("rank-selection", {"param_ratio": 0.5}),
         ("rank-selection-price", {"loss_tolerance": 0.05}),
+        ("cuttlefish", {"param_ratio": 0.5}),
+        ("cuttlefish-kfac", {"param_ratio": 0.5, "epochs": 2, "bf16": True}),
         ("lpaf", {"param_ratio": 0.5}),
         ("lpaf-kfac", {"param_ratio": 0.5}),
     ],
@@ -120,6 +125,7 @@ def test_every_kind_of_method_reports_and_saves(
     assert ("uncured_metrics" in report) == (not method.startswith("rank-selection"))
     assert ("selections" in report) == method.startswith("rank-selection")
     assert ("joint" in report) == (method == "joint")
+    assert ("switch" in report) == method.startswith("cuttlefish")
     if goal.get("epochs") == 0:
         assert report["metrics"] == report["uncured_metrics"]
     if any(rank is not None for rank in report["ranks"].values()):
@@ -145,6 +151,47 @@ def check_development_loss(report: dict[str, Any], output: Path, place: Path) ->
     assert found["compressed"] == pytest.approx(sum(losses) / len(losses), rel=1e-3)
     assert found["difference"] == pytest.approx(found["compressed"] - found["dense"], abs=1e-6)
     assert (found["standard_error"] > 0) == (found["difference"] != 0)
+
+
+@pytest.mark.parametrize(("method", "metric"), [
+    ("cuttlefish", "plain"), ("cuttlefish-kfac", "kfac"),
+])  # fmt: skip
+def test_cuttlefish_trains_at_full_rank_then_the_factors(
+    place: Path, monkeypatch: pytest.MonkeyPatch, method: str, metric: str
+):
+    """Nothing settles here, so the switch is due after half of 3 epochs of 3 steps, rounded down.
+
+    The two trainings have the steps of one together.
+    """
+    monkeypatch.setattr(switch, "is_settled", lambda profiles, epsilon: False)
+    states = []
+    train = Trainer.train
+
+    def kept(self: Trainer) -> Any:
+        found = train(self)
+        states.append((self.state.global_step, self.state.max_steps))
+        return found
+
+    args = GlueArguments(**settings(place, method=method, param_ratio=0.5, epochs=3))
+    task = load_glue_task(args)
+    dense = fine_tuning.dense_model(task, args)
+    monkeypatch.setattr(Trainer, "train", kept)
+    _, report = run_task(task, args)
+    assert states == [(4, 9), (5, 5)]
+    config = report.config
+    assert (config["metric"], config["rule"]) == (metric, "stable-rank")
+    assert (config["label_source"], config["param_ratio"]) == ("model", 0.5)
+    found = report.switch or {}
+    assert (found["step"], found["epoch"], found["settled"]) == (4, pytest.approx(4 / 3), False)
+    assert [profile["step"] for profile in found["profiles"]] == [0, 1, 2, 3, 4]
+    ranks = [profile["mean_stable_rank"] for profile in found["profiles"]]
+    assert ranks[0] == pytest.approx(mean_ranks(target_weights(dense))["stable_rank"])
+    assert len(set(ranks[1:])) == 4  # the first step of the warm-up has learning rate 0
+    assert {"full_rank", "compress", "fine_tune"} <= set(report.seconds)
+    card = model_card(report, "small").text
+    assert "up to epoch 1.33, when 50% of the steps were done, the stable ranks not settled" in card
+    report.switch = found | {"settled": True}
+    assert "up to epoch 1.33, when the stable ranks had settled" in model_card(report, "small").text
 
 
 def test_joint_sets_share_no_text(place: Path, tmp_path: Path):
@@ -219,6 +266,9 @@ def test_the_best_epoch_is_kept(place: Path, tmp_path: Path):
         ({"param_ratio": 1.5}, "param_ratio is the kept share of the parameters and must lie in"),
         ({"param_ratio": 0.5, "loss_tolerance": 0.1}, "Give one goal, not 2"),
         ({"method": "rank-selection", "epochs": 0}, "cuts while it trains; epochs must be > 0."),
+        ({"method": "cuttlefish", "param_ratio": 0.5, "epochs": 0}, "epochs must be > 0."),
+        ({"method": "cuttlefish-kfac"}, "method cuttlefish-kfac cuts to a size; give a param"),
+        ({"full_rank_share": 1.0}, "full_rank_share must lie in (0, 1), got 1.0."),
         ({"batch_size": 0}, "batch_size must be >= 1, got 0."),
         ({"model": "nobody/no-such-model"}, "nobody/no-such-model: no such folder"),
         ({"data_dir": "nowhere"}, "nowhere: has no train file of mrpc"),
