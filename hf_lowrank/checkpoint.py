@@ -13,9 +13,10 @@ import re
 import struct
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from transformers.utils import cached_file
+from transformers.utils.hub import extract_commit_hash
 
 from hf_lowrank.config import LowRankConfig
 from hf_lowrank.errors import CheckpointError, ConfigError
@@ -36,17 +37,45 @@ _COUNTED = re.compile(r"layer|depth|block|expert|stage|stack|label|group")
 _REDIRECTS = ("transformers_weights",)
 
 
-def check_checkpoint(folder: str | Path) -> dict[str, Any]:
-    """Reads `config.json` and checks it against the tensors' headers, before any load.
+class Checked(NamedTuple):
+    """What `config.json` and the headers say.
 
-    Returns:
-        The config as a dictionary.
+    Attributes:
+        config: All of `config.json`.
+        settings: Its `quantization_config`.
+        shapes: Shape of every tensor, by the name that it has in the file.
+    """
+
+    config: dict[str, Any]
+    settings: LowRankConfig
+    shapes: dict[str, list[int]]
+
+
+def pinned(folder: str | Path, hub: dict[str, Any]) -> dict[str, Any]:
+    """Options of the Hub with the commit that `revision` means now in its place.
+
+    Every file is then read from one commit, also if somebody pushes in between.
+
+    Raises:
+        CheckpointError: There is no `config.json`.
+    """
+    path = resolve_file(folder, "config.json", **hub)
+    commit = None if Path(folder).is_dir() else extract_commit_hash(str(path), None)
+    return {**hub, "revision": commit} if commit else hub
+
+
+def check_checkpoint(folder: str | Path, **hub: Any) -> Checked:
+    """Reads `config.json` and the tensors' headers and checks what needs no model, before any load.
+
+    Args:
+        folder: Checkpoint folder, or a repository id on the Hub.
+        **hub: `revision`, `token`, ... as in `from_pretrained`.
 
     Raises:
         CheckpointError: With the first thing that does not fit.
     """
     try:
-        config: Any = _read_json(resolve_file(folder, "config.json"))
+        config: Any = _read_json(resolve_file(folder, "config.json", **hub))
     except (OSError, ValueError, RecursionError) as error:
         if isinstance(error, CheckpointError):
             raise
@@ -61,22 +90,12 @@ def check_checkpoint(folder: str | Path) -> dict[str, Any]:
         lowrank: LowRankConfig = LowRankConfig.from_dict(settings)
     except (ConfigError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{folder}: bad quantization_config: {error}") from error
-    shapes = tensor_shapes(folder)
-    for name, rank in (lowrank.ranks or {}).items():
-        _check_layer(folder, name, rank, shapes)
-    for name, shape in (lowrank.narrowed or {}).items():
-        stored = _find_shape(shapes, f"{name}.weight")
-        if stored != list(shape):
-            raise CheckpointError(
-                f"{folder}: {name} has shape {list(shape)} in config.json, but its weight has "
-                f"{stored}."
-            )
+    shapes = tensor_shapes(folder, **hub)
     _check_settings(folder, {k: v for k, v in config.items() if v is not settings}, shapes)
-    checked: dict[str, Any] = config
-    return checked
+    return Checked(config, lowrank, shapes)
 
 
-def tensor_shapes(folder: str | Path) -> dict[str, list[int]]:
+def tensor_shapes(folder: str | Path, **hub: Any) -> dict[str, list[int]]:
     """Shapes of all tensors of a checkpoint, from the safetensors headers alone.
 
     Reads the files that transformers reads: the single file where there is one, else the index.
@@ -85,8 +104,8 @@ def tensor_shapes(folder: str | Path) -> dict[str, list[int]]:
         CheckpointError: A file is missing, or is no safetensors file of its size.
     """
     shapes: dict[str, list[int]] = {}
-    for file in _weight_files(folder):
-        found = _header_shapes(resolve_file(folder, file))
+    for file in _weight_files(folder, hub):
+        found = _header_shapes(resolve_file(folder, file, **hub))
         twice = next((name for name in found if name in shapes), None)
         if twice is not None:
             raise CheckpointError(f"{folder}: {twice} is in two files.")
@@ -94,21 +113,21 @@ def tensor_shapes(folder: str | Path) -> dict[str, list[int]]:
     return shapes
 
 
-def resolve_file(folder: str | Path, name: str) -> Path:
+def resolve_file(folder: str | Path, name: str, **hub: Any) -> Path:
     """Path of a checkpoint's file, in a local folder or in the Hub's cache.
 
     Raises:
         CheckpointError: There is no such file.
     """
     if Path(folder).is_dir():
-        path = Path(folder) / name
+        path = Path(folder) / (hub.get("subfolder") or "") / name
         if not path.is_file():
             raise CheckpointError(f"{folder}: has no {name}.")
         return path
     if os.path.sep in str(folder) and str(folder).count("/") != 1:
         raise CheckpointError(f"{folder}: no such folder.")
     try:
-        return Path(str(cached_file(str(folder), name)))
+        return Path(str(cached_file(str(folder), name, **hub)))
     except OSError as error:
         reason = str(error).split("\n", maxsplit=1)[0]
         raise CheckpointError(
@@ -116,14 +135,15 @@ def resolve_file(folder: str | Path, name: str) -> Path:
         ) from error
 
 
-def _weight_files(folder: str | Path) -> list[str]:
+def _weight_files(folder: str | Path, hub: dict[str, Any]) -> list[str]:
     try:
-        resolve_file(folder, _WEIGHTS)
-    except CheckpointError:
-        name = f"{_WEIGHTS}.index.json"
-        if Path(folder).is_dir() and not (Path(folder) / name).is_file():
-            raise
-        return _indexed_files(resolve_file(folder, name))
+        resolve_file(folder, _WEIGHTS, **hub)
+    except CheckpointError as error:
+        try:
+            index = resolve_file(folder, f"{_WEIGHTS}.index.json", **hub)
+        except CheckpointError:
+            raise error from None
+        return _indexed_files(index)
     return [_WEIGHTS]
 
 
@@ -198,38 +218,6 @@ def _span(name: str, entry: dict[str, Any]) -> tuple[int, int]:
 
 def _is_count(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 0
-
-
-def _check_layer(
-    folder: str | Path, name: str, rank: int | None, shapes: dict[str, list[int]]
-) -> None:
-    factor_a = _find_shape(shapes, f"{name}.lowrank_A.weight")
-    factor_b = _find_shape(shapes, f"{name}.lowrank_B.weight")
-    if rank is None:
-        if factor_a is not None or factor_b is not None:
-            raise CheckpointError(f"{folder}: {name} is dense in config.json but has factors.")
-        return
-    if factor_a is None or factor_b is None:
-        raise CheckpointError(f"{folder}: {name} has rank {rank} in config.json but no factors.")
-    if factor_a[:1] != [rank] or factor_b[1:] != [rank]:
-        raise CheckpointError(
-            f"{folder}: {name} has rank {rank} in config.json, but its factors have shapes "
-            f"{factor_a} and {factor_b}."
-        )
-    if rank > min(factor_a[1:] + factor_b[:1]):
-        raise CheckpointError(
-            f"{folder}: {name} has rank {rank}, more than the layer's smaller side."
-        )
-
-
-def _find_shape(shapes: dict[str, list[int]], name: str) -> list[int] | None:
-    """Shape of a tensor that may have been saved from another head class, with another prefix."""
-    if name in shapes:
-        return shapes[name]
-    return next(
-        (s for key, s in shapes.items() if key.endswith(f".{name}") or name.endswith(f".{key}")),
-        None,
-    )
 
 
 def _check_settings(

@@ -16,6 +16,8 @@ from typing import Any
 import torch
 import transformers
 from torch import nn
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers import HfQuantizer
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
@@ -184,8 +186,8 @@ class NarrowedLinear(nn.Linear):
     def to_dense(self) -> nn.Module:
         """The layer of full size, zeros where channels are missing.
 
-        With all layers of a feed-forward it computes the same: the layer out of the channels
-        multiplies the lost ones by 0.
+        With all layers of a feed-forward it computes the same: the output layer multiplies the
+        lost channels by 0.
         """
         missing = [
             full - left for full, left in zip(self.dense_shape, self.weight.shape, strict=True)
@@ -426,8 +428,27 @@ class _SavePretrained:
         if is_main_process:
             Path(save_directory).mkdir(parents=True, exist_ok=True)
             shutil.copyfile(__file__, Path(save_directory) / f"{_MODULE}.py")
+        if _joins_layers(self.model):
+            kwargs.setdefault("save_original_format", False)
         save = getattr(type(self.model), "save_pretrained")  # noqa: B009
         save(self.model, save_directory, is_main_process, *args, **kwargs)
+
+
+def _joins_layers(model: Any) -> bool:  # noqa: ANN401
+    """Whether transformers would join a compressed layer with others, such as q, k and v, to save.
+
+    Layers of different ranks can't be joined, so such a model is saved under its modules' names.
+    """
+    is_native = isinstance(model, transformers.PreTrainedModel)
+    conversions = get_model_conversion_mapping(model) if is_native else []
+    saving = [each.reverse_transform() for each in conversions if isinstance(each, WeightConverter)]
+    return any(
+        each.rename_source_key(f"{name}.{tensor}")[1] is not None
+        for name, module in model.named_modules()
+        if isinstance(module, (LowRankLinear, NarrowedLinear))
+        for tensor in ("weight", "lowrank_A.weight")
+        for each in saving
+    )
 
 
 _MODULE = "modeling_lowrank"

@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import GPTNeoConfig, GPTNeoForCausalLM, LlamaForCausalLM
 
 import hf_lowrank
 from hf_lowrank import LowRankConfig, LowRankError
@@ -219,6 +220,42 @@ def test_a_count_inside_another_config_is_refused(folder: Path):
 def test_a_model_far_larger_than_its_file_is_refused(folder: Path):
     set_in_config(folder, tie_word_embeddings=False, attention_bias=True, hidden_size=10**9)
     refused(folder, r"describes a model of [\d,]+ numbers, the tensors hold [\d,]+\.$")
+
+
+@pytest.fixture
+def masked(tmp_path: Path) -> Path:
+    """A small model that makes a large mask in each layer, which is not saved."""
+    folder = tmp_path / "masked"
+    kinds = [[["global", "local"], 2]]
+    sizes: dict[str, Any] = {"vocab_size": 96, "hidden_size": 32, "num_heads": 4, "num_layers": 4}
+    model = GPTNeoForCausalLM(GPTNeoConfig(**sizes, attention_types=kinds, eos_token_id=1))
+    config = LowRankConfig(param_ratio=0.6, metric="plain")
+    hf_lowrank.compress(model, config, progress=False)
+    model.save_pretrained(folder)
+    return folder
+
+
+def test_buffers_that_are_not_saved_may_be_larger_than_the_file(masked: Path):
+    model: Any = hf_lowrank.load(masked)
+    buffers = sum(buffer.numel() for buffer in model.buffers())
+    assert buffers > 10_000_000 + 4 * (masked / "model.safetensors").stat().st_size
+    assert loads_right(masked)
+
+
+def test_buffers_that_are_not_saved_have_a_limit_too(masked: Path):
+    set_in_config(masked, max_position_embeddings=20_000)
+    refused(masked, r"1,600,000,\d+ numbers in buffers that are not saved, the tensors hold [\d,]+")
+
+
+def test_buffers_that_are_saved_count_as_the_model(folder: Path, monkeypatch: pytest.MonkeyPatch):
+    start = LlamaForCausalLM.__init__
+
+    def with_buffer(self: Any, config: Any) -> None:
+        start(self, config)
+        self.register_buffer("large", torch.zeros(20_000_000, device="meta"))
+
+    monkeypatch.setattr(LlamaForCausalLM, "__init__", with_buffer)
+    refused(folder, r"describes a model of 20,\d{3},\d{3} numbers, the tensors hold [\d,]+\.$")
 
 
 @pytest.mark.parametrize("key", ["attn_implementation", "_attn_implementation"])

@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 import hf_lowrank
 from hf_lowrank.errors import CheckpointError
@@ -30,6 +31,13 @@ def edit_config(folder, edit):
     config = json.loads(path.read_text())
     edit(config)
     path.write_text(json.dumps(config))
+
+
+def edit_tensors(folder, edit):
+    path = folder / "model.safetensors"
+    tensors = load_file(path)
+    edit(tensors)
+    save_file(tensors, path, metadata={"format": "pt"})
 
 
 def refused(folder, message):

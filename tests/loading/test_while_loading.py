@@ -32,6 +32,18 @@ def test_compressing_while_loading_in_training_form_saves_what_loads(dense_folde
     assert same_tensors(hf_lowrank.load(tmp_path), model)
 
 
+@pytest.mark.parametrize("goal", [{"param_ratio": 0.8}, {}, {"rule": "sensitivity"}])
+def test_compressing_while_loading_replays_given_ranks(dense_folder, goal):
+    ranks = {f"model.layers.{index}.self_attn.q_proj": rank for index, rank in ((0, 3), (1, None))}
+    config = LowRankConfig(metric="plain", target_modules=["q_proj"], ranks=ranks, **goal)
+    model = AutoModelForCausalLM.from_pretrained(dense_folder, quantization_config=config)
+    expected = tiny_llama()
+    compress(expected, config, progress=False)
+    assert num_lowrank(model) == 1
+    assert model.config.quantization_config.ranks == ranks
+    assert same_tensors(model, expected)
+
+
 @pytest.mark.parametrize("metric", ["plain", "sparsity"])  # those that need no data
 def test_compressing_while_loading_respects_the_budget(dense_folder, metric):
     names = [n for n, m in tiny_llama().model.layers.named_modules() if isinstance(m, nn.Linear)]
@@ -69,6 +81,21 @@ def test_compressing_while_loading_keeps_the_classification_head(tmp_path):
         ({"rank": 4, "metric": "whitened"}, ConfigError, "which metric 'whitened' needs"),
         ({"metric": "plain"}, ConfigError, "can't measure a loss; give .* a param_ratio or a rank"),
         ({"metric": "plain", "loss_tolerance": 0.1}, ConfigError, "can't measure a loss"),
+        (
+            {"metric": "plain", "param_ratio": 0.8, "rule": "sensitivity"},
+            ConfigError,
+            "no data to search ranks on, which rule 'sensitivity' does; use one of uniform, rel",
+        ),
+        (
+            {"metric": "plain", "rank": 4, "narrowed": {"model.layers.0.mlp.up_proj": [3, 32]}},
+            ConfigError,
+            "no calibration data, which narrowed layers need",
+        ),
+        (
+            {"metric": "plain", "ranks": {"model.layers.0.self_attn.q_proj": 3}},
+            ConfigError,
+            "Ranks and layers do not match: model.layers.0.mlp.down_proj",
+        ),
         ({"metric": "plain", "rank": 20}, ConfigError, r"k_proj: rank 20 exceeds min\(16, 32\)"),
         (
             {"metric": "plain", "rank": 4, "target_modules": ["c_attn"]},
