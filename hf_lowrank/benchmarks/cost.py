@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import resource
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,11 +12,17 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.modules.module import (
+    register_module_forward_hook,
+    register_module_forward_pre_hook,
+)
+from torch.utils.hooks import RemovableHandle
+from transformers import PreTrainedModel
 
 
 @dataclass
 class Cost:
-    """Filled when the block of `counted` ends.
+    """Filled when the block of `counted` or `counted_everywhere` ends.
 
     Attributes:
         seconds: Wall time.
@@ -47,23 +53,69 @@ def counted(model: nn.Module) -> Iterator[Cost]:
     cost = Cost()
 
     def count(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        values = [*args, *kwargs.values()]
-        size = next((len(v) for v in values if isinstance(v, torch.Tensor)), 0)
-        cost.forwards += size
-        cost.backwards += size * torch.is_grad_enabled()
+        _add_pass(cost, args, kwargs)
 
     body = getattr(model, "base_model", model)
     handle = body.register_forward_pre_hook(count, with_kwargs=True)
-    on_gpu = next(model.parameters()).is_cuda
+    with _measured(cost, [handle], on_gpu=next(model.parameters()).is_cuda):
+        yield cost
+
+
+@contextmanager
+def counted_everywhere() -> Iterator[Cost]:
+    """Counts what happens to all transformers models in the block, also to those made in it.
+
+    A pass is the outermost call of a `PreTrainedModel`: those that it makes of its parts are not
+    counted again, under whatever wrapper or autocast it runs. A call that raises is not counted.
+    """
+    cost = Cost()
+    outermost: nn.Module | None = None
+
+    def enter(module: nn.Module, args: Any) -> None:  # noqa: ANN401
+        nonlocal outermost
+        if outermost is None and isinstance(module, PreTrainedModel):
+            outermost = module
+
+    # Only the hooks after a call are given its keyword arguments.
+    def leave(
+        module: nn.Module,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        output: Any,  # noqa: ANN401
+    ) -> None:
+        nonlocal outermost
+        if module is outermost:
+            outermost = None
+            _add_pass(cost, args, kwargs)
+
+    handles = [
+        register_module_forward_pre_hook(enter),
+        register_module_forward_hook(leave, with_kwargs=True),
+    ]
+    with _measured(cost, handles, on_gpu=torch.cuda.is_available()):
+        yield cost
+
+
+def _add_pass(cost: Cost, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    values = [*args, *kwargs.values()]
+    size = next((len(v) for v in values if isinstance(v, torch.Tensor)), 0)
+    cost.forwards += size
+    cost.backwards += size * torch.is_grad_enabled()
+
+
+@contextmanager
+def _measured(cost: Cost, handles: Sequence[RemovableHandle], on_gpu: bool) -> Iterator[None]:
+    """Fills in seconds and memory when the block ends, and removes the hooks."""
     if on_gpu:
         torch.cuda.reset_peak_memory_stats()
     else:
         _reset_peak()
     start = time.perf_counter()
     try:
-        yield cost
+        yield
     finally:
-        handle.remove()
+        for handle in handles:
+            handle.remove()
         cost.seconds = time.perf_counter() - start
         cost.peak_mib = torch.cuda.max_memory_allocated() / 2**20 if on_gpu else _peak_mib()
 

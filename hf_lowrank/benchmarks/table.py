@@ -17,8 +17,11 @@ from typing import Any, TypeVar
 import torch
 
 from hf_lowrank.arguments import argument
+from hf_lowrank.benchmarks.cost import counted_everywhere
 from hf_lowrank.benchmarks.figures import draw_ranks
+from hf_lowrank.benchmarks.glue_figure import draw_sizes
 from hf_lowrank.benchmarks.record import write_result
+from hf_lowrank.benchmarks.row_cost import format_costs, known_costs
 from hf_lowrank.errors import ConfigError, LowRankError
 from hf_lowrank.tasks.arguments import METHOD_NAMES, TaskArguments
 from hf_lowrank.tasks.fine_tuning import dense_model
@@ -32,7 +35,7 @@ _FREE = {"output_dir", "cache_dir", "data_dir", "task", "method", "param_ratio",
 _KEPT = (
     *("task", "method", "seed", "param_ratio", "dense_metrics", "uncured_metrics", "metrics"),
     *("dense_held_out_metrics", "uncured_held_out_metrics", "held_out_metrics", "held_out_loss"),
-    *("parameters", "ranks", "seconds", "commit", "hardware"),
+    *("parameters", "ranks", "switch", "seconds", "cost", "commit", "hardware"),
 )
 _KEPT_OF_SELECTION = ("step", "param_ratio", "loss_passes", "decompositions", "seconds")
 
@@ -49,6 +52,11 @@ class TableArguments:
     output: str = argument("outputs/table.json", "JSON file with all finished rows.")
     picture: str | None = argument(
         None, "SVG file for a picture of the ranks in the rows asked for, those of the first seed."
+    )
+    size_picture: str | None = argument(
+        None,
+        "SVG file for a picture of score by size: all finished rows of the methods asked for, a "
+        "panel for each of the folder's tasks that has several sizes.",
     )
 
 
@@ -72,6 +80,8 @@ def fill_table(
     rows = read_rows(folder)
     print(format_table(rows))
     print(format_shares(rows))
+    if costs := format_costs(rows):
+        print(costs)
     write_result(Path(args.output), {"arguments": vars(args), "rows": rows})
     if args.picture:
         wanted = {
@@ -83,6 +93,9 @@ def fill_table(
         keys = ("task", "method", "param_ratio", "seed")
         drawn = [row for row in rows if tuple(row[key] for key in keys) in wanted]
         draw_ranks(drawn, Path(args.picture))
+    if args.size_picture:
+        drawn = [row for row in rows if row["method"] in {*grid.methods, "dense"}]
+        draw_sizes(drawn, Path(args.size_picture))
 
 
 def part_of(args: Any, kind: type[Row]) -> Row:  # noqa: ANN401
@@ -276,13 +289,24 @@ def _prepare(load_task: Callable[[Row], Task], row: Row) -> None:
 def run_row(row: Row, load_task: Callable[[Row], Task], folder: Path) -> dict[str, Any]:
     """The report of a row: from its file, or run and written there.
 
+    A row that is run gets a `cost`: `seconds` of the whole run, its evaluations included;
+    `forwards` and `backwards`, the sequences that went through its model in training, calibration,
+    rank selection and evaluation (`counted_everywhere`); `peak_mib`; and where they are known
+    `decompositions`, the matrices that it took ranks from. The dense model is trained before the
+    counting begins. What earlier rows left in the cache folder (spectra, LPAF's stages) is read and
+    so costs no passes; `restored` names the stages of LPAF that were.
+
     Raises:
         ConfigError: The file is of other settings.
     """
     path = _path(row, folder)
     if not _is_done(row, folder):
-        _, report = run_task(load_task(row), row)
-        write_result(path, report.to_dict())
+        task = load_task(row)
+        dense_model(task, row)
+        with counted_everywhere() as cost:
+            _, report = run_task(task, row)
+        spent = dataclasses.asdict(cost) | known_costs(report)
+        write_result(path, report.to_dict() | {"cost": spent})
     found: dict[str, Any] = json.loads(path.read_text("utf-8"))
     return found
 

@@ -129,6 +129,7 @@ def compress_jointly(
         "baseline": dataclasses.asdict(baseline.difference),
         "baseline_ratio": baseline.plan.param_ratio,
         "trials": trials,
+        "decompositions": candidates.decompositions,
     }
     return JointResult(
         report,

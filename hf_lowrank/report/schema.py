@@ -59,7 +59,8 @@ class Report:
         held_out: The accepted loss difference on the search's own held-out text, or None.
         recovery: Held-out loss before and after training the factors, and whether that was kept.
         joint: What joint compression accepted (`method`), plain `price` on the same data
-            (`baseline`, `baseline_ratio`), and every candidate measured (`trials`).
+            (`baseline`, `baseline_ratio`), every candidate measured (`trials`), and the number of
+            matrices decomposed (`decompositions`).
         training: How low-rank training went: `epochs`, `learning_rate`, `rule`, the number of
             `selections`, and their goal: `param_ratio`, or `tolerance` in nats.
         measured_prices: What corrected the prices: for each part its `layers`, the `predicted`

@@ -12,7 +12,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 
 from hf_lowrank.benchmarks import system_figure
 from hf_lowrank.benchmarks.catalogue import OWN, SYSTEMS
-from hf_lowrank.benchmarks.system_figure import draw_systems, spread
+from hf_lowrank.benchmarks.named_lines import spread
+from hf_lowrank.benchmarks.system_figure import draw_systems
 from hf_lowrank.errors import ConfigError
 from tests.benchmarks.made_up_rows import DENSE, failed_row, made_up_row
 
