@@ -84,9 +84,9 @@ def make_targets() -> set[str]:
 
 
 def script_calls(text: str) -> list[tuple[str, set[str]]]:
-    """(script, options) of each command line in a text, continued lines joined."""
+    """(script and benchmark's command, options) of each command line, continued lines joined."""
     joined = re.sub(r"\\\n\s*", " ", text)
-    calls = re.findall(r"python3? scripts/(\w+)\.py([^\n`]*)", joined)
+    calls = re.findall(r"python3? scripts/(benchmark\.py [\w-]+|\w+\.py)([^\n`]*)", joined)
     return [(script, set(re.findall(r"--([a-z]\w*)", rest))) for script, rest in calls]
 
 
@@ -140,22 +140,19 @@ def test_scripts_in_readme_exist():
 
 def options_of(script: str) -> set[str]:
     """Options of a script: the fields of its arguments, or else every word in it."""
-    own = (ROOT / "scripts" / f"{script}.py").read_text("utf-8")
-    commands = benchmark_commands() if script == "benchmark" else ()
-    kinds = (*ARGUMENTS.get(script, ()), *commands)
+    file, *command = script.split()
+    kinds = ARGUMENTS.get(file.removesuffix(".py"), ())
+    if command:
+        kinds = (script_module("benchmark").COMMANDS[command[0]][0],)
     fields = {field.name for kind in kinds for field in dataclasses.fields(kind)}
-    return fields or set(re.findall(r"\w+", own))
-
-
-def benchmark_commands() -> list[type]:
-    return [arguments for arguments, _ in script_module("benchmark").COMMANDS.values()]
+    return fields or set(re.findall(r"\w+", (ROOT / "scripts" / file).read_text("utf-8")))
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_options_of_scripts_in_the_pages_exist(page: Path):
     for script, options in script_calls(page.read_text("utf-8")):
         unknown = options - options_of(script)
-        assert not unknown, f"scripts/{script}.py has no such options: {unknown}"
+        assert not unknown, f"scripts/{script} has no such options: {unknown}"
 
 
 def test_names_that_readme_imports_exist():
@@ -237,7 +234,12 @@ def test_calls_of_scripts_are_found_with_their_options():
     text = (
         "text `python scripts/a.py --one 1`\n    python scripts/b.py --two-three x \\\n  --four\n"
     )
-    assert script_calls(text) == [("a", {"one"}), ("b", {"two", "four"})]
+    text += "python scripts/benchmark.py glue-size --three\n"
+    assert script_calls(text) == [
+        ("a.py", {"one"}),
+        ("b.py", {"two", "four"}),
+        ("benchmark.py glue-size", {"three"}),
+    ]
 
 
 def test_anchors_are_those_of_headings_outside_code():

@@ -83,22 +83,11 @@ def compress_jointly(
             processes.
         DataError: Two of the sets share an item, or a needed one is empty.
     """
-    if config.metric != "kfac" or config.rule not in (None, "price"):
-        raise ConfigError("Joint compression works with metric 'kfac' and rule 'price' only.")
-    if config.channels or config.measured_prices:
-        raise ConfigError("Joint compression takes neither channels nor measured_prices.")
-    if config.goal == "rank" or config.ranks is not None:
-        raise ConfigError("Joint compression chooses the ranks: set param_ratio or loss_tolerance.")
-    if current_processes().count > 1:
-        raise ConfigError("Joint compression runs in one process.")
+    chosen = RunOptions(**options)
+    _check(config, chosen)
     if not gradient or not acceptance:
         raise DataError("Joint compression needs batches for the gradient and for acceptance.")
     check_disjoint(gradient=gradient, acceptance=acceptance, reported=reported)
-    chosen = RunOptions(**options)
-    if chosen.recover_steps:
-        raise ConfigError("recover_steps judges by the acceptance set; recover afterwards instead.")
-    if chosen.stages != 1:
-        raise ConfigError("Joint compression is one cut; give no stages.")
     reader = GradientReader(config)
     # Gradients need the labels of the data; a loss of one's own has no other labels.
     is_one_pass = config.label_source == "data" or chosen.loss_function is not None
@@ -139,3 +128,18 @@ def compress_jointly(
         trials,
         candidates.decompositions,
     )
+
+
+def _check(config: LowRankConfig, options: RunOptions) -> None:
+    if config.metric != "kfac" or config.rule not in (None, "price"):
+        raise ConfigError("Joint compression works with metric 'kfac' and rule 'price' only.")
+    if config.channels or config.measured_prices:
+        raise ConfigError("Joint compression takes neither channels nor measured_prices.")
+    if config.goal == "rank" or config.ranks is not None:
+        raise ConfigError("Joint compression chooses the ranks: set param_ratio or loss_tolerance.")
+    if current_processes().count > 1:
+        raise ConfigError("Joint compression runs in one process.")
+    if options.recover_steps:
+        raise ConfigError("recover_steps judges by the acceptance set; recover afterwards instead.")
+    if options.stages != 1:
+        raise ConfigError("Joint compression is one cut; give no stages.")
