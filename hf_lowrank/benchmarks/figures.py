@@ -107,12 +107,15 @@ def _draw(axes: Any, row: Mapping[str, Any]) -> None:  # noqa: ANN401
     axes.set_title(f"{row['task']} {row['method']} {row['param_ratio']:g}", fontsize=9)
 
 
-def panels_of(count: int, size: tuple[float, float] = (4.2, 3.0)) -> tuple[Any, list[Any]]:
-    """A figure and so many panels in rows of three.
+def panels_of(
+    count: int, size: tuple[float, float] = (4.2, 3.0), columns: int = 3
+) -> tuple[Any, list[Any]]:
+    """A figure and so many panels in rows.
 
     Args:
         count: Panels.
         size: Width and height of each in inches.
+        columns: Panels in a row, at most.
 
     Raises:
         ConfigError: matplotlib is missing.
@@ -121,7 +124,7 @@ def panels_of(count: int, size: tuple[float, float] = (4.2, 3.0)) -> tuple[Any, 
         from matplotlib.figure import Figure
     except ImportError as error:
         raise ConfigError("Pictures need matplotlib: pip install 'hf-lowrank[plots]'.") from error
-    columns = min(3, count)
+    columns = min(columns, count)
     lines = -(-count // columns)
     figure = Figure(figsize=(size[0] * columns, size[1] * lines), layout="constrained")
     panels = list(figure.subplots(lines, columns, squeeze=False).flat)

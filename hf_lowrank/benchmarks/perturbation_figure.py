@@ -23,7 +23,7 @@ def draw_ranges(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
     """Change of the loss by relative weight noise as an SVG file, a panel for each row.
 
     Measured as points with bars of one standard error, the first order dashed, the second order
-    solid; a dotted line where the first order ends to hold. The loss axis is that of all panels,
+    solid; a dotted line where the first order no longer holds. The loss axis is that of all panels,
     linear around zero and logarithmic beyond.
 
     Args:
@@ -35,7 +35,7 @@ def draw_ranges(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
     """
     if not rows:
         raise ConfigError("There is no range to draw.")
-    figure, panels = panels_of(len(rows), (4.6, 3.6))
+    figure, panels = panels_of(len(rows), (4.6, 3.6), columns=2)
     for axes, row in zip(panels, rows, strict=True):
         if axes is not panels[0]:
             axes.sharey(panels[0])
@@ -107,7 +107,7 @@ def _curves(
 
 
 def _mark_range(axes: Any, reached: float) -> None:  # noqa: ANN401
-    """A line where the first order ends to hold; its label is above the panel, clear of curves."""
+    """A line where the first order no longer holds; its label is above the panel."""
     if reached > 0:
         axes.axvline(reached, color="0", linestyle=":", linewidth=0.8)
         axes.text(
