@@ -127,6 +127,43 @@ def test_readme_selects_from_the_table_of_encoders():
         assert cells == wanted, method
 
 
+def change(mean: float, error: float, digits: int = 4) -> str:
+    return f"{mean:+.{digits}f} ± {error:.{digits}f}"
+
+
+def test_encoders_without_a_rise_have_their_measured_losses():
+    _, *shown = table("docs/results.md", "task", "method", "kept")
+    files = {path.stem for path in RESULTS.glob("tolerance0_*.json")}
+    assert {f"tolerance0_{task}_{method.strip('`')}" for task, method, *_ in shown} == {
+        name for name in files if "smollm2" not in name
+    }
+    for task, method, *cells in shown:
+        found = result(f"tolerance0_{task}_{method.strip('`')}")
+        sizes, loss = found["parameters"], found["development_loss"]
+        scores = [100 * next(iter(found[name].values())) for name in ("dense_metrics", "metrics")]
+        assert cells == [
+            f"{100 * sizes['targeted_kept'] / sizes['targeted_dense']:.1f} %",
+            change(found["held_out"]["mean"], found["held_out"]["standard_error"]),
+            change(loss["difference"], loss["standard_error"]),
+            "{:.1f} → {:.1f}".format(*scores),
+        ], (task, method)
+
+
+def test_the_range_of_the_predictions_is_the_measured_one():
+    _, *shown = table("docs/results.md", "t", "weight noise")
+    sets = {
+        r["set"]: r["points"] for r in result("perturbation")["ranges"] if r["param_ratio"] == 0.8
+    }
+    for cells, on_gradient, held_out in zip(shown, *sets.values(), strict=True):
+        assert cells == [
+            f"{on_gradient['scale']:g}",
+            f"{on_gradient['noise']:.2g}",
+            f"{on_gradient['first_order']:+.5f}",
+            f"{on_gradient['second_order']:+.5f}",
+            *(change(p["measured"], p["standard_error"], 5) for p in (on_gradient, held_out)),
+        ]
+
+
 def test_recovery_has_its_measured_perplexities():
     _, *shown = table("docs/results.md", "cut by", "text")
     files = [("recovery_0.8", "recovery"), ("recovery_lora",), ("recovery_channels",)]
