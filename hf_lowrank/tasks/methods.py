@@ -62,8 +62,8 @@ def _cut_then_fine_tune(
         config,
         task.batches(task.train, args.batch_size, args.calibration_samples),
         held_out=task.batches(task.held_out, args.batch_size),
-        cache_dir=Path(args.cache_dir)
-        / SPECTRA_FOLDER,  # the other sizes are cut from the same spectra
+        # The other sizes are cut from the same spectra.
+        cache_dir=Path(args.cache_dir) / SPECTRA_FOLDER,
         progress=sys.stderr.isatty(),
     )
     seconds = {"compress": time.perf_counter() - start}
@@ -88,17 +88,12 @@ def cut_jointly_then_train(model: nn.Module, task: Task, args: TaskArguments) ->
         progress=sys.stderr.isatty(),
     ).report
     seconds = {"compress": time.perf_counter() - start}
-    report = _then_fine_tune(model, task, args, args.epochs)
-    return (
-        _cut_fields(found)
-        | {"joint": found.joint}
-        | report
-        | {"seconds": seconds | report["seconds"]}
-    )
+    report = _then_fine_tune(model, task, args, args.epochs) | {"joint": found.joint}
+    return _cut_fields(found) | report | {"seconds": seconds | report["seconds"]}
 
 
 def _without(split: Dataset, others: Sequence[Dataset]) -> Dataset:
-    """The examples of a split whose text does not stand in other splits, too."""
+    """The examples of a split whose text is in none of the other splits."""
     texts = {tuple(ids) for other in others for ids in other["input_ids"]}
     return split.select([i for i, ids in enumerate(split["input_ids"]) if tuple(ids) not in texts])
 
