@@ -18,7 +18,7 @@ from hf_lowrank.analysis import (
     Stopwatch,
     analyze,
 )
-from hf_lowrank.before_after import compare, model_sizes
+from hf_lowrank.before_after import compare, model_sizes, size_fields
 from hf_lowrank.cache import RunCache
 from hf_lowrank.config import LowRankConfig
 from hf_lowrank.distributed import current_processes
@@ -223,9 +223,8 @@ class CompressionRun:
         with self.stopwatch.phase("surgery"):
             analysis = self.analysis
             is_cut = bool(factorize_(self.model, analysis.spectra, plan, analysis.orders))
-            decided = self.config.replace(
-                ranks=dict(plan.ranks), narrowed=_as_lists(plan.narrowed), form="factors"
-            )
+            narrowed = {name: list(shape) for name, shape in plan.narrowed.items()} or None
+            decided = self.config.replace(ranks=dict(plan.ranks), narrowed=narrowed, form="factors")
             attach_config(self.model, decided)
         recovery = self._recover(self.recovery) if self.recovery else None
         evaluation = None
@@ -235,22 +234,13 @@ class CompressionRun:
                     self.before, self._measure(self.texts.evaluation, "evaluate compressed")
                 )
         speed = self._speed() if is_cut else None
-        parameters, size = model_sizes(self.model)
         predicted = analysis.predicted_rise(plan)
         return Report(
             model=str(getattr(getattr(self.model, "config", None), "_name_or_path", "") or "model"),
             config={k: v for k, v in decided.to_dict().items() if k not in ("ranks", "narrowed")},
             seed=self.config.seed,
             versions=versions(),
-            parameters={
-                "dense": self.sizes[0],
-                "kept": parameters,
-                "targeted_dense": plan.dense_parameters,
-                "targeted_kept": plan.kept_parameters,
-            },
-            bytes={"dense": self.sizes[1], "kept": size},
-            ranks=dict(plan.ranks),
-            narrowed=_as_lists(plan.narrowed) or {},
+            **size_fields(self.sizes, self.model, plan),
             evaluation=evaluation,
             speed=speed,
             predicted_loss_difference=None if math.isnan(predicted) else predicted,
@@ -356,11 +346,6 @@ def _likely_ratio(analysis: Analysis, tolerance: float) -> float:
         rise = analysis.predicted_rise(analysis.plan_for_ratio(middle))
         low, high = (low, middle) if rise <= max(tolerance, 0.01) else (middle, high)
     return high
-
-
-def _as_lists(shapes: Mapping[str, tuple[int, int]]) -> dict[str, list[int]] | None:
-    """Shapes as JSON has them; None if there are none."""
-    return {name: list(shape) for name, shape in shapes.items()} or None
 
 
 def check_goal(targets: Mapping[str, nn.Module], config: LowRankConfig) -> None:

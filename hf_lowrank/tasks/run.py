@@ -8,7 +8,7 @@ from typing import Any
 from accelerate.utils import extract_model_from_parallel
 from torch import nn
 
-from hf_lowrank.before_after import model_sizes
+from hf_lowrank.before_after import model_sizes, size_fields
 from hf_lowrank.config import LowRankConfig
 from hf_lowrank.evaluation.perplexity import LossMeasurement, measure_loss
 from hf_lowrank.modeling_lowrank import linear_shape
@@ -49,7 +49,6 @@ def run_task(task: Task, args: TaskArguments) -> tuple[nn.Module, TaskReport]:
     found["seconds"] = seconds | found["seconds"]
     narrowed = {name: linear_shape(layer) for name, layer in narrowed_layers(model).items()}
     plan = RankPlan(current_ranks(model, shapes), shapes, narrowed)
-    sizes = model_sizes(model)
     held_out = task.batches(task.held_out, args.batch_size)
     found["metrics"] = task.score(model, task.validation)
     found["held_out_metrics"] = task.score(model, task.held_out)
@@ -63,15 +62,7 @@ def run_task(task: Task, args: TaskArguments) -> tuple[nn.Module, TaskReport]:
         architecture=type(model).__name__,
         seed=args.seed,
         versions=versions(),
-        parameters={
-            "dense": dense_sizes[0],
-            "kept": sizes[0],
-            "targeted_dense": plan.dense_parameters,
-            "targeted_kept": plan.kept_parameters,
-        },
-        bytes={"dense": dense_sizes[1], "kept": sizes[1]},
-        ranks=dict(plan.ranks),
-        narrowed={name: list(shape) for name, shape in narrowed.items()},
+        **size_fields(dense_sizes, model, plan),
         untouched=untouched,
         data=task.data,
         task=task.name,

@@ -15,7 +15,7 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from hf_lowrank.analysis import Stopwatch
 from hf_lowrank.arguments import argument, config_option
-from hf_lowrank.before_after import compare, model_sizes
+from hf_lowrank.before_after import compare, model_sizes, size_fields
 from hf_lowrank.config import LowRankConfig
 from hf_lowrank.data.text import token_batches
 from hf_lowrank.errors import DataError
@@ -103,20 +103,12 @@ def train_language_model(
     with watch.phase("evaluation"):
         after = measure_loss(model, texts["evaluation"], progress="evaluate compressed")
     plan = RankPlan(current_ranks(model, trainer.lowrank_shapes), trainer.lowrank_shapes)
-    sizes = model_sizes(model)
     report = Report(
         model=args.model,
         config=config.to_dict(),
         seed=training.seed,
         versions=versions(),
-        parameters={
-            "dense": dense_sizes[0],
-            "kept": sizes[0],
-            "targeted_dense": plan.dense_parameters,
-            "targeted_kept": plan.kept_parameters,
-        },
-        bytes={"dense": dense_sizes[1], "kept": sizes[1]},
-        ranks=dict(plan.ranks),
+        **size_fields(dense_sizes, model, plan),
         evaluation=compare(before, after),
         seconds=watch.seconds,
         untouched=untouched,
