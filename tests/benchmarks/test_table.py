@@ -7,7 +7,11 @@ from typing import Any
 import pytest
 
 from hf_lowrank.benchmarks import table
-from hf_lowrank.benchmarks.glue_size import bisect_size
+from hf_lowrank.benchmarks.glue_size import (
+    GlueSizeArguments,
+    bisect_size,
+    find_smallest_sizes,
+)
 from hf_lowrank.benchmarks.table import Grid, format_shares, format_table, read_rows, run_rows
 from hf_lowrank.errors import ConfigError
 from hf_lowrank.tasks.glue import GlueArguments, load_glue_task
@@ -125,3 +129,11 @@ def test_rows_share_the_cores_of_the_process(monkeypatch, tmp_path, cores, worke
     with pytest.raises(KeyboardInterrupt):
         run_rows([], load_glue_task, tmp_path, workers)
     assert given == [(workers, threads)]
+
+
+def test_only_cuts_are_judged_without_training():
+    args = GlueSizeArguments(methods=["svd", "joint", "lpaf"], epochs=0)
+    with pytest.raises(
+        ConfigError, match=r"^With epochs 0 .* are svd, .*; got joint, lpaf"
+    ):
+        find_smallest_sizes(args)

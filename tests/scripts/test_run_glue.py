@@ -261,6 +261,7 @@ def test_the_best_epoch_is_kept(place: Path, tmp_path: Path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
+        ({"method": "rank-selection", "loss_tolerance": 0.0}, "needs a loss_tolerance > 0"),
         ({"method": "pca"}, f"method must be one of {', '.join(METHOD_NAMES)}; got 'pca'."),
         ({"task": "ax"}, "task must be one of cola, "),
         ({"param_ratio": 1.5}, "param_ratio is the kept share of the parameters and must lie in"),
