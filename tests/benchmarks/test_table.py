@@ -133,7 +133,5 @@ def test_rows_share_the_cores_of_the_process(monkeypatch, tmp_path, cores, worke
 
 def test_only_cuts_are_judged_without_training():
     args = GlueSizeArguments(methods=["svd", "joint", "lpaf"], epochs=0)
-    with pytest.raises(
-        ConfigError, match=r"^With epochs 0 .* are svd, .*; got joint, lpaf"
-    ):
+    with pytest.raises(ConfigError, match=r"^With epochs 0 .* are svd, .*; got joint, lpaf"):
         find_smallest_sizes(args)
