@@ -4,15 +4,16 @@ Importing the package registers its checkpoints with transformers, so that
 `AutoModel*.from_pretrained` loads them.
 """
 
-from hf_lowrank.compression import compress, sweep
+import hf_lowrank.compression.while_loading  # noqa: F401 (registers the loader)
+from hf_lowrank.compression.joint.system import compress_jointly
+from hf_lowrank.compression.peft_style import get_lowrank_model, print_trainable_parameters
+from hf_lowrank.compression.verbs import compress, sweep
 from hf_lowrank.config import LowRankConfig
 from hf_lowrank.errors import LowRankError
-from hf_lowrank.joint.system import compress_jointly
-from hf_lowrank.loading import load
-from hf_lowrank.modeling_lowrank import LowRankLinear, NarrowedLinear
-from hf_lowrank.peft_style import get_lowrank_model, print_trainable_parameters
+from hf_lowrank.format.modeling_lowrank import LowRankLinear, NarrowedLinear
+from hf_lowrank.format.strict import load
+from hf_lowrank.modeling.surgery import merge_ as merge
 from hf_lowrank.report.schema import Report
-from hf_lowrank.surgery import merge_ as merge
 from hf_lowrank.version import __version__
 
 __all__ = [

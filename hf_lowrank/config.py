@@ -16,7 +16,7 @@ from typing import Any
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from hf_lowrank.errors import CheckpointError, ConfigError
-from hf_lowrank.modeling_lowrank import FORMAT_VERSION, FORMS, QUANT_METHOD
+from hf_lowrank.format.layout import FORMAT_VERSION, FORMS, QUANT_METHOD
 
 METRIC_NAMES = (
     "plain",
@@ -297,3 +297,15 @@ def _check_choice(name: str, value: object, allowed: tuple[str, ...]) -> None:
 def _check_count(name: str, value: object) -> None:
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise ConfigError(f"{name} must be an integer >= 1, got {value!r}.")
+
+
+_FIELDS = {field.name: field for field in dataclasses.fields(LowRankConfig)}
+
+
+def config_option(name: str, **overrides: Any) -> Any:  # noqa: ANN401
+    """A dataclass field with the default and the help text of a `LowRankConfig` field."""
+    source = _FIELDS[name]
+    settings: dict[str, Any] = {"metadata": dict(source.metadata)}
+    if source.default is not dataclasses.MISSING:
+        settings["default"] = source.default
+    return dataclasses.field(**(settings | overrides))

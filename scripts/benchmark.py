@@ -14,11 +14,13 @@ python scripts/benchmark.py pruned-ranks --model FOLDER --data_dir GLUE --task m
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 
-from hf_lowrank.arguments import parse_arguments, user_errors
-from hf_lowrank.benchmarks.glue import GlueTableArguments, fill_glue_table
-from hf_lowrank.benchmarks.glue_size import GlueSizeArguments, find_smallest_sizes
-from hf_lowrank.benchmarks.language_models import (
+sys.path.insert(0, str(Path(__file__).parents[1]))  # benchmarks/ is not installed
+
+from benchmarks.glue import GlueTableArguments, fill_glue_table
+from benchmarks.glue_size import GlueSizeArguments, find_smallest_sizes
+from benchmarks.language_models import (
     MetricsArguments,
     RecoveryArguments,
     SystemsArguments,
@@ -26,9 +28,10 @@ from hf_lowrank.benchmarks.language_models import (
     compare_all_systems,
     measure_recoveries,
 )
-from hf_lowrank.benchmarks.perturbation import PerturbationArguments, measure_perturbations
-from hf_lowrank.benchmarks.pruned_ranks import PrunedRanksArguments, compare_pruned_ranks
-from hf_lowrank.benchmarks.qa import QaTableArguments, fill_qa_table
+from benchmarks.perturbation import PerturbationArguments, measure_perturbations
+from benchmarks.pruned_ranks import PrunedRanksArguments, compare_pruned_ranks
+from benchmarks.qa import QaTableArguments, fill_qa_table
+from hf_lowrank.cli.arguments import parse_arguments, user_errors
 
 COMMANDS = {
     "recovery": (RecoveryArguments, measure_recoveries),

@@ -10,12 +10,12 @@ import os
 from pathlib import Path
 
 from hf_lowrank import Report
-from hf_lowrank.arguments import HelpFormatter, user_errors
+from hf_lowrank.cli.arguments import HelpFormatter, user_errors
 from hf_lowrank.errors import ConfigError
-from hf_lowrank.report.page import comparison_page
-from hf_lowrank.report.plots import require_matplotlib
-from hf_lowrank.report.table import format_comparison
-from hf_lowrank.saving import write_text
+from hf_lowrank.files import write_text
+from hf_lowrank.report.page.page import comparison_page
+from hf_lowrank.report.page.plots import require_matplotlib
+from hf_lowrank.report.text.table import format_comparison
 
 
 def short_names(paths: list[str]) -> dict[str, Path]:

@@ -8,24 +8,24 @@ from __future__ import annotations
 from pathlib import Path
 
 from hf_lowrank import Report
-from hf_lowrank.arguments import (
+from hf_lowrank.cli.arguments import (
     CompressionArguments,
     PublishingArguments,
     parse_several,
     user_errors,
 )
-from hf_lowrank.before_after import model_sizes
-from hf_lowrank.compression_run import check_goal
-from hf_lowrank.data.roles import read_texts
-from hf_lowrank.distributed import current_processes
+from hf_lowrank.cli.jobs import check_before_loading, compressed, name_models, save_and_publish
+from hf_lowrank.cli.roles import read_texts
+from hf_lowrank.compression.run import check_goal
 from hf_lowrank.evaluation.samples import continue_prompts, side_by_side
-from hf_lowrank.jobs import check_before_loading, compressed, name_models, save_and_publish
-from hf_lowrank.report.page import comparison_page
-from hf_lowrank.report.plots import can_draw
-from hf_lowrank.report.table import format_report, format_sweep
-from hf_lowrank.saving import check_output_folder, write_text
-from hf_lowrank.sources import check_windows, load_causal_lm
-from hf_lowrank.targets import find_targets
+from hf_lowrank.evaluation.size import model_sizes
+from hf_lowrank.files import check_output_folder, write_text
+from hf_lowrank.inputs.sources import check_windows, load_causal_lm
+from hf_lowrank.measuring.distributed import current_processes
+from hf_lowrank.modeling.targets import find_targets
+from hf_lowrank.report.page.page import comparison_page
+from hf_lowrank.report.page.plots import can_draw
+from hf_lowrank.report.text.table import format_report, format_sweep
 
 
 def main() -> None:

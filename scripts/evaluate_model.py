@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from hf_lowrank.arguments import parse_arguments, user_errors
-from hf_lowrank.benchmarks.evaluation import format_evaluation
-from hf_lowrank.benchmarks.evaluation_run import EvaluationArguments, evaluate
-from hf_lowrank.benchmarks.record import write_result
+from hf_lowrank.cli.arguments import parse_arguments, user_errors
+from hf_lowrank.cli.evaluate import format_evaluation
+from hf_lowrank.cli.evaluation_command import EvaluationArguments, evaluate
+from hf_lowrank.cli.record import write_result
 
 
 def main() -> None:

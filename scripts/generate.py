@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from transformers import AutoTokenizer
 
 import hf_lowrank
-from hf_lowrank.arguments import argument, parse_arguments, user_errors
+from hf_lowrank.cli.arguments import parse_arguments, user_errors
+from hf_lowrank.config import option
 from hf_lowrank.errors import ConfigError, DataError
 
 
@@ -15,10 +16,10 @@ from hf_lowrank.errors import ConfigError, DataError
 class GenerationArguments:
     """Arguments of this script."""
 
-    model: str = argument("outputs/demo", "Folder or Hub id of a compressed model.")
-    prompt: str = argument("In Python, a list is", "Text to continue.")
-    repetition_penalty: float = argument(1.3, "Above 1: words are repeated less.")
-    max_new_tokens: int = argument(40, "Tokens to add at most.")
+    model: str = option("outputs/demo", "Folder or Hub id of a compressed model.")
+    prompt: str = option("In Python, a list is", "Text to continue.")
+    repetition_penalty: float = option(1.3, "Above 1: words are repeated less.")
+    max_new_tokens: int = option(40, "Tokens to add at most.")
 
 
 def main() -> None:

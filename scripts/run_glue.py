@@ -6,7 +6,7 @@ python scripts/run_glue.py --model FOLDER --task mrpc --method kfac --param_rati
 
 from __future__ import annotations
 
-from hf_lowrank.benchmarks.task_run import task_command
+from hf_lowrank.cli.task_command import task_command
 from hf_lowrank.tasks.glue import GlueArguments, load_glue_task
 
 

@@ -8,7 +8,7 @@ With --train_file the data file is the development set; without it, it is split 
 
 from __future__ import annotations
 
-from hf_lowrank.benchmarks.task_run import task_command
+from hf_lowrank.cli.task_command import task_command
 from hf_lowrank.tasks.qa import QaArguments, load_qa_task
 
 

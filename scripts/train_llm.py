@@ -11,15 +11,15 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from hf_lowrank.arguments import PublishingArguments, parse_several, user_errors
-from hf_lowrank.jobs import check_publishing, name_models, save_and_publish
-from hf_lowrank.report.table import format_report
-from hf_lowrank.saving import check_output_folder
-from hf_lowrank.training.language_model import (
+from hf_lowrank.cli.arguments import PublishingArguments, parse_several, user_errors
+from hf_lowrank.cli.jobs import check_publishing, name_models, save_and_publish
+from hf_lowrank.cli.language_model import (
     LanguageModelArguments,
     LanguageModelTrainingArguments,
     train_language_model,
 )
+from hf_lowrank.files import check_output_folder
+from hf_lowrank.report.text.table import format_report
 
 ARGUMENTS = (LanguageModelArguments, LanguageModelTrainingArguments, PublishingArguments)
 

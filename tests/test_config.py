@@ -11,7 +11,7 @@ from hf_lowrank.config import METRIC_NAMES, RULE_NAMES, SEARCH_NAMES
 from hf_lowrank.decomposition.metrics import METRICS
 from hf_lowrank.errors import CheckpointError, ConfigError, LowRankError
 from hf_lowrank.ranks.rules import RULES
-from hf_lowrank.ranks.search import SEARCHES
+from hf_lowrank.ranks.searches.search import SEARCHES
 
 
 @pytest.mark.parametrize("value", [0, -0.5, 1.01, math.nan, math.inf, "0.8", True])

@@ -9,13 +9,10 @@ from typing import NamedTuple
 
 import pytest
 
-from hf_lowrank.arguments import CompressionArguments, PublishingArguments
+from hf_lowrank.cli.arguments import CompressionArguments, PublishingArguments
+from hf_lowrank.cli.language_model import LanguageModelArguments, LanguageModelTrainingArguments
 from hf_lowrank.tasks.glue import GlueArguments
 from hf_lowrank.tasks.qa import QaArguments
-from hf_lowrank.training.language_model import (
-    LanguageModelArguments,
-    LanguageModelTrainingArguments,
-)
 from tests.scripts import ROOT, script_module
 
 README = (ROOT / "README.md").read_text("utf-8")

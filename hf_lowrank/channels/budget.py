@@ -16,8 +16,7 @@ import torch
 from hf_lowrank.channels.order import ChannelOrder
 from hf_lowrank.decomposition.spectrum import Spectrum
 from hf_lowrank.errors import ConfigError
-from hf_lowrank.modeling_lowrank import break_even_rank
-from hf_lowrank.ranks.plan import RankPlan, layer_cost
+from hf_lowrank.ranks.plan import RankPlan, break_even_rank, layer_cost
 from hf_lowrank.ranks.threshold import Shapes, plan_for_budget, predicted_rise, tail_sums
 
 _BISECTIONS = 80

@@ -13,9 +13,8 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from hf_lowrank.channels.feed_forward import FeedForward
-from hf_lowrank.modeling_lowrank import NarrowedLinear, linear_shape
-from hf_lowrank.targets import linear_weight
+from hf_lowrank.format.feed_forward import FeedForward
+from hf_lowrank.format.modeling_lowrank import NarrowedLinear, linear_shape, linear_weight
 
 Linear = TypeVar("Linear", bound=nn.Linear)
 

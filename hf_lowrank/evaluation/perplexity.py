@@ -11,7 +11,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from hf_lowrank.errors import DataError, NumericalError
-from hf_lowrank.losses import Batch, LossFunction, eval_mode, item_losses
+from hf_lowrank.measuring.losses import Batch, LossFunction, eval_mode, item_losses
 
 ItemLoss = tuple[float, int]
 

@@ -15,21 +15,20 @@ from typing import Any
 
 from torch import nn
 
-from hf_lowrank.compression import compress
-from hf_lowrank.compression_run import check_goal
+from hf_lowrank.compression.run import check_goal
+from hf_lowrank.compression.verbs import compress
 from hf_lowrank.config import LowRankConfig
 from hf_lowrank.decomposition.metrics import METRICS
 from hf_lowrank.errors import ConfigError, DataError
-from hf_lowrank.losses import Batch
-from hf_lowrank.modeling_lowrank import linear_shape
-from hf_lowrank.pruning.analysis import mean_ranks
-from hf_lowrank.pruning.arguments import MixedRankArguments, PruningArguments
+from hf_lowrank.format.modeling_lowrank import factorized_layers, linear_shape, linear_weight
+from hf_lowrank.measuring.losses import Batch
+from hf_lowrank.modeling.targets import find_targets
 from hf_lowrank.pruning.mixed_trainer import MixedRankTrainer
-from hf_lowrank.pruning.stages import StageStore, digest_of, factorize_empty_
-from hf_lowrank.pruning.trainer import PruningTrainer
+from hf_lowrank.pruning.pruned_ranks import mean_ranks
+from hf_lowrank.pruning.pruning_arguments import MixedRankArguments, PruningArguments
+from hf_lowrank.pruning.pruning_trainer import PruningTrainer
+from hf_lowrank.pruning.stage_store import StageStore, digest_of, factorize_empty_
 from hf_lowrank.ranks.plan import RankPlan
-from hf_lowrank.surgery import factorized_layers
-from hf_lowrank.targets import find_targets, linear_weight
 from hf_lowrank.training.best import BestWeights
 
 STAGES = ("pruned", "factorized", "fine_tuned")

@@ -10,9 +10,13 @@ import torch.nn.functional as F
 from torch import nn
 
 from hf_lowrank.errors import TargetError
-from hf_lowrank.modeling_lowrank import LowRankLinear, linear_shape
-from hf_lowrank.surgery import empty_lowrank, factorized_layers, replace_layer_
-from hf_lowrank.targets import linear_weight
+from hf_lowrank.format.modeling_lowrank import (
+    LowRankLinear,
+    factorized_layers,
+    linear_shape,
+    linear_weight,
+)
+from hf_lowrank.modeling.surgery import empty_lowrank, replace_layer_
 
 
 class MixedRankLinear(LowRankLinear):

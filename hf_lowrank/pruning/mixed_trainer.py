@@ -11,9 +11,9 @@ from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from hf_lowrank.errors import ConfigError
-from hf_lowrank.pruning.arguments import MixedRankArguments
 from hf_lowrank.pruning.consistency import check_comparable, divergence
 from hf_lowrank.pruning.mixed_rank import draw_gates_, mix_, mixed_layers, unmix_
+from hf_lowrank.pruning.pruning_arguments import MixedRankArguments
 from hf_lowrank.pruning.schedule import sparse_probability
 from hf_lowrank.training.base import CheckedTrainer
 

@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, field
 
 from hf_lowrank.errors import ConfigError
-from hf_lowrank.modeling_lowrank import break_even_rank
+
+
+def break_even_rank(out_features: int, in_features: int) -> int:
+    """Smallest rank whose factors hold at least as many parameters as the dense matrix.
+
+    A rank-k pair costs `k (m + n)` parameters against `m n`, so this is `ceil(m n / (m + n))`.
+    Every useful rank lies below it.
+    """
+    return math.ceil(out_features * in_features / (out_features + in_features))
 
 
 @dataclass(frozen=True)

@@ -18,8 +18,7 @@ import torch
 
 from hf_lowrank.decomposition.spectrum import Spectrum
 from hf_lowrank.errors import ConfigError
-from hf_lowrank.modeling_lowrank import break_even_rank
-from hf_lowrank.ranks.plan import RankPlan, layer_cost, useful_rank
+from hf_lowrank.ranks.plan import RankPlan, break_even_rank, layer_cost, useful_rank
 from hf_lowrank.ranks.rules import RULES
 
 Ranks = dict[str, int | None]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from hf_lowrank.report.card_parts import is_local, last_component
+from hf_lowrank.report.card.card_parts import is_local, last_component
 from hf_lowrank.report.schema import report_text
 
 _WITH_SOURCES = ("model", "data", "arguments")

@@ -13,10 +13,10 @@ import torch
 from torch import nn
 from transformers import Trainer, TrainingArguments
 
-from hf_lowrank.saving import atomic_folder
-from hf_lowrank.tasks.arguments import TaskArguments
+from hf_lowrank.files import atomic_folder
 from hf_lowrank.tasks.models import attention
 from hf_lowrank.tasks.task import Task
+from hf_lowrank.tasks.task_arguments import TaskArguments
 from hf_lowrank.training.best import BestWeights
 
 # Beside the dense models in the cache folder: spectra, from which other sizes are cut.

@@ -14,22 +14,22 @@ from transformers import (
     set_seed,
 )
 
-from hf_lowrank.arguments import argument
-from hf_lowrank.data.glue import HUB_DATASET, TASKS, hub_split, load_glue
+from hf_lowrank.config import option
 from hf_lowrank.errors import DataError
-from hf_lowrank.evaluation.glue import MAIN_METRIC, GlueMetric
-from hf_lowrank.tasks.arguments import TaskArguments
+from hf_lowrank.tasks.glue_data import HUB_DATASET, TASKS, hub_split, load_glue
+from hf_lowrank.tasks.glue_metric import MAIN_METRIC, GlueMetric
 from hf_lowrank.tasks.models import load_tokenizer, new_model
 from hf_lowrank.tasks.prediction import predictions
 from hf_lowrank.tasks.task import Collator, Task
+from hf_lowrank.tasks.task_arguments import TaskArguments
 
 
 @dataclass
 class GlueArguments(TaskArguments):
     """Arguments of a GLUE run."""
 
-    task: str = argument("mrpc", "Task: " + ", ".join(TASKS) + ".")
-    data_dir: str | None = argument(None, "Folder with the original files; default: the Hub.")
+    task: str = option("mrpc", "Task: " + ", ".join(TASKS) + ".")
+    data_dir: str | None = option(None, "Folder with the original files; default: the Hub.")
 
     def check(self) -> None:
         """Refuses what can be known to fail.

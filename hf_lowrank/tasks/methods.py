@@ -15,13 +15,15 @@ from datasets import Dataset
 from torch import nn
 from transformers import Trainer, TrainingArguments
 
-from hf_lowrank.compression import compress
+from hf_lowrank.compression.joint.system import compress_jointly
+from hf_lowrank.compression.verbs import compress
 from hf_lowrank.config import DEFAULT_LOSS_TOLERANCE, LowRankConfig
-from hf_lowrank.joint.system import compress_jointly
-from hf_lowrank.pruning.analysis import mean_ranks, target_weights
 from hf_lowrank.pruning.lpaf import STAGES, LpafSettings, lpaf_
+from hf_lowrank.pruning.pruned_ranks import mean_ranks, target_weights
 from hf_lowrank.report.schema import Report
-from hf_lowrank.tasks.arguments import (
+from hf_lowrank.tasks.fine_tuning import SPECTRA_FOLDER, fine_tune, training_settings
+from hf_lowrank.tasks.task import Task
+from hf_lowrank.tasks.task_arguments import (
     CUTS,
     CUTTLEFISH_VARIANTS,
     JOINT,
@@ -29,12 +31,10 @@ from hf_lowrank.tasks.arguments import (
     SELECTION_RULES,
     TaskArguments,
 )
-from hf_lowrank.tasks.fine_tuning import SPECTRA_FOLDER, fine_tune, training_settings
-from hf_lowrank.tasks.task import Task
-from hf_lowrank.training.arguments import LowRankTrainingArguments
 from hf_lowrank.training.best import BestWeights
 from hf_lowrank.training.switch import FullRankSwitch
 from hf_lowrank.training.trainer import LowRankTrainer
+from hf_lowrank.training.training_arguments import LowRankTrainingArguments
 
 # Compresses the fine-tuned dense model in place and returns its part of the report, with `seconds`
 # by phase and, where a fine-tuning follows the cut, `uncured_metrics` from before it.

@@ -10,8 +10,8 @@ from torch import nn
 from transformers import AutoConfig, AutoTokenizer
 
 from hf_lowrank.errors import ConfigError, DataError
-from hf_lowrank.hub import prefer_offline_if_unreachable
-from hf_lowrank.tasks.arguments import TaskArguments
+from hf_lowrank.inputs.hub import prefer_offline_if_unreachable
+from hf_lowrank.tasks.task_arguments import TaskArguments
 
 _ATTENTION_DROPOUT = ("attention_probs_dropout_prob", "attention_dropout")
 

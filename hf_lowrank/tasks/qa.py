@@ -17,14 +17,14 @@ from datasets import Dataset, concatenate_datasets
 from torch import nn
 from transformers import AutoModelForQuestionAnswering, DataCollatorWithPadding, set_seed
 
-from hf_lowrank.arguments import argument
-from hf_lowrank.data.squad import load_squad, split_by_article, take_questions
+from hf_lowrank.config import option
 from hf_lowrank.errors import ConfigError
-from hf_lowrank.evaluation.squad import SquadMetric, Window, best_answer
-from hf_lowrank.tasks.arguments import TaskArguments
 from hf_lowrank.tasks.models import check_max_length, load_tokenizer, new_model
 from hf_lowrank.tasks.prediction import predictions
+from hf_lowrank.tasks.squad_data import load_squad, split_by_article, take_questions
+from hf_lowrank.tasks.squad_metric import SquadMetric, Window, best_answer
 from hf_lowrank.tasks.task import Collator, Task
+from hf_lowrank.tasks.task_arguments import TaskArguments
 
 HELD_OUT_SHARE = 0.1
 _POSITIONS = ("start_positions", "end_positions")
@@ -34,20 +34,20 @@ _POSITIONS = ("start_positions", "end_positions")
 class QaArguments(TaskArguments):
     """Arguments of a question answering run."""
 
-    task: str = argument("squad", "Name of the task in reports and files.")
-    data_file: str | None = argument(
+    task: str = option("squad", "Name of the task in reports and files.")
+    data_file: str | None = option(
         None, "Questions in SQuAD's format, version 1.1; those of the development set."
     )
-    train_file: str | None = argument(
+    train_file: str | None = option(
         None, "Those of the training set; without it --data_file is split by article."
     )
-    train_share: float = argument(0.8, "Share of the questions to train on after that split.")
-    questions: int = argument(
+    train_share: float = option(0.8, "Share of the questions to train on after that split.")
+    questions: int = option(
         0, "Questions to use, of both sets in proportion: a seeded subset; 0 = all."
     )
-    split_seed: int = argument(0, "Seed of the split and the subset, whatever `seed` is.")
-    max_length: int = argument(384, "Tokens in a window: the question and a part of the context.")
-    doc_stride: int = argument(128, "Tokens of the context that neighbouring windows share.")
+    split_seed: int = option(0, "Seed of the split and the subset, whatever `seed` is.")
+    max_length: int = option(384, "Tokens in a window: the question and a part of the context.")
+    doc_stride: int = option(128, "Tokens of the context that neighbouring windows share.")
 
     def check(self) -> None:
         """Refuses what can be known to fail.

@@ -20,8 +20,9 @@ from hf_lowrank.decomposition.spectrum import Spectrum, decompose
 from hf_lowrank.decomposition.thin import thin_svd
 from hf_lowrank.errors import ConfigError
 from hf_lowrank.evaluation.perplexity import ItemLoss, iterate_losses
-from hf_lowrank.losses import Batch
-from hf_lowrank.modeling_lowrank import LowRankLinear, linear_shape
+from hf_lowrank.format.modeling_lowrank import LowRankLinear, linear_shape
+from hf_lowrank.measuring.losses import Batch
+from hf_lowrank.measuring.statistics import collect_moments
 from hf_lowrank.ranks.plan import RankPlan
 from hf_lowrank.ranks.threshold import (
     plan_for_budget,
@@ -30,7 +31,6 @@ from hf_lowrank.ranks.threshold import (
     smallest_ratio,
 )
 from hf_lowrank.ranks.tolerance import LossDifference, Probe, paired_difference, search_tolerance
-from hf_lowrank.statistics import collect_moments
 from hf_lowrank.training.truncation import get_factors, probed
 
 

@@ -19,21 +19,17 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from hf_lowrank.config import LowRankConfig
 from hf_lowrank.errors import ConfigError, DataError
 from hf_lowrank.evaluation.perplexity import ItemLoss, LossMeasurement, measure_loss
-from hf_lowrank.loading import attach_config
-from hf_lowrank.losses import Batch
-from hf_lowrank.modeling_lowrank import LowRankLinear, linear_shape
+from hf_lowrank.format.modeling_lowrank import LowRankLinear, factorized_layers, linear_shape
+from hf_lowrank.measuring.losses import Batch
+from hf_lowrank.modeling.marks import attach_config
+from hf_lowrank.modeling.surgery import empty_lowrank, replace_layer_
 from hf_lowrank.ranks.plan import RankPlan, useful_rank
 from hf_lowrank.ranks.threshold import check_budget
-from hf_lowrank.surgery import empty_lowrank, factorized_layers, replace_layer_
-from hf_lowrank.training.arguments import LowRankTrainingArguments
 from hf_lowrank.training.base import CheckedTrainer
-from hf_lowrank.training.forms import (
-    current_ranks,
-    to_inference_form_,
-    to_training_form_,
-)
+from hf_lowrank.training.form_changes import current_ranks, to_inference_form_, to_training_form_
 from hf_lowrank.training.penalties import orthogonality_penalty, rank_penalty
 from hf_lowrank.training.selection import Selection, SelectionSettings, select_ranks
+from hf_lowrank.training.training_arguments import LowRankTrainingArguments
 from hf_lowrank.training.truncation import cut_factors, make_dense_, truncate_
 
 _LOGGER = logging.getLogger(__name__)

@@ -16,8 +16,8 @@ from torch import nn
 
 from hf_lowrank.decomposition.spectrum import Spectrum
 from hf_lowrank.decomposition.thin import thin_svd
-from hf_lowrank.modeling_lowrank import LowRankLinear
-from hf_lowrank.surgery import replace_layer_
+from hf_lowrank.format.modeling_lowrank import LowRankLinear
+from hf_lowrank.modeling.surgery import replace_layer_
 
 Factors = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 

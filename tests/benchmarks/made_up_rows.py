@@ -6,7 +6,7 @@ import dataclasses
 import math
 from typing import Any
 
-from hf_lowrank.benchmarks.catalogue import select_systems
+from benchmarks.catalogue import select_systems
 
 DENSE = {"in_domain": 3.0, "out_of_domain": 4.0}
 

@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch.nn.modules import module as torch_module
 
-from hf_lowrank.benchmarks import table
-from hf_lowrank.benchmarks.cost import counted, counted_everywhere
-from hf_lowrank.benchmarks.row_cost import format_costs
-from hf_lowrank.benchmarks.table import read_rows, run_row
+from benchmarks import table
+from benchmarks.cost import counted, counted_everywhere
+from benchmarks.row_cost import format_costs
+from benchmarks.table import read_rows, run_row
 from hf_lowrank.tasks.glue import GlueArguments, load_glue_task
 from tests.scripts import save_encoder
 from tests.scripts.test_run_glue import pairs, settings

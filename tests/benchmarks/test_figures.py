@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from hf_lowrank.benchmarks.figures import blocks_and_kinds, draw_ranks
+from benchmarks.figures import blocks_and_kinds, draw_ranks
 from hf_lowrank.errors import ConfigError
 
 NAMES = [f"encoder.layer.{i}.{kind}" for i in (10, 2) for kind in ("key", "output.dense")]

@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 
-from hf_lowrank.benchmarks import glue_figure
-from hf_lowrank.benchmarks.glue_figure import draw_sizes
+from benchmarks import glue_figure
+from benchmarks.glue_figure import draw_sizes
 from hf_lowrank.errors import ConfigError
-from hf_lowrank.tasks.arguments import METHOD_NAMES
+from hf_lowrank.tasks.task_arguments import METHOD_NAMES
 
 METHODS = [name for name in METHOD_NAMES if name != "dense"]
 

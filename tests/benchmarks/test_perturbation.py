@@ -12,13 +12,13 @@ import torch.nn.functional as F
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from benchmarks import perturbation, perturbation_figure
+from benchmarks.perturbation_figure import draw_ranges, linear_threshold, range_title
+from benchmarks.perturbation_range import linear_range, measure_range
 from hf_lowrank import LowRankConfig
-from hf_lowrank.analysis import analyze
-from hf_lowrank.benchmarks import perturbation, perturbation_figure
-from hf_lowrank.benchmarks.perturbation_figure import draw_ranges, linear_threshold, range_title
+from hf_lowrank.compression.analysis import analyze
+from hf_lowrank.compression.joint.gradients import GradientReader
 from hf_lowrank.errors import ConfigError
-from hf_lowrank.joint.gradients import GradientReader
-from hf_lowrank.joint.perturbation import linear_range, measure_range
 from tests.scripts import InProcess, make_inputs, must_not_happen
 
 TITLES = [f"param_ratio {r}, {s} set" for r in (0.8, 0.5) for s in ("gradient", "held-out")]

@@ -6,11 +6,11 @@ import math
 import pytest
 import torch
 
+from benchmarks.recovery import format_row, measure_recovery
 from hf_lowrank import LowRankConfig, compress
-from hf_lowrank.benchmarks.recovery import format_row, measure_recovery
+from hf_lowrank.compression.recovery import RecoverySettings
 from hf_lowrank.errors import ConfigError
 from hf_lowrank.evaluation.perplexity import measure_loss
-from hf_lowrank.recovery import RecoverySettings
 from tests.tiny_models import tiny_llama, written_batches
 
 

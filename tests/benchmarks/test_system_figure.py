@@ -10,10 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 
-from hf_lowrank.benchmarks import system_figure
-from hf_lowrank.benchmarks.catalogue import OWN, SYSTEMS
-from hf_lowrank.benchmarks.named_lines import spread
-from hf_lowrank.benchmarks.system_figure import draw_systems
+from benchmarks import system_figure
+from benchmarks.catalogue import OWN, SYSTEMS
+from benchmarks.named_lines import spread
+from benchmarks.system_figure import draw_systems
 from hf_lowrank.errors import ConfigError
 from tests.benchmarks.made_up_rows import DENSE, failed_row, made_up_row
 

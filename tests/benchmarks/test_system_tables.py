@@ -3,14 +3,9 @@
 import inspect
 from typing import get_args
 
-from hf_lowrank.benchmarks import catalogue
-from hf_lowrank.benchmarks.catalogue import OWN, RANKED, SYSTEMS
-from hf_lowrank.benchmarks.system_tables import (
-    format_positions,
-    format_report,
-    format_shares,
-    format_systems,
-)
+from benchmarks import catalogue
+from benchmarks.catalogue import OWN, RANKED, SYSTEMS
+from benchmarks.system_tables import format_positions, format_report, format_shares, format_systems
 from hf_lowrank.ranks.rules import RULES
 from tests.benchmarks.made_up_rows import failed_row, made_up_row
 

@@ -7,23 +7,19 @@ from pathlib import Path
 import pytest
 import torch
 
+from benchmarks import language_models, systems
+from benchmarks.catalogue import RANKED, STRUCTURED, SYSTEMS, select_systems
+from benchmarks.cost import Cost, counted
+from benchmarks.structured.methods import METHODS
+from benchmarks.system_rows import row_path
+from benchmarks.system_tables import format_systems
+from benchmarks.systems import BenchmarkOptions, BenchmarkTexts, compare_systems
 from hf_lowrank import LowRankLinear
-from hf_lowrank.benchmarks import language_models, systems
-from hf_lowrank.benchmarks.catalogue import RANKED, STRUCTURED, SYSTEMS, select_systems
-from hf_lowrank.benchmarks.cost import Cost, counted
-from hf_lowrank.benchmarks.system_rows import row_path
-from hf_lowrank.benchmarks.system_tables import format_systems
-from hf_lowrank.benchmarks.systems import (
-    BenchmarkOptions,
-    BenchmarkTexts,
-    compare_systems,
-)
 from hf_lowrank.decomposition.metrics import METRICS
 from hf_lowrank.errors import ConfigError, DataError, NumericalError
 from hf_lowrank.evaluation.perplexity import measure_loss
 from hf_lowrank.ranks.rules import RULES
-from hf_lowrank.ranks.search import SEARCHES
-from hf_lowrank.structured.methods import METHODS
+from hf_lowrank.ranks.searches.search import SEARCHES
 from tests.benchmarks.made_up_rows import made_up_row
 from tests.scripts import InProcess, make_inputs
 from tests.tiny_models import tiny_llama, tiny_phi3, token_batches, written_batches

@@ -6,13 +6,9 @@ from typing import Any
 
 import pytest
 
-from hf_lowrank.benchmarks import table
-from hf_lowrank.benchmarks.glue_size import (
-    GlueSizeArguments,
-    bisect_size,
-    find_smallest_sizes,
-)
-from hf_lowrank.benchmarks.table import Grid, format_shares, format_table, read_rows, run_rows
+from benchmarks import table
+from benchmarks.glue_size import GlueSizeArguments, bisect_size, find_smallest_sizes
+from benchmarks.table import Grid, format_shares, format_table, read_rows, run_rows
 from hf_lowrank.errors import ConfigError
 from hf_lowrank.tasks.glue import GlueArguments, load_glue_task
 

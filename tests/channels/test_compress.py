@@ -5,19 +5,18 @@ import torch
 from torch import nn
 
 from hf_lowrank import LowRankConfig, compress, get_lowrank_model, merge, sweep
-from hf_lowrank.arguments import CompressionArguments
 from hf_lowrank.channels import order as order_module
-from hf_lowrank.channels.feed_forward import FeedForward, find_feed_forwards
 from hf_lowrank.channels.order import ChannelOrder
+from hf_lowrank.cli.arguments import CompressionArguments
+from hf_lowrank.compression.joint.system import compress_jointly
 from hf_lowrank.errors import ConfigError, TargetError
-from hf_lowrank.joint.system import compress_jointly
-from hf_lowrank.modeling_lowrank import NarrowedLinear, linear_shape
+from hf_lowrank.format.feed_forward import FeedForward, find_feed_forwards
+from hf_lowrank.format.modeling_lowrank import NarrowedLinear, linear_shape, narrowed_layers
+from hf_lowrank.modeling.targets import find_targets
 from hf_lowrank.report.layers import kept_shares
-from hf_lowrank.report.page import report_page
-from hf_lowrank.report.table import comparison_rows, describe_run, format_report, rank_rows
-from hf_lowrank.surgery import narrowed_layers
-from hf_lowrank.targets import find_targets
-from tests.compress import CountingLoss, mean_loss
+from hf_lowrank.report.page.page import report_page
+from hf_lowrank.report.text.table import comparison_rows, describe_run, format_report, rank_rows
+from tests.compression import CountingLoss, mean_loss
 from tests.tiny_models import (
     TINY_MODELS,
     batches_for,

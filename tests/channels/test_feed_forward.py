@@ -17,9 +17,9 @@ from transformers import (
 )
 
 from hf_lowrank import LowRankConfig, compress, load, merge
-from hf_lowrank.channels.feed_forward import find_feed_forwards
 from hf_lowrank.errors import TargetError
-from hf_lowrank.targets import find_targets
+from hf_lowrank.format.feed_forward import find_feed_forwards
+from hf_lowrank.modeling.targets import find_targets
 from tests.tiny_models import logits, tiny_llama, token_batches
 
 CONFIG = LowRankConfig(param_ratio=0.6, channels=True)

@@ -5,8 +5,8 @@ import pytest
 from scipy.stats import pearsonr, spearmanr
 from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 
-from hf_lowrank.data.glue import TASKS
-from hf_lowrank.evaluation.glue import MAIN_METRIC, GlueMetric, glue_scores
+from hf_lowrank.tasks.glue_data import TASKS
+from hf_lowrank.tasks.glue_metric import MAIN_METRIC, GlueMetric, glue_scores
 
 PREDICTIONS = np.array([1, 0, 1, 1, 0, 1, 0, 0, 1, 1])
 REFERENCES = np.array([1, 0, 0, 1, 1, 1, 0, 1, 1, 0])

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from hf_lowrank import LowRankConfig, get_lowrank_model
-from hf_lowrank.analysis import analyze
+from hf_lowrank.compression.analysis import analyze
 from hf_lowrank.errors import ConfigError, DataError
 from hf_lowrank.evaluation import assisted, speed
 from hf_lowrank.evaluation.assisted import Assisted, generate, measure_assisted
@@ -18,7 +18,7 @@ from hf_lowrank.evaluation.speed import (
     speed_before_and_after,
     time_once,
 )
-from hf_lowrank.surgery import factorize_, restore_
+from hf_lowrank.modeling.surgery import factorize_, restore_
 from tests.tiny_models import (
     MAX_LENGTH,
     num_lowrank,

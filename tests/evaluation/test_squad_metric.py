@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from hf_lowrank.errors import DataError
-from hf_lowrank.evaluation.squad import (
+from hf_lowrank.tasks.squad_metric import (
     MAIN_METRIC,
     SquadMetric,
     Window,

@@ -6,10 +6,10 @@ from typing import Any
 from torch import nn
 
 from hf_lowrank import LowRankConfig, compress
-from hf_lowrank.pruning.arguments import MixedRankArguments, PruningArguments
+from hf_lowrank.modeling.targets import find_targets
 from hf_lowrank.pruning.mixed_trainer import MixedRankTrainer
-from hf_lowrank.pruning.trainer import PruningTrainer
-from hf_lowrank.targets import find_targets
+from hf_lowrank.pruning.pruning_arguments import MixedRankArguments, PruningArguments
+from hf_lowrank.pruning.pruning_trainer import PruningTrainer
 from tests.training import Rows, settings
 
 

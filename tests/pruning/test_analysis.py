@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from hf_lowrank.errors import ConfigError, NumericalError
-from hf_lowrank.pruning.analysis import compare_ranks, mean_ranks, rank_profile, target_weights
+from hf_lowrank.pruning.pruned_ranks import compare_ranks, mean_ranks, rank_profile, target_weights
 from tests.tiny_models import tiny_bert_classifier
 
 

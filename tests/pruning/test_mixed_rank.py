@@ -12,13 +12,11 @@ from transformers import BertForQuestionAnswering, BertForSequenceClassification
 
 import hf_lowrank
 from hf_lowrank.errors import ConfigError, TargetError
-from hf_lowrank.modeling_lowrank import LowRankLinear
-from hf_lowrank.pruning.arguments import MixedRankArguments
+from hf_lowrank.format.modeling_lowrank import LowRankLinear, factorized_layers, linear_weight
 from hf_lowrank.pruning.consistency import divergence
 from hf_lowrank.pruning.mixed_rank import draw_gates_, mix_, mixed_layers, unmix_
 from hf_lowrank.pruning.mixed_trainer import MixedRankTrainer
-from hf_lowrank.surgery import factorized_layers
-from hf_lowrank.targets import linear_weight
+from hf_lowrank.pruning.pruning_arguments import MixedRankArguments
 from tests.pruning import factorized, mixed_trainer
 from tests.tiny_models import (
     build,

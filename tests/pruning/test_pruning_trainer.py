@@ -9,10 +9,11 @@ from torch import nn
 
 from hf_lowrank import LowRankConfig
 from hf_lowrank.errors import CheckpointError, ConfigError, NumericalError, TargetError
-from hf_lowrank.pruning.arguments import PruningArguments
+from hf_lowrank.format.modeling_lowrank import linear_weight
+from hf_lowrank.modeling.targets import find_targets
 from hf_lowrank.pruning.masked import MaskedWeights
-from hf_lowrank.pruning.trainer import STATE_FILE, PruningTrainer
-from hf_lowrank.targets import find_targets, linear_weight
+from hf_lowrank.pruning.pruning_arguments import PruningArguments
+from hf_lowrank.pruning.pruning_trainer import STATE_FILE, PruningTrainer
 from tests.pruning import pruning_trainer
 from tests.tiny_models import tiny_bert_classifier, tiny_gpt2
 from tests.training import PoisonAt, StopAt, arguments, sentence_rows, settings, text_rows

@@ -9,8 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hf_lowrank.errors import ConfigError
-from hf_lowrank.modeling_lowrank import break_even_rank
-from hf_lowrank.ranks.plan import layer_cost, useful_rank
+from hf_lowrank.ranks.plan import break_even_rank, layer_cost, useful_rank
 from hf_lowrank.ranks.rules import RULES
 from hf_lowrank.ranks.threshold import plan_for_budget, plan_for_threshold, smallest_ratio
 from tests.ranks import THRESHOLD_RULES, dense_cost, every_rule, priced_spectrum, random_instance

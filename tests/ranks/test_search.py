@@ -6,13 +6,13 @@ import pytest
 import torch
 
 from hf_lowrank.errors import ConfigError, NumericalError
-from hf_lowrank.ranks import bayesian
-from hf_lowrank.ranks.latency import latency_search, measure_latency
 from hf_lowrank.ranks.plan import RankPlan
-from hf_lowrank.ranks.problem import RankProblem, best_of, layer_groups
 from hf_lowrank.ranks.rules import RULES
-from hf_lowrank.ranks.search import SEARCHES, search_plan
-from hf_lowrank.ranks.sensitivity import SHARES
+from hf_lowrank.ranks.searches import bayesian
+from hf_lowrank.ranks.searches.latency import latency_search, measure_latency
+from hf_lowrank.ranks.searches.problem import RankProblem, best_of, layer_groups
+from hf_lowrank.ranks.searches.search import SEARCHES, search_plan
+from hf_lowrank.ranks.searches.sensitivity import SHARES
 from tests.ranks import spectrum_of
 
 SHAPES = {
@@ -73,7 +73,7 @@ def weights_of(shape, rank):
 @every_search
 def test_a_search_does_better_than_equal_shares(name, monkeypatch):
     # The seconds of a busy machine may favour equal shares.
-    monkeypatch.setattr("hf_lowrank.ranks.latency.measure_latency", weights_of)
+    monkeypatch.setattr("hf_lowrank.ranks.searches.latency.measure_latency", weights_of)
     plan = search_plan(name, SHAPES, spectra_of(), 0.5, measure=true_loss, trials=16)
     uniform = search_plan("uniform", SHAPES, spectra_of(), 0.5)
     best = search_plan("price", SHAPES, spectra_of(), 0.5)

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from huggingface_hub import ModelCard
 
-from hf_lowrank.report.card import TAGS, model_card
+from hf_lowrank.report.card.card import TAGS, model_card
 from tests.report.test_report import report
 
 CARDS = Path(__file__).resolve().parents[2] / "model_cards"
@@ -125,7 +125,9 @@ def test_what_a_reader_must_know_is_among_the_limits():
 
 
 def test_the_template_is_part_of_the_package_and_filled_completely():
-    template = resources.files("hf_lowrank.report").joinpath("card_template.md").read_text("utf-8")
+    template = (
+        resources.files("hf_lowrank.report.card").joinpath("card_template.md").read_text("utf-8")
+    )
     assert "{{ card_data }}" in template
     for page in (True, False):
         text = str(model_card(report(**HUB), "ada/small", page))

@@ -12,7 +12,7 @@ import pytest
 
 from hf_lowrank import Report
 from hf_lowrank.errors import ConfigError
-from hf_lowrank.report.page import comparison_page, report_page
+from hf_lowrank.report.page.page import comparison_page, report_page
 from tests.report.test_report import probe, report
 from tests.scripts import InProcess
 

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from hf_lowrank.report.card import model_card
-from hf_lowrank.report.page import report_page
+from hf_lowrank.report.card.card import model_card
+from hf_lowrank.report.page.page import report_page
 from hf_lowrank.report.public import public_report
 from tests.report.test_page import full_report
 

@@ -12,7 +12,7 @@ import transformers
 
 import hf_lowrank
 from hf_lowrank.report.schema import Evaluation, Report, jsonable, versions
-from hf_lowrank.report.table import align, format_report, format_sweep
+from hf_lowrank.report.text.table import align, format_report, format_sweep
 
 PROMISED = {
     "model",

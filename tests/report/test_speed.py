@@ -5,10 +5,10 @@ from pathlib import Path
 from typing import Any
 
 from hf_lowrank import Report
-from hf_lowrank.report.card import model_card
-from hf_lowrank.report.page import comparison_page, report_page
-from hf_lowrank.report.speed import speed_columns, speed_conditions, speed_notes
-from hf_lowrank.report.table import differences, format_comparison, format_report, format_sweep
+from hf_lowrank.report.card.card import model_card
+from hf_lowrank.report.page.page import comparison_page, report_page
+from hf_lowrank.report.text.speed_table import speed_columns, speed_conditions, speed_notes
+from hf_lowrank.report.text.table import differences, format_comparison, format_report, format_sweep
 from tests.report.test_page import Page, full_report
 from tests.report.test_report import lines_of, report
 

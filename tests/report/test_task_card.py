@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 from huggingface_hub import ModelCard
 
-from hf_lowrank.report.card import TAGS, model_card
+from hf_lowrank.report.card.card import TAGS, model_card
 from hf_lowrank.report.schema import Report
-from hf_lowrank.report.task import TaskReport, load_report
+from hf_lowrank.report.task_report import TaskReport, load_report
 from tests.report.test_report import report as text_report
 
 EXAMPLES = {"train_examples": 3302, "held_out_examples": 366, "evaluation_examples": 408}

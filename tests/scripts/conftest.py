@@ -58,7 +58,9 @@ def no_model(monkeypatch: pytest.MonkeyPatch) -> None:
 def no_calibration(monkeypatch: pytest.MonkeyPatch) -> None:
     """Fails the test when long work begins."""
     for name in ("collect_moments", "decompose"):
-        monkeypatch.setattr(hf_lowrank.analysis, name, must_not_happen(f"{name} was called"))
+        monkeypatch.setattr(
+            hf_lowrank.compression.analysis, name, must_not_happen(f"{name} was called")
+        )
     monkeypatch.setattr(
-        hf_lowrank.compression_run, "measure_loss", must_not_happen("measure_loss was called")
+        hf_lowrank.compression.run, "measure_loss", must_not_happen("measure_loss was called")
     )

@@ -9,7 +9,8 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 import hf_lowrank
-from hf_lowrank import LowRankConfig, sources
+from hf_lowrank import LowRankConfig
+from hf_lowrank.inputs import sources
 from tests import tiny_models
 from tests.scripts import (
     ROOT,

@@ -4,9 +4,10 @@ import pytest
 import torch
 
 import hf_lowrank
-from hf_lowrank import LowRankConfig, sources
+from hf_lowrank import LowRankConfig
 from hf_lowrank.config import METRIC_NAMES, RULE_NAMES, SEARCH_NAMES
 from hf_lowrank.errors import ConfigError
+from hf_lowrank.inputs import sources
 from tests.scripts import InProcess, Inputs, Refusal
 
 

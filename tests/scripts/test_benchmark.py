@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from hf_lowrank.benchmarks import table
+from benchmarks import table
 from tests.scripts import InProcess, save_encoder
 from tests.scripts.test_run_glue import pairs
 from tests.squad import article, write_squad

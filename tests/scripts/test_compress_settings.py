@@ -46,13 +46,13 @@ def test_several_ratios_get_a_folder_each_and_a_table(
 def test_several_ratios_decompose_only_once(
     compress_llm: InProcess, inputs: Inputs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    decompose, calls = hf_lowrank.analysis.decompose, []
+    decompose, calls = hf_lowrank.compression.analysis.decompose, []
 
     def counted(weight: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         calls.append(weight.shape)
         return decompose(weight, *args, **kwargs)
 
-    monkeypatch.setattr(hf_lowrank.analysis, "decompose", counted)
+    monkeypatch.setattr(hf_lowrank.compression.analysis, "decompose", counted)
     compress_llm(*inputs.arguments(), "--param_ratio", "0.9", "0.7", "0.5")
     assert len(calls) == 14
 

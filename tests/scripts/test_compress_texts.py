@@ -10,7 +10,8 @@ import pytest
 from transformers import AutoTokenizer
 
 import hf_lowrank
-from hf_lowrank import jobs, sources
+from hf_lowrank.cli import jobs
+from hf_lowrank.inputs import sources
 from tests.scripts import InProcess, Inputs, Refusal
 from tests.scripts.outputs import read_report
 
@@ -96,7 +97,7 @@ def test_a_second_run_takes_moments_and_spectra_from_the_cache(
     written = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "cache").iterdir()}
     assert sorted(name.partition("-")[0] for name in written) == ["moments", "spectra"]
     for name in ("collect_moments", "decompose"):
-        monkeypatch.setattr(hf_lowrank.analysis, name, None)
+        monkeypatch.setattr(hf_lowrank.compression.analysis, name, None)
     assert compress_llm(*arguments("second")).code == 0
     assert {p.name: p.stat().st_mtime_ns for p in (tmp_path / "cache").iterdir()} == written
     first, second = read_report(tmp_path / "first"), read_report(tmp_path / "second")
@@ -117,9 +118,9 @@ def test_a_run_killed_after_calibration_goes_on_from_its_moments(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(hf_lowrank.analysis, "decompose", killed)
+        patch.setattr(hf_lowrank.compression.analysis, "decompose", killed)
         assert compress_llm(*arguments).code == 130
-    monkeypatch.setattr(hf_lowrank.analysis, "collect_moments", None)
+    monkeypatch.setattr(hf_lowrank.compression.analysis, "collect_moments", None)
     output = tmp_path / "small"
     assert compress_llm(*arguments, "--output_dir", output).code == 0
     monkeypatch.undo()

@@ -9,12 +9,12 @@ import torch
 
 import hf_lowrank
 from hf_lowrank import LowRankConfig
-from hf_lowrank.data.text import token_batches
 from hf_lowrank.errors import DataError
 from hf_lowrank.evaluation import harness
 from hf_lowrank.evaluation.harness import run_tasks
 from hf_lowrank.evaluation.perplexity import measure_loss
-from hf_lowrank.sources import load_any_causal_lm, load_classifier
+from hf_lowrank.inputs.sources import load_any_causal_lm, load_classifier
+from hf_lowrank.inputs.text import token_batches
 from tests.scripts import InProcess, Inputs, save_checkpoint, word_tokenizer
 from tests.tiny_models import tiny_bert_classifier, tiny_llama
 

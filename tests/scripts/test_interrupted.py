@@ -12,7 +12,7 @@ import hf_lowrank
 from tests.scripts import ROOT, Finished, InProcess, Inputs, Refusal, run_python
 
 SAVE_STEPS = [
-    ("hf_lowrank.modeling_lowrank.shutil.copyfile", "the loading code"),
+    ("hf_lowrank.format.modeling_lowrank.shutil.copyfile", "the loading code"),
     ("transformers.modeling_utils.safe_save_file", "the weights"),
     ("transformers.PreTrainedTokenizerFast.save_pretrained", "the tokenizer"),
     ("hf_lowrank.report.schema.Report.save", "the report"),
@@ -68,7 +68,10 @@ def test_an_interrupt_while_saving(
 
 @pytest.mark.parametrize(
     "step",
-    ["hf_lowrank.analysis.collect_moments", "hf_lowrank.sources.AutoTokenizer.from_pretrained"],
+    [
+        "hf_lowrank.compression.analysis.collect_moments",
+        "hf_lowrank.inputs.sources.AutoTokenizer.from_pretrained",
+    ],
 )
 def test_an_interrupt_during_the_work(
     compress_llm: InProcess,
@@ -140,7 +143,7 @@ def test_a_process_that_may_not_write_large_files(inputs: Inputs, tmp_path: Path
 @pytest.mark.parametrize(
     ("before", "leaves"),
     [
-        (f"import hf_lowrank.analysis as a\na.decompose = {KILL}", False),
+        (f"import hf_lowrank.compression.analysis as a\na.decompose = {KILL}", False),
         (f"import transformers.modeling_utils as m\nm.safe_save_file = {KILL}", True),
     ],
     ids=["after calibration", "while the weights are saved"],

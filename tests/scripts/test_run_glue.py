@@ -10,14 +10,14 @@ import torch
 from transformers import AutoModelForSequenceClassification, Trainer
 
 import hf_lowrank
-from hf_lowrank.pruning.analysis import mean_ranks, target_weights
-from hf_lowrank.report.card import model_card
-from hf_lowrank.surgery import factorized_layers
+from hf_lowrank.format.modeling_lowrank import factorized_layers
+from hf_lowrank.pruning.pruned_ranks import mean_ranks, target_weights
+from hf_lowrank.report.card.card import model_card
 from hf_lowrank.tasks import fine_tuning
-from hf_lowrank.tasks.arguments import METHOD_NAMES
 from hf_lowrank.tasks.glue import GlueArguments, load_glue_task
 from hf_lowrank.tasks.methods import METHODS
-from hf_lowrank.tasks.run import run_task
+from hf_lowrank.tasks.task_arguments import METHOD_NAMES
+from hf_lowrank.tasks.task_run import run_task
 from hf_lowrank.training import switch
 from tests.scripts import WORDS, Finished, InProcess, leftovers, save_encoder
 from tests.tiny_models import HIDDEN, INTERMEDIATE

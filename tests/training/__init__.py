@@ -10,9 +10,9 @@ from torch import nn
 from transformers import TrainerCallback
 
 from hf_lowrank.decomposition.thin import thin_svd
-from hf_lowrank.modeling_lowrank import LowRankLinear, linear_shape
-from hf_lowrank.training.arguments import LowRankTrainingArguments
+from hf_lowrank.format.modeling_lowrank import LowRankLinear, linear_shape
 from hf_lowrank.training.trainer import LowRankTrainer
+from hf_lowrank.training.training_arguments import LowRankTrainingArguments
 from tests.tiny_models import (
     Batch,
     logits,

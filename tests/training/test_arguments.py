@@ -7,7 +7,7 @@ import pytest
 from transformers import HfArgumentParser
 
 from hf_lowrank.errors import ConfigError
-from hf_lowrank.training.arguments import LowRankTrainingArguments
+from hf_lowrank.training.training_arguments import LowRankTrainingArguments
 from tests.training import arguments
 
 

@@ -10,9 +10,9 @@ from transformers.pytorch_utils import Conv1D
 import hf_lowrank
 from hf_lowrank.config import LowRankConfig
 from hf_lowrank.errors import ConfigError, TargetError
-from hf_lowrank.loading import attach_config
-from hf_lowrank.surgery import factorized_layers, narrowed_layers
-from hf_lowrank.training.forms import current_ranks, to_inference_form_, to_training_form_
+from hf_lowrank.format.modeling_lowrank import factorized_layers, narrowed_layers
+from hf_lowrank.modeling.marks import attach_config
+from hf_lowrank.training.form_changes import current_ranks, to_inference_form_, to_training_form_
 from hf_lowrank.training.truncation import get_factors, set_factors_
 from tests.tiny_models import logits, tiny_gpt2, tiny_llama, tiny_opt, token_batches
 

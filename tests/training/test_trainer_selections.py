@@ -9,9 +9,8 @@ from torch import nn
 from transformers import TrainerCallback
 
 from hf_lowrank.evaluation.perplexity import LossMeasurement, measure_loss
-from hf_lowrank.modeling_lowrank import linear_shape
+from hf_lowrank.format.modeling_lowrank import factorized_layers, linear_shape
 from hf_lowrank.ranks.plan import RankPlan
-from hf_lowrank.surgery import factorized_layers
 from tests.tiny_models import tiny_bert_classifier, tiny_llama
 from tests.training import (
     kept_ratio,

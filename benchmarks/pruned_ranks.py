@@ -1,0 +1,94 @@
+"""Ranks of a task's weights, pruned in two ways to the same density (docs/methods.md, 4)."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from benchmarks.figures import draw_spectra
+from benchmarks.table import part_of
+from hf_lowrank.cli.record import write_result
+from hf_lowrank.config import option
+from hf_lowrank.pruning.pruned_ranks import compare_ranks, mean_ranks, target_weights
+from hf_lowrank.pruning.pruning_arguments import PruningArguments
+from hf_lowrank.pruning.pruning_trainer import PruningTrainer
+from hf_lowrank.pruning.scores import CRITERIA
+from hf_lowrank.report.text.table import align
+from hf_lowrank.tasks.fine_tuning import dense_model, training_settings
+from hf_lowrank.tasks.glue import GlueArguments, load_glue_task
+from hf_lowrank.tasks.task import Task
+from hf_lowrank.tasks.task_arguments import TaskArguments
+
+
+@dataclass
+class PrunedRanksArguments(GlueArguments):
+    """Arguments of the comparison; the pruning takes `epochs` down to `final_density`."""
+
+    output: str = option("outputs/pruned-ranks.json", "JSON file with the ranks.")
+    picture: str = option("outputs/pruned-ranks.svg", "SVG file with the spectra.")
+
+
+def compare_pruned_ranks(args: PrunedRanksArguments) -> None:
+    """Prunes the dense fine-tuned model by each criterion; prints, draws and writes the ranks."""
+    settings = part_of(args, GlueArguments)
+    found = pruned_ranks(load_glue_task(settings), settings)
+    print(format_ranks(found))
+    spectra = {
+        way: {name: layer.pop("spectrum") for name, layer in result["layers"].items()}
+        for way, result in found.items()
+    }
+    write_result(Path(args.output), {"arguments": vars(args), "ranks": found})
+    draw_spectra(spectra, Path(args.picture))
+
+
+def pruned_ranks(task: Task, args: TaskArguments) -> dict[str, dict[str, Any]]:
+    """Ranks and spectra of the dense fine-tuned weights and of what each criterion leaves of them.
+
+    Returns:
+        For "dense" and each criterion what `mean_ranks` gives, and the `metrics` of the model on
+        the development set.
+    """
+    model = dense_model(task, args)
+    scores = {"dense": task.score(model, task.validation)}
+    found = {"dense": mean_ranks(target_weights(model))}
+    pruned: dict[str, Mapping[str, torch.Tensor]] = {}
+    for criterion in CRITERIA:
+        model = dense_model(task, args)
+        _prune_(model, task, args, criterion)
+        pruned[criterion] = target_weights(model)
+        scores[criterion] = task.score(model, task.validation)
+    found |= compare_ranks(pruned)
+    return {way: {"metrics": scores[way], **result} for way, result in found.items()}
+
+
+def format_ranks(found: Mapping[str, Mapping[str, Any]]) -> str:
+    """Density, mean ranks and main score as a table."""
+    names = ("density", "matrix_rank", "numerical_rank", "energy_rank", "stable_rank")
+    main = next(iter(found["dense"]["metrics"]))
+    rows = [["", *names, main]]
+    for way, result in found.items():
+        figures = [f"{result['density']:.4f}", *(f"{result[name]:.1f}" for name in names[1:])]
+        rows.append([way, *figures, f"{result['metrics'][main]:.4f}"])
+    return align(rows)
+
+
+def _prune_(model: nn.Module, task: Task, args: TaskArguments, criterion: str) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        settings = training_settings(args, folder, args.epochs, args.learning_rate)
+        trainer = PruningTrainer(
+            model,
+            PruningArguments(
+                **(settings | {"eval_strategy": "no"}),
+                final_density=args.final_density,
+                pruning_criterion=criterion,
+            ),
+            train_dataset=task.train,
+            data_collator=task.collator,
+        )
+        trainer.train()

@@ -1,0 +1,22 @@
+"""The table of question answering."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from benchmarks.table import TableArguments, fill_table, part_of
+from hf_lowrank.config import option
+from hf_lowrank.tasks.qa import QaArguments, load_qa_task
+
+
+@dataclass
+class QaTableArguments(QaArguments, TableArguments):
+    """Arguments of the table of question answering; those of one run apply to all rows."""
+
+    folder: str = option("outputs/qa", "Folder with a JSON file for each finished row.")
+    output: str = option("outputs/qa.json", "JSON file with all finished rows.")
+
+
+def fill_qa_table(args: QaTableArguments) -> None:
+    """Runs the rows that are missing, then prints all rows of the folder."""
+    fill_table(args, [args.task], part_of(args, QaArguments), load_qa_task)

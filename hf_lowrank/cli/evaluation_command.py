@@ -1,0 +1,101 @@
+"""What scripts/evaluate_model.py does: its arguments, and their models loaded and measured."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from hf_lowrank.cli.arguments import SAMPLE_PROMPTS
+from hf_lowrank.cli.evaluate import Result, TaskChoice, evaluate_models, score_classifiers
+from hf_lowrank.config import option
+from hf_lowrank.errors import ConfigError
+from hf_lowrank.evaluation.assisted import measure_assisted
+from hf_lowrank.evaluation.harness import check_harness
+from hf_lowrank.evaluation.int8 import check_int8, quantize_int8_
+from hf_lowrank.evaluation.speed import SpeedSettings
+from hf_lowrank.inputs.sources import check_windows, load_any_causal_lm
+from hf_lowrank.inputs.text import check_local_text, token_batches
+
+
+@dataclass
+class EvaluationArguments:
+    """Arguments of an evaluation."""
+
+    model: str = option("outputs/demo", "Model, dense or compressed: folder or Hub id.")
+    baseline: str | None = option(None, "Model to compare with, for example the dense one.")
+    evaluation: str = option(
+        "demo", "Text for the perplexity, as in compress_llm.py; 'none' skips it."
+    )
+    evaluation_sequences: int = option(32, "Token windows of it.")
+    sequence_length: int = option(256, "Tokens in each window.")
+    batch_size: int = option(4, "Windows, or examples of a task, in a batch.")
+    tasks: list[str] | None = option(None, "Tasks of lm-eval, which must be installed.")
+    include_path: str | None = option(None, "Folder with task files of your own, for lm-eval.")
+    limit: int | None = option(None, "Examples of each task; default all.")
+    speed: bool = option(True, "Time prefill and decode, both models in turn.")
+    prompt_tokens: int = option(128, "Tokens of the prefill.")
+    new_tokens: int = option(32, "Tokens of the decode, and of assisted generation.")
+    repeats: int = option(5, "Rounds of the timing.")
+    assisted: bool = option(False, "Let the model draft for the baseline; needs --baseline.")
+    int8: bool = option(
+        False, "Quantize the model's linear layers, not the baseline's, to int8; needs torchao."
+    )
+    glue_task: str | None = option(None, "Score a fine-tuned classifier on this GLUE task only.")
+    data_dir: str | None = option(None, "Folder with GLUE's original files; default: the Hub.")
+    dtype: str = option("auto", "auto (as stored), float32, bfloat16 or float16.")
+    device: str = option("cpu", "Device of the models.")
+    output: str = option("outputs/evaluation.json", "JSON file with the result.")
+
+    def sources(self) -> dict[str, str]:
+        """Where the models come from."""
+        return {"model": self.model} | ({"baseline": self.baseline} if self.baseline else {})
+
+
+def evaluate(args: EvaluationArguments) -> Result:
+    """Everything that was asked for, checked before a model is loaded.
+
+    Raises:
+        ConfigError, DataError: A setting, a text or a model does not fit, or a package is missing.
+    """
+    if args.glue_task:
+        if args.int8 or args.assisted:
+            raise ConfigError("glue_task scores classifiers; leave int8 and assisted out.")
+        return score_classifiers(
+            args.sources(), args.glue_task, args.data_dir, args.dtype, args.device
+        )
+    if args.assisted and not args.baseline:
+        raise ConfigError("assisted needs a model to draft for; give --baseline as well.")
+    if args.int8:
+        check_int8()
+    speed = SpeedSettings(1, args.prompt_tokens, args.new_tokens, args.repeats)
+    if args.tasks:
+        check_harness(args.include_path)
+    if args.evaluation != "none":
+        check_local_text(args.evaluation, "evaluation")
+    loaded = {
+        name: load_any_causal_lm(source, args.dtype, args.device)
+        for name, source in args.sources().items()
+    }
+    models, tokenizer = {name: model for name, (model, _) in loaded.items()}, loaded["model"][1]
+    if args.int8:
+        quantize_int8_(models["model"])
+    text = None
+    if args.evaluation != "none":
+        text = token_batches(
+            args.evaluation,
+            tokenizer,
+            sequences=args.evaluation_sequences,
+            sequence_length=args.sequence_length,
+            role="evaluation",
+            batch_size=args.batch_size,
+        )
+        for model in models.values():
+            check_windows(model, text, args.evaluation)
+    tasks = args.tasks and TaskChoice(args.tasks, args.include_path, args.limit, args.batch_size)
+    result = evaluate_models(
+        models, tokenizer, text=text, tasks=tasks or None, speed=speed if args.speed else None
+    )
+    if args.assisted:
+        prompts = [tokenizer(p, return_tensors="pt")["input_ids"] for p in SAMPLE_PROMPTS]
+        found = measure_assisted(models["baseline"], models["model"], prompts, args.new_tokens)
+        result["assisted"] = found.to_dict()
+    return result

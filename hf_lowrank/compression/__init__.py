@@ -1,0 +1,1 @@
+"""The verbs: analyze, decide, apply, and what they are made of."""

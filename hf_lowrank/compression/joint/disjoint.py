@@ -1,0 +1,68 @@
+"""Whether sets of batches share items. Nothing may be judged on what it was fitted to."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+
+import torch
+
+from hf_lowrank.errors import DataError
+from hf_lowrank.measuring.losses import Batch
+
+RUN = 64
+_NO_CONTENT = ("labels", "attention_mask", "token_type_ids", "position_ids")
+
+
+def check_disjoint(**sets: Sequence[Batch] | None) -> None:
+    """Refuses sets that share an item.
+
+    Token sequences share something if they are equal without padding, or if any 64 tokens in a
+    row are in both, as in windows of the same text that overlap. Other items (images) are
+    shared if their tensors are equal. Labels do not count: the same text with another label is
+    the same text.
+
+    Args:
+        **sets: Batches by the name of the set; None for a set that is not used.
+
+    Raises:
+        DataError: Two sets share an item.
+    """
+    owner: dict[bytes, str] = {}
+    for name, batches in sets.items():
+        own: dict[bytes, str] = {}
+        for index, item in enumerate(_items(batches or [])):
+            for content in _fingerprints(item):
+                other = owner.get(content)
+                if other is not None:
+                    raise DataError(
+                        f"Item {index} of the {name} set is also in the {other} set; the "
+                        f"{', '.join(sets)} sets must not overlap."
+                    )
+                own[content] = name
+        owner |= own
+
+
+def _items(batches: Sequence[Batch]) -> Iterator[dict[str, torch.Tensor]]:
+    for batch in batches:
+        for row in range(len(next(iter(batch.values())))):
+            yield {name: tensor[row] for name, tensor in batch.items()}
+
+
+def _fingerprints(item: dict[str, torch.Tensor]) -> Iterator[bytes]:
+    tokens = item.get("input_ids")
+    if tokens is None:
+        digest = hashlib.blake2b(digest_size=16)
+        for name in sorted(set(item) - set(_NO_CONTENT)) or sorted(item):
+            tensor = item[name].detach().cpu().contiguous()
+            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+            digest.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
+        yield digest.digest()
+        return
+    if "attention_mask" in item:
+        tokens = tokens[item["attention_mask"].bool()]
+    width = 8
+    data = tokens.detach().cpu().to(torch.int64).contiguous().numpy().tobytes()
+    for start in range(max(1, len(tokens) - RUN + 1)):
+        part = data[start * width : (start + RUN) * width]
+        yield hashlib.blake2b(part, digest_size=16).digest()

@@ -1,0 +1,121 @@
+"""Prices corrected by measurement: how far the model departs when a part of it is cut alone.
+
+Prices are second-order predictions, and they miss by factors that whole parts of a model have in
+common: on language models late feed-forwards cost more than predicted. So the plan that the prices
+propose is tried part by part on a few held-out windows, and all prices of a part are multiplied by
+its measured divergence over its predicted rise.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from torch import nn
+from tqdm.auto import tqdm
+
+from hf_lowrank.compression.analysis import Analysis
+from hf_lowrank.compression.held_out import HeldOutDivergence
+from hf_lowrank.errors import ConfigError, DataError, NumericalError
+from hf_lowrank.format.feed_forward import named_feed_forwards
+from hf_lowrank.measuring.losses import Batch, check_distillable, is_causal_lm
+from hf_lowrank.modeling.surgery import factorized
+from hf_lowrank.ranks.plan import RankPlan
+from hf_lowrank.ranks.searches.problem import block_number
+
+WINDOWS = 8
+DEPTHS = 10
+_LARGEST = 20.0  # factor
+
+
+def check_measurable(model: nn.Module, held_out: Sequence[Batch]) -> None:
+    """Refuses models whose divergence can't be measured.
+
+    Raises:
+        ConfigError: The model is no causal language model, or changes its logits after the head.
+        DataError: There is no held-out text.
+    """
+    if not is_causal_lm(model):
+        raise ConfigError(
+            f"measured_prices compares next-token distributions; {type(model).__name__} is no "
+            "causal language model."
+        )
+    if not held_out:
+        raise DataError("measured_prices needs held-out text; pass held_out.")
+    check_distillable(model, held_out[0])
+
+
+def measure_parts(
+    model: nn.Module,
+    analysis: Analysis,
+    plan: RankPlan,
+    batches: Sequence[Batch],
+    progress: bool = True,
+) -> list[dict[str, Any]]:
+    """Cuts each part of the model alone, as a plan says, and measures what that does.
+
+    Args:
+        model: The dense causal language model; it is dense again afterwards.
+        analysis: Its spectra and channels.
+        plan: What the prices propose.
+        batches: Held-out text; its first 8 windows are used.
+        progress: Whether to show a progress bar.
+
+    Returns:
+        For each part that is cut: its `layers`, the `predicted` rise of the loss and the `measured`
+        divergence, nats per token, and their `factor`, at most 20 either way.
+
+    Raises:
+        NumericalError: A divergence is not a number.
+    """
+    divergence = HeldOutDivergence(model, batches, WINDOWS)
+    found = []
+    parts = model_parts(model, plan.ranks)
+    for layers in tqdm(parts, desc="measure prices", disable=None if progress else True):
+        alone = RankPlan(
+            {name: rank if name in layers else None for name, rank in plan.ranks.items()},
+            plan.shapes,
+            {name: shape for name, shape in plan.narrowed.items() if name in layers},
+        )
+        predicted = analysis.predicted_rise(alone)
+        if not predicted > 0:
+            continue
+        with factorized(model, analysis.spectra, alone, analysis.orders):
+            measured = divergence.mean()
+        if measured != measured:
+            raise NumericalError(f"{layers[0]}: its cut makes the model's output NaN.")
+        factor = min(max(measured / predicted, 1 / _LARGEST), _LARGEST)
+        found.append(
+            {"layers": layers, "predicted": predicted, "measured": measured, "factor": factor}
+        )
+    return found
+
+
+def with_factors(analysis: Analysis, found: Iterable[dict[str, Any]]) -> Analysis:
+    """The analysis with the prices of each part multiplied by the part's factor."""
+    factors = {name: part["factor"] for part in found for name in part["layers"]}
+    spectra = {
+        name: spectrum
+        if spectrum.price is None
+        else dataclasses.replace(spectrum, price=spectrum.price * factors.get(name, 1.0))
+        for name, spectrum in analysis.spectra.items()
+    }
+    orders = {
+        name: dataclasses.replace(order, rises=order.rises * factors.get(name, 1.0))
+        for name, order in analysis.orders.items()
+    }
+    return dataclasses.replace(analysis, spectra=spectra, orders=orders)
+
+
+def model_parts(model: nn.Module, names: Iterable[str]) -> list[list[str]]:
+    """Layers in parts: tenths of the depth, feed-forwards apart from the rest; in model order."""
+    names = list(names)
+    inside = {n for _, block in named_feed_forwards(model, names) for n in block.names}
+    blocks = max((block_number(name) for name in names), default=0) + 1
+    depths = min(DEPTHS, blocks)
+    parts: dict[tuple[int, bool], list[str]] = {}
+    for name in names:
+        place = (block_number(name) * depths // blocks, name in inside)
+        parts.setdefault(place, []).append(name)
+    return list(parts.values())

@@ -1,0 +1,89 @@
+"""Compression of a dense checkpoint while `from_pretrained` loads it.
+
+Importing this module registers the quantization method "lowrank" with transformers.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
+
+from hf_lowrank.compression.analysis import analyze
+from hf_lowrank.config import RULE_NAMES, LowRankConfig
+from hf_lowrank.decomposition.metrics import METRICS
+from hf_lowrank.errors import CheckpointError, ConfigError
+from hf_lowrank.format.layout import QUANT_METHOD
+from hf_lowrank.format.modeling_lowrank import LowRankQuantizer
+from hf_lowrank.modeling.surgery import factorize_
+from hf_lowrank.ranks.plan import RankPlan
+
+
+class LowRankHfQuantizer(LowRankQuantizer):
+    """Rebuilds low-rank checkpoints, and compresses dense ones while they are loaded.
+
+    `from_pretrained("gpt2", quantization_config=LowRankConfig(param_ratio=0.8, metric="plain"))`
+    has no data, so the metric must be one that needs none, and the goal a size, by a rule without
+    a search, or given `ranks`.
+    """
+
+    requires_calibration = False
+    quantization_config: LowRankConfig  # type: ignore[assignment]
+
+    def __init__(self, quantization_config: LowRankConfig, **kwargs: Any) -> None:
+        super().__init__(quantization_config, **kwargs)
+        config = quantization_config
+        if self.pre_quantized:
+            if config.ranks is None:
+                raise CheckpointError(
+                    "config.json names quant_method 'lowrank' but holds no ranks; the checkpoint "
+                    "is incomplete."
+                )
+        elif METRICS[config.metric].needs:
+            raise ConfigError(
+                f"from_pretrained has no calibration data, which metric {config.metric!r} needs; "
+                "use LowRankConfig(metric='plain', param_ratio=...), or load the dense model and "
+                "call hf_lowrank.compress."
+            )
+        elif config.narrowed:
+            raise ConfigError(
+                "from_pretrained has no calibration data, which narrowed layers need; load the "
+                "dense model and call hf_lowrank.compress."
+            )
+        elif config.ranks is None and config.goal == "loss_tolerance":
+            raise ConfigError(
+                "from_pretrained can't measure a loss; give LowRankConfig a param_ratio or a rank."
+            )
+        elif config.ranks is None and config.searches:
+            raise ConfigError(
+                f"from_pretrained has no data to search ranks on, which rule {config.rule!r} "
+                f"does; use one of {', '.join(n for n in RULE_NAMES if n != 'price')}, or load "
+                "the dense model and call hf_lowrank.compress."
+            )
+
+    def _process_model_after_weight_loading(
+        self,
+        model: nn.Module,
+        **kwargs: Any,
+    ) -> nn.Module:
+        if not self.pre_quantized:
+            self.quantization_config = _compress_without_data(model, self.quantization_config)
+            self.pre_quantized = True
+        return super()._process_model_after_weight_loading(model, **kwargs)
+
+
+def _compress_without_data(model: nn.Module, config: LowRankConfig) -> LowRankConfig:
+    analysis = analyze(model, config, progress=False)
+    if config.ranks is not None:
+        plan = RankPlan(config.ranks, analysis.shapes)
+    elif config.param_ratio is not None:
+        plan = analysis.plan_for_ratio(config.param_ratio)
+    else:
+        plan = analysis.plan_for_rank(config.rank or 1)
+    factorize_(model, analysis.spectra, plan)
+    return config.replace(ranks=dict(plan.ranks), narrowed=None, form="factors")
+
+
+AUTO_QUANTIZATION_CONFIG_MAPPING[QUANT_METHOD] = LowRankConfig
+AUTO_QUANTIZER_MAPPING[QUANT_METHOD] = LowRankHfQuantizer

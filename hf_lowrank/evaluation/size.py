@@ -1,0 +1,58 @@
+"""A model before and after: losses on the same items, parameters and bytes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from hf_lowrank.evaluation.int8 import num_bytes
+from hf_lowrank.evaluation.perplexity import LossMeasurement
+from hf_lowrank.ranks.plan import RankPlan
+from hf_lowrank.ranks.tolerance import paired_difference
+from hf_lowrank.report.schema import Evaluation
+
+
+def compare(before: LossMeasurement, after: LossMeasurement) -> Evaluation:
+    """Before and after on the same items, with the paired difference."""
+    difference = paired_difference(before.items, after.items)
+    return Evaluation(
+        perplexity_before=before.perplexity,
+        perplexity_after=after.perplexity,
+        loss_before=before.mean,
+        loss_after=after.mean,
+        loss_difference=difference.mean,
+        standard_error=difference.standard_error,
+        tokens=before.positions,
+    )
+
+
+def size_fields(dense: tuple[int, int], model: nn.Module, plan: RankPlan) -> dict[str, Any]:
+    """The fields of `Report` that say how much of a model is left.
+
+    Args:
+        dense: `model_sizes` of the dense model.
+        model: The compressed model.
+        plan: Its ranks and narrowed layers.
+    """
+    parameters, size = model_sizes(model)
+    return {
+        "parameters": {
+            "dense": dense[0],
+            "kept": parameters,
+            "targeted_dense": plan.dense_parameters,
+            "targeted_kept": plan.kept_parameters,
+        },
+        "bytes": {"dense": dense[1], "kept": size},
+        "ranks": dict(plan.ranks),
+        "narrowed": {name: list(shape) for name, shape in plan.narrowed.items()},
+    }
+
+
+def model_sizes(model: nn.Module) -> tuple[int, int]:
+    """(parameters, bytes) of a model, each tied weight counted once."""
+    parameters = list(model.parameters())  # tied weights appear once
+    return (
+        sum(parameter.numel() for parameter in parameters),
+        sum(num_bytes(parameter) for parameter in parameters),
+    )

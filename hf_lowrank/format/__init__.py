@@ -1,0 +1,1 @@
+"""What lies on disk: stored forms, headers, the loader of transformers and a strict one."""

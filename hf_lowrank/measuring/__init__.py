@@ -1,0 +1,1 @@
+"""Losses and moments of a model on batches, on one process or several."""

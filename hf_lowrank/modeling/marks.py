@@ -1,0 +1,29 @@
+"""What says on a model that it is compressed: its config, and how it is saved."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from hf_lowrank.config import LowRankConfig
+from hf_lowrank.format.modeling_lowrank import (
+    LowRankQuantizer,
+    mark_as_lowrank,
+    narrowed_layers,
+    unmark_as_lowrank,
+)
+
+
+def attach_config(model: nn.Module, config: LowRankConfig | None) -> None:
+    """Marks a model's config with what was decided, so that it is saved as low-rank.
+
+    Which layers are narrowed is read off the model. With None the marks are removed again. Models
+    without a transformers config are left alone.
+    """
+    if not hasattr(model, "config") or not hasattr(model, "save_pretrained"):
+        return
+    if config is None:
+        unmark_as_lowrank(model)
+    else:
+        layers = narrowed_layers(model)
+        config = config.replace(narrowed={n: [*m.weight.shape] for n, m in layers.items()} or None)
+        mark_as_lowrank(model, LowRankQuantizer(config, pre_quantized=True))

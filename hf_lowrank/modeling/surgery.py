@@ -1,0 +1,224 @@
+"""Edits of a model's layers: factorize, take back, merge.
+
+Only this module and modeling_lowrank.py (for loading) put layers into a model; others call them.
+
+The verbs with a trailing underscore work in place and check everything before their first edit.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import cast
+
+import torch
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from hf_lowrank.channels.narrowing import narrowed
+from hf_lowrank.channels.order import ChannelOrder
+from hf_lowrank.decomposition.spectrum import Spectrum
+from hf_lowrank.errors import TargetError
+from hf_lowrank.format.modeling_lowrank import (
+    LowRankLinear,
+    compressed_layers,
+    linear_shape,
+    linear_weight,
+    unmark_as_lowrank,
+)
+from hf_lowrank.ranks.plan import RankPlan
+
+
+def replace_layer_(model: nn.Module, name: str, layer: nn.Module) -> None:
+    """Puts a layer in another's place; training mode and gradient flags are the new layer's."""
+    model.set_submodule(name, layer)
+
+
+@torch.no_grad()
+def empty_lowrank(source: nn.Module, rank: int, form: str = "factors") -> LowRankLinear:
+    """A `LowRankLinear` of a layer's sizes, dtype, device and mode, with its bias; no factors yet.
+
+    Args:
+        source: The dense or low-rank layer that it will replace.
+        rank: Rank of the new layer.
+        form: "factors" or "usv".
+    """
+    out_features, in_features = linear_shape(source)
+    if isinstance(source, LowRankLinear):
+        weight, conv1d = source.lowrank_B.weight, source.conv1d
+    else:
+        weight, conv1d = cast(torch.Tensor, source.weight), isinstance(source, Conv1D)
+    bias = cast("torch.Tensor | None", source.bias)
+    lowrank = LowRankLinear(
+        in_features,
+        out_features,
+        rank,
+        bias=bias is not None,
+        form=form,
+        conv1d=conv1d,
+        device="meta",  # no random start, so the random state is left alone
+        dtype=weight.dtype,
+    ).to_empty(device=weight.device)
+    if bias is not None:
+        lowrank.lowrank_B.bias.copy_(bias)
+    lowrank.train(source.training)
+    for parameter in lowrank.parameters():
+        parameter.requires_grad_(weight.requires_grad)
+    return lowrank
+
+
+@torch.no_grad()
+def lowrank_from_spectrum(layer: nn.Module, spectrum: Spectrum, rank: int) -> LowRankLinear:
+    """A `LowRankLinear` that approximates a dense layer, with its bias, dtype and device."""
+    lowrank = empty_lowrank(layer, rank)
+    factor_a, factor_b = spectrum.factors(rank)
+    lowrank.lowrank_A.weight.copy_(factor_a)
+    lowrank.lowrank_B.weight.copy_(factor_b)
+    return lowrank
+
+
+def factorize_(
+    model: nn.Module,
+    spectra: Mapping[str, Spectrum],
+    plan: RankPlan,
+    orders: Mapping[str, ChannelOrder] | None = None,
+) -> dict[str, nn.Module]:
+    """Replaces the planned layers by factors, or by narrower layers, in place.
+
+    Args:
+        model: The dense model.
+        spectra: Spectrum of every layer that the plan gives a rank.
+        plan: Ranks by layer name; None leaves a layer dense, or narrowed if the plan says so.
+        orders: Channel order of each feed-forward that the plan narrows, keyed by its output
+            layer.
+
+    Returns:
+        The dense layers that were replaced, by name; `restore_` puts them back.
+
+    Raises:
+        TargetError: A planned layer is missing, has another shape, or has no spectrum. Nothing
+            has been edited then.
+    """
+    chosen = {name: rank for name, rank in plan.ranks.items() if rank is not None}
+    originals = {name: _planned_layer(model, name, plan) for name in {**chosen, **plan.narrowed}}
+    for name in chosen.keys() - spectra.keys():
+        raise TargetError(f"{name}: the plan gives it a rank, but it was not decomposed.")
+    blocks = {name: each for name, each in (orders or {}).items() if name in plan.narrowed}
+    covered = {name for each in blocks.values() for name in each.block.names}
+    for name in plan.narrowed.keys() - covered:
+        raise TargetError(f"{name}: the plan narrows it, but its channels were not ordered.")
+    for output, each in blocks.items():
+        for name, shape in each.shapes(plan.shapes, plan.narrowed[output][1]).items():
+            if tuple(plan.narrowed.get(name, plan.shapes[name])) != shape:
+                raise TargetError(
+                    f"{name}: the plan gives it shape {plan.narrowed.get(name)}, which does not "
+                    f"fit that of {output}."
+                )
+    layers: dict[str, nn.Module] = {}
+    for name, each in blocks.items():
+        layers |= narrowed(model, each.block, each.narrowing(model, plan.narrowed[name][1]))
+    for name, rank in chosen.items():
+        layers[name] = lowrank_from_spectrum(originals[name], spectra[name], rank)
+    restore_(model, layers)
+    return originals
+
+
+def restore_(model: nn.Module, originals: Mapping[str, nn.Module]) -> None:
+    """Puts dense layers back where `factorize_` replaced them, in place."""
+    for name, layer in originals.items():
+        replace_layer_(model, name, layer)
+
+
+@contextmanager
+def factorized(
+    model: nn.Module,
+    spectra: Mapping[str, Spectrum],
+    plan: RankPlan,
+    orders: Mapping[str, ChannelOrder] | None = None,
+) -> Iterator[nn.Module]:
+    """The model with the plan in force for the time of the block, dense again afterwards."""
+    originals = factorize_(model, spectra, plan, orders)
+    try:
+        yield model
+    finally:
+        restore_(model, originals)
+
+
+@contextmanager
+def swapped(model: nn.Module, layers: Mapping[str, nn.Module]) -> Iterator[nn.Module]:
+    """The model with other layers in place for the time of the block."""
+    current = {name: model.get_submodule(name) for name in layers}
+    restore_(model, layers)
+    try:
+        yield model
+    finally:
+        restore_(model, current)
+
+
+@contextmanager
+def reweighted(model: nn.Module, weights: Mapping[str, torch.Tensor]) -> Iterator[nn.Module]:
+    """The model with other dense weights, shape (out, in) each, for the time of the block."""
+    layers = {}
+    for name, weight in weights.items():
+        layers[name] = copy.deepcopy(model.get_submodule(name))
+        with torch.no_grad():
+            linear_weight(layers[name]).copy_(weight)
+    with swapped(model, layers):
+        yield model
+
+
+def merge_(model: nn.Module) -> nn.Module:
+    """Multiplies all factors out, in place: a plain dense model with the same outputs.
+
+    Feed-forwards that lost channels get their full width back, with zeros in those. Also removes
+    the low-rank entries from the model's config, so that it is saved as a dense model.
+
+    Raises:
+        TargetError: The model has no low-rank or narrowed layer, or one has an adapter. Nothing
+            has been edited then.
+    """
+    layers = compressed_layers(model)
+    if not layers:
+        raise TargetError("The model has no low-rank or narrowed layer to merge.")
+    _refuse_adapters(layers)
+    for name, layer in layers.items():
+        dense = layer.to_dense()
+        dense.train(layer.training)
+        trains = next(layer.parameters()).requires_grad
+        for parameter in dense.parameters():
+            parameter.requires_grad_(trains)
+        replace_layer_(model, name, dense)
+    if hasattr(model, "config"):
+        unmark_as_lowrank(model)
+    return model
+
+
+def _refuse_adapters(layers: Mapping[str, nn.Module]) -> None:
+    """Refuses layers with anything around their weights, of which a product knows nothing."""
+    for name, layer in layers.items():
+        factors = [layer.lowrank_A, layer.lowrank_B] if isinstance(layer, LowRankLinear) else []
+        is_plain = all(type(factor) is nn.Linear for factor in factors)
+        # PEFT calls the layer under an adapter base_layer.
+        if not is_plain or name.endswith(".base_layer"):
+            raise TargetError(
+                f"{name.removesuffix('.base_layer')}: its weights are no plain nn.Linear, and "
+                "merging would lose what is added to them; merge_and_unload the adapter first."
+            )
+
+
+def _planned_layer(model: nn.Module, name: str, plan: RankPlan) -> nn.Module:
+    try:
+        layer = model.get_submodule(name)
+    except AttributeError:
+        raise TargetError(f"{name}: the model has no such layer.") from None
+    if not isinstance(layer, (nn.Linear, Conv1D)):
+        raise TargetError(
+            f"{name}: only nn.Linear and Conv1D can be factorized, not {type(layer).__name__}."
+        )
+    if linear_shape(layer) != tuple(plan.shapes[name]):
+        raise TargetError(
+            f"{name}: the layer has shape {linear_shape(layer)}, the plan was made for "
+            f"{tuple(plan.shapes[name])}."
+        )
+    return layer

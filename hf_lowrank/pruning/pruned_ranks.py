@@ -1,0 +1,129 @@
+"""How low the rank of pruned weights is: the paper's case for pruning before factorizing."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from hf_lowrank.config import LowRankConfig
+from hf_lowrank.errors import ConfigError, NumericalError
+from hf_lowrank.format.modeling_lowrank import linear_weight
+from hf_lowrank.modeling.targets import find_targets
+
+_FIGURES = ("matrix_rank", "numerical_rank", "energy_rank", "stable_rank")
+
+
+@dataclass(frozen=True)
+class RankProfile:
+    """Ranks of one matrix; sigma are its singular values, descending.
+
+    Attributes:
+        density: Share of the entries that are not 0.
+        matrix_rank: Number of sigma above `max(m, n) * eps * sigma_1`, eps that of fp32.
+        numerical_rank: Number of sigma above a threshold times sigma_1.
+        energy_rank: Smallest k whose `sum_{i <= k} sigma_i^2` reaches a share of the whole.
+        stable_rank: `sum sigma^2 / sigma_1^2`.
+        spectrum: `sigma / sigma_1`.
+    """
+
+    density: float
+    matrix_rank: int
+    numerical_rank: int
+    energy_rank: int
+    stable_rank: float
+    spectrum: list[float]
+
+
+def rank_profile(
+    weight: torch.Tensor, *, threshold: float = 0.01, energy: float = 0.9
+) -> RankProfile:
+    """Ranks of a matrix.
+
+    Args:
+        weight: Shape (m, n); the computation is in fp64.
+        threshold: Of the numerical rank, relative to the largest singular value.
+        energy: Share of the squares that the energy rank keeps.
+
+    Raises:
+        NumericalError: The matrix holds NaN or infinity.
+    """
+    if not bool(torch.isfinite(weight).all()):
+        raise NumericalError("the weight holds NaN or infinity")
+    sigma = torch.linalg.svdvals(weight.detach().double())
+    largest = float(sigma[0])
+    density = float((weight != 0).double().mean())
+    if largest == 0:
+        return RankProfile(density, 0, 0, 0, 0.0, sigma.tolist())
+    relative = sigma / largest
+    squares = relative**2
+    shares = squares.cumsum(0) / squares.sum()
+    return RankProfile(
+        density=density,
+        matrix_rank=int((relative > max(weight.shape) * torch.finfo(torch.float32).eps).sum()),
+        numerical_rank=int((relative > threshold).sum()),
+        energy_rank=int((shares < energy).sum()) + 1,
+        stable_rank=float(squares.sum()),
+        spectrum=relative.tolist(),
+    )
+
+
+def target_weights(model: nn.Module, config: LowRankConfig | None = None) -> dict[str, Any]:
+    """The target layers' weights by name, each (out_features, in_features), without a copy."""
+    targets = find_targets(model, config or LowRankConfig())
+    return {name: linear_weight(layer) for name, layer in targets.items()}
+
+
+def mean_ranks(weights: Mapping[str, torch.Tensor], **settings: float) -> dict[str, Any]:
+    """Ranks of all layers and their means.
+
+    Args:
+        weights: Matrices by layer name.
+        **settings: `threshold` and `energy` of `rank_profile`.
+
+    Returns:
+        `density` (of all entries together), the mean of each rank over the layers by its name,
+        and `layers`: every layer's `RankProfile` as a dict.
+    """
+    profiles = {name: rank_profile(weight, **settings) for name, weight in weights.items()}
+    entries = sum(weight.numel() for weight in weights.values())
+    kept = sum(int((weight != 0).sum()) for weight in weights.values())
+    means = {
+        figure: sum(getattr(p, figure) for p in profiles.values()) / len(profiles)
+        for figure in _FIGURES
+    }
+    layers = {name: asdict(profile) for name, profile in profiles.items()}
+    return {"density": kept / entries, **means, "layers": layers}
+
+
+def compare_ranks(
+    pruned: Mapping[str, Mapping[str, torch.Tensor]],
+    *,
+    largest_gap: float = 0.005,
+    **settings: float,
+) -> dict[str, Any]:
+    """Ranks of weights that were pruned in different ways to the same density.
+
+    Args:
+        pruned: Weights by layer name, by the way of pruning ("movement", "magnitude", ...).
+        largest_gap: How far the densities may be apart.
+        **settings: `threshold` and `energy` of `rank_profile`.
+
+    Returns:
+        `mean_ranks` of each way.
+
+    Raises:
+        ConfigError: The densities differ by more, or the layers are not the same.
+    """
+    names = {tuple(weights) for weights in pruned.values()}
+    if len(names) != 1:
+        raise ConfigError("The models to compare do not have the same layers.")
+    found = {way: mean_ranks(weights, **settings) for way, weights in pruned.items()}
+    densities = {way: result["density"] for way, result in found.items()}
+    if max(densities.values()) - min(densities.values()) > largest_gap:
+        text = ", ".join(f"{way} {density:.4f}" for way, density in densities.items())
+        raise ConfigError(f"Ranks compare at equal density only; got {text}.")
+    return found

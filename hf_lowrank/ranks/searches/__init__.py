@@ -1,0 +1,1 @@
+"""Searches for ranks beside the one threshold."""

@@ -1,0 +1,79 @@
+"""Ranks by measured latency, after HALOC."""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Callable
+
+import torch
+
+from hf_lowrank.ranks.plan import RankPlan, break_even_rank
+from hf_lowrank.ranks.searches.problem import RankProblem
+from hf_lowrank.ranks.threshold import Point, lower_hull, slope
+
+Latency = Callable[[tuple[int, int], int | None], float]
+GRID = 8
+ROWS = 128
+REPEATS = 5
+
+
+def latency_search(problem: RankProblem, latency: Latency | None = None) -> RankPlan:
+    """Components in the order of error avoided for each second added, within the budget.
+
+    HALOC (Xiao et al., AAAI 2023): ranks come in steps to which the hardware responds, and the
+    latency of each is measured for each shape of layer. Simplified: no architecture search with
+    trained weights; a step is worth the truncation error that it avoids, divided by the seconds
+    that it adds. The result depends on the machine, and slightly on its mood.
+
+    Args:
+        problem: What to search; `measure` and `trials` are not used.
+        latency: Seconds of a layer of a shape at a rank (None: dense); by default measured here.
+    """
+    time_of = latency or measure_latency
+    tables: dict[tuple[int, int], dict[int, float]] = {}
+    scores = {}
+    for name, errors in problem.errors().items():
+        shape = problem.shapes[name]
+        if shape not in tables:
+            tables[shape] = _latency_table(shape, time_of)
+        dense = break_even_rank(*shape)  # a layer of that rank stays as it is, without error
+        points: list[Point] = [
+            (seconds, float(errors[rank]) if rank < dense else 0.0, rank)
+            for rank, seconds in tables[shape].items()
+        ]
+        score = torch.zeros(len(errors) - 1, dtype=torch.float64)
+        for before, after in itertools.pairwise(lower_hull(points)):
+            score[before[2] : after[2]] = -slope(before, after)
+        scores[name] = score
+    return problem.plan(scores)
+
+
+def _latency_table(shape: tuple[int, int], time_of: Latency) -> dict[int, float]:
+    """Seconds by rank, strictly rising, from 0 to the rank where a layer is better dense."""
+    limit = break_even_rank(*shape)
+    dense = time_of(shape, None)
+    table = {0: 0.0}
+    for rank in sorted({max(1, limit * i // GRID) for i in range(1, GRID + 1)}):
+        seconds = dense if rank >= limit else time_of(shape, rank)
+        # A step that costs no time on this machine is cheap, not free.
+        table[rank] = max(seconds, max(table.values()) + 1e-4 * dense)
+    return table
+
+
+@torch.no_grad()
+def measure_latency(shape: tuple[int, int], rank: int | None) -> float:
+    """Median seconds of a layer on 128 rows of fp32 on the CPU; two products for a rank."""
+    rows, columns = shape
+    inputs = torch.ones(ROWS, columns)
+    weights = [torch.ones(rows, columns)]
+    if rank is not None:
+        weights = [torch.ones(rank, columns), torch.ones(rows, rank)]
+    seconds = []
+    for _ in range(REPEATS):
+        start = time.perf_counter()
+        result = inputs
+        for weight in weights:
+            result = result @ weight.T
+        seconds.append(time.perf_counter() - start)
+    return sorted(seconds)[REPEATS // 2]

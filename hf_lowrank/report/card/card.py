@@ -1,0 +1,90 @@
+"""Model cards: every figure in them comes from a report."""
+
+from __future__ import annotations
+
+import json
+from importlib import resources
+
+from huggingface_hub import ModelCard, ModelCardData
+
+from hf_lowrank.report.card.card_parts import (
+    CardParts,
+    is_factorized,
+    kept_share,
+    markdown_table,
+    model_kind,
+)
+from hf_lowrank.report.card.task_card import task_card_parts
+from hf_lowrank.report.card.text_card import text_card_parts
+from hf_lowrank.report.schema import Report
+from hf_lowrank.report.task_report import TaskReport
+from hf_lowrank.report.text.table import rank_rows
+
+TAGS = ["hf-lowrank", "low-rank", "compression", "svd"]
+
+
+def model_card(report: Report, repo_id: str, page: bool = False) -> ModelCard:
+    """The README.md of a model that a run made.
+
+    Args:
+        report: What was done and measured.
+        repo_id: Where the model is, or will be: a Hub id or a folder.
+        page: Whether a `report.html` lies beside it.
+    """
+    template = resources.files("hf_lowrank.report.card").joinpath("card_template.md")
+    parts = _parts(report)
+    card: ModelCard = ModelCard.from_template(
+        card_data(report),
+        template_str=template.read_text("utf-8"),
+        title=parts.title,
+        intro=parts.intro,
+        repo=json.dumps(repo_id),
+        auto_class=model_kind(report).auto_class,
+        factorized=is_factorized(report),
+        sizes=markdown_table([*_size_rows(report), *parts.quality]),
+        run=parts.made,
+        ranks=markdown_table(rank_rows(report)),
+        measured=parts.measured,
+        limits=parts.limits,
+        page_note="; `report.html` shows it with figures" if page else "",
+        versions=", ".join(f"{name} {version}" for name, version in report.versions.items()),
+    )
+    return card
+
+
+def card_data(report: Report) -> ModelCardData:
+    """The card's metadata; what the report does not know is left out."""
+    parts = _parts(report)
+    values = {
+        "library_name": "transformers",
+        "tags": TAGS if is_factorized(report) else TAGS[:1],
+        "pipeline_tag": model_kind(report).tag,
+        "base_model": report.base_model,
+        **parts.metadata,
+    }
+    if "eval_results" in values:
+        values["model_name"] = parts.title
+    return ModelCardData(**values)
+
+
+def _parts(report: Report) -> CardParts:
+    return task_card_parts(report) if isinstance(report, TaskReport) else text_card_parts(report)
+
+
+def _size_rows(report: Report) -> list[list[str]]:
+    parameters, size = report.parameters, report.bytes
+    return [
+        ["", "dense", "compressed" if is_factorized(report) else "this model", "kept"],
+        [
+            "parameters",
+            f"{parameters['dense']:,}",
+            f"{parameters['kept']:,}",
+            f"{kept_share(report):.1%}",
+        ],
+        [
+            "megabytes",
+            f"{size['dense'] / 1e6:.1f}",
+            f"{size['kept'] / 1e6:.1f}",
+            f"{size['kept'] / size['dense']:.1%}",
+        ],
+    ]

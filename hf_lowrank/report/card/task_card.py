@@ -1,0 +1,182 @@
+"""What the card of a model says that was fine-tuned on a task, and compressed or not."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from huggingface_hub import EvalResult
+
+from hf_lowrank.report.card.card_parts import (
+    COMMON_LIMITS,
+    CardParts,
+    base_link,
+    base_name,
+    channel_note,
+    is_factorized,
+    kept_share,
+    model_kind,
+    sentences,
+)
+from hf_lowrank.report.task_report import TaskReport
+from hf_lowrank.report.text.table import counted, describe_run, number, warnings
+
+
+def task_card_parts(report: TaskReport) -> CardParts:
+    """The parts of the card of a model whose quality is a score on a task."""
+    return CardParts(
+        title=_title(report),
+        intro=_intro(report),
+        quality=_quality(report),
+        made=_made(report),
+        measured=_measured(report),
+        limits=_limits(report),
+        metadata=_metadata(report),
+    )
+
+
+def _name(report: TaskReport) -> str:
+    return str(report.data.get("name") or report.task)
+
+
+def _title(report: TaskReport) -> str:
+    name = f"{base_name(report)} on {_name(report)}"
+    if not is_factorized(report):
+        return f"{name}, dense"
+    return f"{name}, low-rank, {kept_share(report):.1%} of the parameters"
+
+
+def _intro(report: TaskReport) -> str:
+    start = f"{base_link(report)}, fine-tuned on {_name(report)}"
+    if not is_factorized(report):
+        return f"{start} by hf_lowrank.\nAll its layers are dense."
+    return (
+        f"{start} and made smaller by hf_lowrank:\n"
+        "its linear layers are products of two thin matrices, each layer with a rank of its own."
+        f"{channel_note(report)}"
+    )
+
+
+def _metadata(report: TaskReport) -> dict[str, Any]:
+    dataset = report.data.get("dataset")
+    return {
+        "datasets": [dataset] if dataset else None,
+        "metrics": list(report.metrics),
+        "eval_results": [
+            EvalResult(
+                task_type=model_kind(report).tag or "other",
+                dataset_type=dataset or report.task,
+                dataset_name=_name(report),
+                dataset_config=report.data.get("config"),
+                dataset_split=report.data.get("split"),
+                metric_type=name,
+                metric_name=name,
+                metric_value=round(value, 4),
+            )
+            for name, value in report.metrics.items()
+            if number(value, "") != "-"
+        ],
+    }
+
+
+def _quality(report: TaskReport) -> list[list[str]]:
+    dense, kept = (report.parameters[f"targeted_{name}"] for name in ("dense", "kept"))
+    rows = [["in the encoder's linear layers", f"{dense:,}", f"{kept:,}", f"{kept / dense:.1%}"]]
+    for name, value in report.metrics.items():
+        before = report.dense_metrics.get(name)
+        rows.append([name, number(before, ".4f"), number(value, ".4f"), ""])
+    return rows
+
+
+def _made(report: TaskReport) -> str:
+    """The steps of the run, a line each."""
+    given = report.arguments
+    dense = _epochs(given, "dense_epochs", "dense_learning_rate")
+    lines = [
+        f"Dense: fine-tuned on {report.data['train_examples']:,} examples for {dense}, in batches "
+        f"of {given['batch_size']}."
+    ]
+    again = (
+        f"for {_epochs(given, 'epochs', 'learning_rate')}; of the start and the epochs, the one "
+        "with the lowest held-out loss was kept."
+    )
+    if report.lpaf is not None:
+        lines.append(
+            f"Then {_epochs(given, 'epochs', 'learning_rate')} of LPAF: weights pruned to a "
+            f"density of {given['final_density']:g}, cut, tuned. {describe_run(report)}"
+        )
+    elif report.switch is not None:
+        lines += _switched(report, report.switch)
+    elif report.training is not None:
+        lines.append(describe_run(report))
+    elif report.method == "dense":
+        lines.append(f"Then fine-tuned {again}" if given["epochs"] > 0 else "")
+        lines.append(f"Seed {report.seed}.")
+    else:
+        lines.append(f"Then cut. {_cut(report)}")
+        lines.append(f"Then fine-tuned {again}" if given["epochs"] > 0 else "Not trained after it.")
+    return "\n".join(line for line in lines if line)
+
+
+def _cut(report: TaskReport) -> str:
+    examples = min(report.arguments["calibration_samples"], report.data["train_examples"])
+    return f"{describe_run(report)} Calibration: {examples:,} of these examples."
+
+
+def _switched(report: TaskReport, switch: Mapping[str, Any]) -> list[str]:
+    """The steps of Cuttlefish."""
+    given = report.arguments
+    reason = (
+        "the stable ranks had settled"
+        if switch["settled"]
+        else f"{given['full_rank_share']:.0%} of the steps were done, the stable ranks not settled"
+    )
+    return [
+        f"Then {_epochs(given, 'epochs', 'learning_rate')} of Cuttlefish: trained at full rank up "
+        f"to epoch {switch['epoch']:.3g}, when {reason}; cut; the factors trained in what was left "
+        "of the epochs. Of the cut model and the epochs after it, the one with the lowest held-out "
+        "loss was kept.",
+        _cut(report),
+    ]
+
+
+def _epochs(given: Mapping[str, Any], epochs: str, learning_rate: str) -> str:
+    return f"{counted(given[epochs], 'epoch')} (learning rate {given[learning_rate]:g})"
+
+
+def _measured(report: TaskReport) -> str:
+    data = report.data
+    lines = [
+        f"Choices: on {data['held_out_examples']:,} examples held out of the training set.",
+        f"Scores: on the {data['evaluation_examples']:,} examples of the development set of "
+        f"{_name(report)}, used for these figures alone. One run with one seed.",
+    ]
+    if report.development_loss:
+        lines.append(f"{format_loss(report.development_loss)}.")
+    if report.uncured_metrics is not None and report.arguments["epochs"] > 0:
+        found = ", ".join(f"{name} {value:.4f}" for name, value in report.uncured_metrics.items())
+        same = "the same, " if report.uncured_metrics == report.metrics else ""
+        lines.append(f"Before the last fine-tuning: {same}{found}.")
+    return "\n".join(lines)
+
+
+def format_loss(found: Mapping[str, float]) -> str:
+    """The losses of `TaskReport.development_loss` as one line."""
+    return (
+        f"Mean loss on the development set: {found['dense']:.4f} -> {found['compressed']:.4f} nats "
+        f"per example ({found['difference']:+.4f} +- {found['standard_error']:.4f})"
+    )
+
+
+def _limits(report: TaskReport) -> list[str]:
+    lines = [
+        "For this task alone, measured on its development set: on other data the scores may be "
+        "lower.",
+        *COMMON_LIMITS[: 2 if is_factorized(report) else 1],
+    ]
+    if report.arguments["epochs"] > 0:
+        lines.append(
+            f"The run had {counted(report.arguments['epochs'], 'epoch')} of training more than the "
+            "dense model beside it in the table, which can hide a loss or show a gain."
+        )
+    return [*lines, *sentences(warnings(report))]

@@ -1,0 +1,143 @@
+"""What the card of a model says that was compressed or trained on text."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from huggingface_hub import EvalResult
+
+from hf_lowrank.report.card.card_parts import (
+    COMMON_LIMITS,
+    CardParts,
+    base_link,
+    base_name,
+    channel_note,
+    kept_share,
+    model_kind,
+    sentences,
+    without_folders,
+)
+from hf_lowrank.report.schema import Report
+from hf_lowrank.report.text.speed_table import speed_notes, speed_rows
+from hf_lowrank.report.text.table import describe_run, kept_steps, number, warnings
+
+
+def text_card_parts(report: Report) -> CardParts:
+    """The parts of the card of a model whose quality is a loss on text."""
+    return CardParts(
+        title=_title(report),
+        intro=(
+            f"{base_link(report)}, made smaller by hf_lowrank:\n"
+            "its linear layers are products of two thin matrices, with a rank for every layer "
+            f"chosen by its effect on the loss.{channel_note(report)}"
+        ),
+        quality=[*_quality(report), *speed_rows(report)],
+        made=describe_run(report),
+        measured=_measured(report),
+        limits=_limits(report),
+        metadata=_metadata(report),
+    )
+
+
+def _title(report: Report) -> str:
+    return f"{base_name(report)}, low-rank, {kept_share(report):.1%} of the parameters"
+
+
+def _metadata(report: Report) -> dict[str, Any]:
+    read = _hub_dataset(report.data.get("calibration") or report.data.get("train"))
+    values: dict[str, Any] = {"datasets": [read] if read else None}
+    found = report.evaluation
+    if found is not None:
+        metrics = {"loss": found.loss_after}
+        if model_kind(report).is_text:
+            metrics = {"perplexity": found.perplexity_after} | metrics
+        values["metrics"] = list(metrics)
+        values["eval_results"] = [
+            _result(report, name, value)
+            for name, value in metrics.items()
+            if number(value, "") != "-"
+        ]
+    return values
+
+
+def _result(report: Report, metric: str, value: float) -> EvalResult:
+    text = str(report.data.get("evaluation") or "")
+    dataset = _hub_dataset(text)
+    parts = text.split(":") if dataset else []
+    return EvalResult(
+        task_type=model_kind(report).tag or "other",
+        dataset_type=dataset or "text",
+        dataset_name=dataset or _described(text),
+        dataset_config=parts[1] if len(parts) > 1 else None,
+        dataset_split=parts[2] if len(parts) > 2 else None,
+        metric_type=metric,
+        metric_name="mean loss (nats per token)" if metric == "loss" else metric,
+        metric_value=round(value, 4),
+    )
+
+
+def _hub_dataset(source: Any) -> str | None:  # noqa: ANN401
+    """`namespace/name` of a text source on the Hub, None for files and the demo text."""
+    name = str(source or "").split(":")[0]
+    return name if name.count("/") == 1 and without_folders(name) == name else None
+
+
+def _described(source: str) -> str:
+    if source == "demo":
+        return "the demo text of hf_lowrank (Python's own help, split by topic)"
+    return without_folders(source) or "text whose source was not recorded"
+
+
+def _quality(report: Report) -> list[list[str]]:
+    found = report.evaluation
+    if found is None:
+        return []
+    before, after = found.perplexity_before, found.perplexity_after
+    rows = [["perplexity", number(before, ".2f"), number(after, ".2f"), ""]]
+    losses = [number(found.loss_before, ".4f"), number(found.loss_after, ".4f")]
+    loss = ["loss (nats per token)", *losses, ""]
+    return [*rows, loss] if model_kind(report).is_text else [loss]
+
+
+def _measured(report: Report) -> str:
+    lines = []
+    for name, role in (("Calibration", "calibration"), ("Training", "train")):
+        tokens = report.data.get(f"{role}_tokens")
+        if tokens:
+            text = _described(str(report.data.get(role) or ""))
+            lines.append(f"{name}: {tokens:,} tokens of {text}.")
+    speed = sentences(speed_notes(report))
+    found = report.evaluation
+    if found is None:
+        return "\n".join([*lines, "Quality: not measured.", *speed])
+    text = _described(str(report.data.get("evaluation") or ""))
+    rise, error = number(found.loss_difference, "+.4f"), number(found.standard_error, ".4f")
+    lines += [
+        f"Evaluation: {found.tokens:,} scored tokens of {text}, used for these figures alone.",
+        f"Both models read the same windows; their loss differs by {rise} ± {error} nats per token "
+        "(standard error over windows).",
+        *speed,
+    ]
+    return "\n".join(lines)
+
+
+def _limits(report: Report) -> list[str]:
+    first = (
+        "Measured on the text above alone: on other text, other languages and downstream tasks the "
+        "loss may rise more."
+    )
+    if report.evaluation is None:
+        first = "The quality of this model was not measured."
+    lines = [first, *COMMON_LIMITS]
+    if report.model == "demo" or report.model.endswith(".gguf"):
+        lines.append(
+            "The dense weights were read from a quantized .gguf file, so the figures of the dense "
+            "model are not those of its original."
+        )
+    if report.training is not None or any(kept_steps(report)):
+        text = "calibration" if report.training is None else "training"
+        lines.append(
+            f"The compressed model was also trained on the {text} text, the dense model was not: "
+            "the difference is not that of the compression alone."
+        )
+    return [*lines, *sentences(warnings(report))]

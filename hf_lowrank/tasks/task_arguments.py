@@ -1,0 +1,110 @@
+"""Arguments that runs on all tasks share."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from hf_lowrank.config import LowRankConfig, option
+from hf_lowrank.errors import ConfigError
+
+# Cut first, then fine-tune: the settings of each method; its rule is the metric's default.
+CUTS: dict[str, dict[str, Any]] = {
+    "svd": {"metric": "plain"},
+    "fisher-rows": {"metric": "fisher-rows"},
+    "activation-scale": {"metric": "activation-scale"},
+    "whitened": {"metric": "whitened"},
+    "kfac": {"metric": "kfac"},
+    "kfac-channels": {"metric": "kfac", "channels": True},
+}
+# Cut while training: the rule of each method.
+SELECTION_RULES = {"rank-selection": "relative", "rank-selection-price": "price"}
+# Trained at full rank until the stable ranks settle, then cut: the metric of each method.
+CUTTLEFISH_VARIANTS = {"cuttlefish": "plain", "cuttlefish-kfac": "kfac"}
+# Pruned first: LPAF, and what it has in place of one of its parts. Without pruning it is `svd`.
+LPAF_VARIANTS: dict[str, dict[str, Any]] = {
+    "lpaf": {},
+    "lpaf-plain-svd": {"metric": "plain"},
+    "lpaf-no-mixing": {"mixed_rank": False},
+    "lpaf-kfac": {"metric": "kfac"},
+    "lpaf-magnitude": {"criterion": "magnitude"},
+    "lpaf-magnitude-plain-svd": {"criterion": "magnitude", "metric": "plain"},
+    "lpaf-magnitude-no-mixing": {"criterion": "magnitude", "mixed_rank": False},
+    "lpaf-magnitude-kfac": {"criterion": "magnitude", "metric": "kfac"},
+    "lpaf-magnitude-kfac-no-mixing": {
+        "criterion": "magnitude",
+        "metric": "kfac",
+        "mixed_rank": False,
+    },
+}
+# Cut along the gradient, with ranks and factors that held-out examples accept.
+JOINT = "joint"
+METHOD_NAMES = ("dense", *CUTS, JOINT, *SELECTION_RULES, *CUTTLEFISH_VARIANTS, *LPAF_VARIANTS)
+
+
+@dataclass
+class TaskArguments:
+    """What a run on a task is made of; see `run_task`."""
+
+    model: str = option("sentence-transformers/all-MiniLM-L6-v2", "Encoder: Hub id or folder.")
+    task: str = option("task", "Name of the task.")
+    method: str = option("kfac", "Method: " + ", ".join(METHOD_NAMES) + ".")
+    param_ratio: float | None = option(None, "Goal: kept share of the encoder's linear parameters.")
+    loss_tolerance: float | None = option(
+        None, "Goal: largest rise of the loss on a held-out part of the training set, nats."
+    )
+    output_dir: str | None = option(None, "Folder for the model, report.json and the model card.")
+    cache_dir: str = option(
+        "outputs/dense", "Folder for dense fine-tuned models and their spectra."
+    )
+    dense_epochs: float = option(3, "Epochs of the dense fine-tuning that all methods share.")
+    dense_learning_rate: float = option(1e-4, "Its learning rate.")
+    epochs: float = option(3, "Epochs of fine-tuning with or after the cut; 0 for none.")
+    learning_rate: float = option(1e-4, "Its learning rate.")
+    selections_per_epoch: int = option(
+        2, "Rank selections in an epoch, where a method selects; profiles of Cuttlefish's ranks."
+    )
+    selection_samples: int = option(256, "Training examples that a selection is measured on.")
+    final_density: float = option(0.25, "Share of the weights that survives LPAF's pruning.")
+    pruning_share: float = option(0.5, "Share of the epochs in which LPAF prunes.")
+    full_rank_share: float = option(
+        0.5, "Largest share of the epochs that Cuttlefish trains at full rank."
+    )
+    batch_size: int = option(32, "Examples in a training batch.")
+    max_length: int = option(128, "Tokens to which an example is cut.")
+    train_samples: int = option(0, "Training examples to use: a seeded subset; 0 = all.")
+    calibration_samples: int = option(1536, "Training examples for the moments.")
+    attention_dropout: float = option(
+        0.0, "Dropout of the attention weights while training; above 0 it costs a third more time."
+    )
+    bf16: bool = option(True, "Train under bf16 autocast.")
+    seed: int = option(0, "Seed of everything random.")
+
+    def check(self) -> None:
+        """Refuses settings that are certain to fail.
+
+        Raises:
+            ConfigError: With the first such setting.
+        """
+        if self.method not in METHOD_NAMES:
+            raise ConfigError(
+                f"method must be one of {', '.join(METHOD_NAMES)}; got {self.method!r}."
+            )
+        LowRankConfig(param_ratio=self.param_ratio, loss_tolerance=self.loss_tolerance)
+        while_training = {*SELECTION_RULES, *CUTTLEFISH_VARIANTS, *LPAF_VARIANTS}
+        if self.method in while_training and self.epochs <= 0:
+            raise ConfigError(f"method {self.method} cuts while it trains; epochs must be > 0.")
+        if self.method in SELECTION_RULES and self.loss_tolerance == 0:
+            raise ConfigError(f"method {self.method} needs a loss_tolerance > 0.")
+        if self.method in CUTTLEFISH_VARIANTS and self.param_ratio is None:
+            raise ConfigError(f"method {self.method} cuts to a size; give a param_ratio.")
+        for name in ("pruning_share", "full_rank_share"):
+            if not 0 < getattr(self, name) < 1:
+                raise ConfigError(f"{name} must lie in (0, 1), got {getattr(self, name)}.")
+        for name in ("batch_size", "max_length", "calibration_samples", "selections_per_epoch"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} must be >= 1, got {getattr(self, name)}.")
+        if not 0 <= self.attention_dropout < 1:
+            raise ConfigError(
+                f"attention_dropout must lie in [0, 1), got {self.attention_dropout}."
+            )

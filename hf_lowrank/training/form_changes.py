@@ -1,0 +1,96 @@
+"""The two forms of a low-rank layer: `B A` for inference, `U diag(s) V` for training."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import nn
+
+from hf_lowrank.config import LowRankConfig
+from hf_lowrank.decomposition.thin import thin_svd
+from hf_lowrank.errors import ConfigError, TargetError
+from hf_lowrank.format.modeling_lowrank import (
+    LowRankLinear,
+    factorized_layers,
+    linear_weight,
+    narrowed_layers,
+)
+from hf_lowrank.modeling.surgery import empty_lowrank, replace_layer_
+from hf_lowrank.modeling.targets import find_targets, fixed_ranks
+from hf_lowrank.ranks.plan import break_even_rank
+
+
+@torch.no_grad()
+def to_training_form_(model: nn.Module, config: LowRankConfig) -> dict[str, LowRankLinear]:
+    """Turns target layers into `U diag(s) V`, in place: full rank, or as `rank_pattern` says.
+
+    A model that already has low-rank layers keeps their ranks; only their form changes. With
+    every layer at full rank the model computes what it did before.
+
+    Args:
+        model: A dense or a compressed model.
+        config: Targets and fixed ranks.
+
+    Returns:
+        The layers in training form, by name.
+
+    Raises:
+        ConfigError: The config asks for channels of a dense model, which no training takes out.
+        TargetError, ConfigError: The model has narrowed layers alone; or see `find_targets`.
+    """
+    layers = factorized_layers(model)
+    if layers:
+        for name, layer in layers.items():
+            if layer.lowrank_s is None:
+                left, right = layer.lowrank_B.weight, layer.lowrank_A.weight
+                replace_layer_(model, name, _from_svd(layer, *thin_svd(left, right)))
+        return factorized_layers(model)
+    if narrowed_layers(model):
+        raise TargetError(
+            "The model's feed-forwards lost channels, but no layer has a rank, so there is none to "
+            "select; train it with Trainer."
+        )
+    if config.channels:
+        raise ConfigError("Training selects ranks only; set channels for compress, not here.")
+    targets = find_targets(model, config)
+    fixed = fixed_ranks(targets, config)
+    for name, dense in targets.items():
+        rank = fixed.get(name, min(linear_weight(dense).shape))
+        if rank is not None:
+            U, s, Vh = torch.linalg.svd(linear_weight(dense).double(), full_matrices=False)
+            replace_layer_(model, name, _from_svd(dense, U[:, :rank], s[:rank], Vh[:rank]))
+    return factorized_layers(model)
+
+
+@torch.no_grad()
+def to_inference_form_(model: nn.Module) -> nn.Module:
+    """Folds `s` into the factors, in place; a layer at or above break-even becomes dense."""
+    for name, layer in factorized_layers(model).items():
+        if layer.rank >= break_even_rank(layer.out_features, layer.in_features):
+            replace_layer_(model, name, layer.to_dense())
+        elif layer.lowrank_s is not None:
+            scale = layer.lowrank_s.abs().sqrt()
+            signed = scale * layer.lowrank_s.sign()
+            layer.lowrank_B.weight.mul_(signed)
+            layer.lowrank_A.weight.mul_(scale[:, None])
+            layer.lowrank_s = None
+    return model
+
+
+def current_ranks(model: nn.Module, names: Mapping[str, object]) -> dict[str, int | None]:
+    """Rank of each named layer now, None where it is dense."""
+    modules = ((name, model.get_submodule(name)) for name in names)
+    return {name: m.rank if isinstance(m, LowRankLinear) else None for name, m in modules}
+
+
+def _from_svd(
+    source: nn.Module, U: torch.Tensor, s: torch.Tensor, Vh: torch.Tensor
+) -> LowRankLinear:
+    layer = empty_lowrank(source, len(s), form="usv")
+    if layer.lowrank_s is None:
+        raise TypeError("the training form has a spectrum")
+    layer.lowrank_B.weight.copy_(U)
+    layer.lowrank_s.copy_(s)
+    layer.lowrank_A.weight.copy_(Vh)
+    return layer

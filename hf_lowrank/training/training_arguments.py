@@ -1,0 +1,116 @@
+"""`LowRankTrainingArguments`: what low-rank training adds to `TrainingArguments`."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from transformers import TrainingArguments
+
+from hf_lowrank.config import LABEL_SOURCES, option
+from hf_lowrank.errors import ConfigError
+from hf_lowrank.training.penalties import RANK_PENALTIES
+
+SELECTION_RULES = ("relative", "price")
+TOLERANCE_REFERENCES = ("start", "best", "current")
+BREAK_EVEN_CHOICES = ("wait", "dense")
+
+
+@dataclass
+class LowRankTrainingArguments(TrainingArguments):
+    """Training arguments of `LowRankTrainer`.
+
+    Raises:
+        ConfigError: A value is out of range, or a distributed strategy is not supported.
+    """
+
+    orthogonality_weight: float = option(
+        1.0, "lambda_O: weight of the penalty that keeps U and V orthonormal."
+    )
+    rank_penalty: str = option(
+        "hoyer", "Penalty on the spectra: " + ", ".join(RANK_PENALTIES) + "."
+    )
+    rank_penalty_weight: float = option(1e-3, "lambda_R: weight of the penalty on the spectra.")
+    selection_rule: str = option(
+        "relative",
+        "Rule of the rank selection: relative (the paper's) or price (predicted nats per "
+        "parameter).",
+    )
+    selection_tolerance: float = option(
+        0.02, "epsilon: largest rise of the task loss that a selection may cause, nats."
+    )
+    target_param_ratio: float | None = option(
+        None,
+        "Cut to this share of the targeted parameters instead of to a tolerance: geometrically, "
+        "over the selections of the first two thirds of the training.",
+    )
+    selection_samples: int = option(
+        512, "Training examples that the selection is measured on: a fixed, seeded subset; 0 = all."
+    )
+    selection_labels: str = option(
+        "model",
+        "Labels of the curvature that rule price reads: model (sampled from its predictions: the "
+        "Fisher information) or data (a model that fits its training set has hardly any gradient "
+        "left there).",
+    )
+    selection_precision: float = option(0.01, "Bracket width at which the bisection stops.")
+    selection_steps: int = option(
+        0, "Select every this many steps; 0 selects at the end of every epoch."
+    )
+    tolerance_reference: str = option(
+        "best",
+        "Loss that the tolerance is measured from: start (the model before training; total drift "
+        "at most epsilon), best (lowest loss so far; at most epsilon above it), or current (the "
+        "model before this selection, as in the paper; the drift can add up to epsilon times the "
+        "number of selections).",
+    )
+    break_even: str = option(
+        "wait",
+        "What becomes of a layer whose selected rank saves no parameters: wait (it trains on "
+        "factorized, is considered again, and is exported dense if it never falls below), or dense "
+        "(it is multiplied out at once and stays dense).",
+    )
+    smallest_ratio: float = option(
+        0.02, "Smallest share of the targeted parameters that a selection may keep."
+    )
+
+    def __post_init__(self) -> None:
+        """Checks the added fields and refuses what can't work."""
+        super().__post_init__()  # type: ignore[no-untyped-call]
+        for name in ("orthogonality_weight", "rank_penalty_weight"):
+            value = getattr(self, name)
+            if not 0 <= value < math.inf:
+                raise ConfigError(f"{name} must be a number >= 0, got {value}.")
+        if not 0 < self.selection_tolerance < math.inf:
+            raise ConfigError(f"selection_tolerance must be > 0, got {self.selection_tolerance}.")
+        if not 0 < self.selection_precision < 1:
+            raise ConfigError(
+                f"selection_precision must lie in (0, 1), got {self.selection_precision}."
+            )
+        if self.target_param_ratio is not None and not 0 < self.target_param_ratio <= 1:
+            raise ConfigError(
+                f"target_param_ratio must lie in (0, 1], got {self.target_param_ratio}."
+            )
+        if not 0 < self.smallest_ratio <= 1:
+            raise ConfigError(f"smallest_ratio must lie in (0, 1], got {self.smallest_ratio}.")
+        for name in ("selection_samples", "selection_steps"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"{name} must be >= 0, got {getattr(self, name)}.")
+        for name, allowed in (
+            ("rank_penalty", RANK_PENALTIES),
+            ("selection_rule", SELECTION_RULES),
+            ("selection_labels", LABEL_SOURCES),
+            ("tolerance_reference", TOLERANCE_REFERENCES),
+            ("break_even", BREAK_EVEN_CHOICES),
+        ):
+            if getattr(self, name) not in allowed:
+                raise ConfigError(
+                    f"{name} must be one of {', '.join(allowed)}; got {getattr(self, name)!r}."
+                )
+        if self.deepspeed or self.fsdp:
+            strategy = "DeepSpeed" if self.deepspeed else "FSDP"
+            raise ConfigError(
+                f"LowRankTrainer cuts parameters while it trains, which {strategy}'s sharded "
+                "parameters do not allow; compress before `prepare` and train with Trainer, or use "
+                "DDP."
+            )

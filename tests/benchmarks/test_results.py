@@ -1,0 +1,207 @@
+"""The tables of docs/results.md and README hold what the JSON files hold that commands wrote."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from benchmarks.table import format_table
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "docs" / "results"
+
+# Lines of README's table of systems by their names in the results.
+SELECTION = {
+    "`--channels --measured_prices`": "price+channels+measured",
+    "`--channels`": "price+channels",
+    "the default: metric `kfac`, rule `price`": "kfac+price",
+    "SP3": "sp3",
+    "HALOC's rule on `kfac`": "haloc+kfac",
+    "ASVD's search on `kfac`": "asvd+kfac",
+    "LoRAP": "lorap",
+    "SVD-LLM": "svd-llm",
+    "Basis Sharing": "basis-sharing",
+    "ASVD": "asvd",
+    "FWSVD": "fwsvd",
+}
+METHODS = {
+    "dense": "dense",
+    "`kfac`": "kfac",
+    "`rank-selection-price`: while training": "rank-selection-price",
+    "`rank-selection`: the paper's rule": "rank-selection",
+    "FWSVD": "fisher-rows",
+    "plain SVD": "svd",
+    "LPAF, one epoch of pruning, one of mixed rank": "lpaf",
+}
+
+
+def result(name: str) -> dict[str, Any]:
+    return json.loads((RESULTS / f"{name}.json").read_text("utf-8"))
+
+
+def tables(page: str) -> list[list[list[str]]]:
+    """The Markdown tables of a text: rows of cells, the header first."""
+    found = []
+    for block in re.findall(r"(?:^\|.*\|\n)+", page, re.MULTILINE):
+        lines = [[cell.strip() for cell in line[1:-1].split("|")] for line in block.splitlines()]
+        found.append([lines[0], *lines[2:]])
+    return found
+
+
+def table(page: str, *header: str) -> list[list[str]]:
+    """Rows of the one table whose header starts with these cells."""
+    text = (ROOT / page).read_text("utf-8")
+    [found] = [each for each in tables(text) if each[0][: len(header)] == list(header)]
+    return found
+
+
+def perplexities(row: dict[str, Any]) -> list[str]:
+    return [f"{row[text]['perplexity_after']:.4g}" for text in ("in_domain", "out_of_domain")]
+
+
+def system_cells(name: str, rows: list[dict[str, Any]]) -> list[str]:
+    """Perplexity at 0.8, 0.6 and 0.4 on both texts, and the seconds at 0.6."""
+    by_size = {row["param_ratio"]: row for row in rows if row["name"] == name}
+    found = [perplexities(by_size[size]) for size in (0.8, 0.6, 0.4)]
+    seconds = f"{by_size[0.6]['total_seconds']:.0f}"
+    return [each[0] for each in found] + [each[1] for each in found] + [seconds]
+
+
+def test_all_systems_are_in_the_table_with_their_measured_figures():
+    rows = result("systems")["rows"]
+    _, *shown = table("docs/results.md", "system", "metric")
+    assert {name for name, *_ in shown} == {row["name"] for row in rows}
+    for name, _metric, _rule, *cells in shown:
+        assert cells == system_cells(name, rows), name
+
+
+def test_systems_measured_on_more_tokens_are_in_a_table_of_their_own():
+    rows = result("systems_128x512")["rows"]
+    _, *shown = table("docs/results.md", "system at 128 x 512")
+    assert {name for name, *_ in shown} == {row["name"] for row in rows}
+    for name, *cells in shown:
+        assert cells == system_cells(name, rows), name
+
+
+def test_readme_selects_from_the_table_of_systems():
+    rows = result("systems")["rows"]
+    _, *shown = table("README.md", "system", "0.8")
+    assert {name for name, *_ in shown} == set(SELECTION)
+    for name, *cells in shown:
+        assert cells == system_cells(SELECTION[name], rows), name
+
+
+def test_metrics_and_rules_have_their_measured_perplexities():
+    found = {
+        (row["metric"], row["rule"], f"{row['param_ratio']:g}"): f"{row['perplexity']:.4g}"
+        for row in result("metrics")["rows"]
+    }
+    [_, _, *sizes], *shown = table("docs/results.md", "metric", "rule")
+    assert len(shown) * len(sizes) == len(found)
+    for metric, rule, *cells in shown:
+        assert cells == [found[metric, rule, size] for size in sizes], (metric, rule)
+
+
+def glue_cells() -> dict[tuple[str, str], str]:
+    [[_, *columns], *shown] = tables(format_table(result("glue")["rows"]) + "\n")[0]
+    return {
+        (method, column): cell
+        for method, *cells in shown
+        for column, cell in zip(columns, cells, strict=True)
+    }
+
+
+def test_encoders_have_their_measured_scores():
+    found = glue_cells()
+    [_, *columns], *shown = table("docs/results.md", "method", "mrpc 0.25")
+    for method, *cells in shown:
+        assert cells == [found[method, column] for column in columns], method
+
+
+def test_readme_selects_from_the_table_of_encoders():
+    found = glue_cells()
+    [_, *columns], *shown = table("README.md", "method", "mrpc 0.25")
+    assert {method for method, *_ in shown} == set(METHODS)
+    for method, *cells in shown:
+        wanted = [re.sub(r" ± [\d.]+", "", found[METHODS[method], each]) for each in columns]
+        assert cells == wanted, method
+
+
+def change(mean: float, error: float, digits: int = 4) -> str:
+    return f"{mean:+.{digits}f} ± {error:.{digits}f}"
+
+
+def test_encoders_without_a_rise_have_their_measured_losses():
+    _, *shown = table("docs/results.md", "task", "method", "kept")
+    files = {path.stem for path in RESULTS.glob("tolerance0_*.json")}
+    assert {f"tolerance0_{task}_{method.strip('`')}" for task, method, *_ in shown} == {
+        name for name in files if "smollm2" not in name
+    }
+    for task, method, *cells in shown:
+        found = result(f"tolerance0_{task}_{method.strip('`')}")
+        sizes, loss = found["parameters"], found["development_loss"]
+        scores = [100 * next(iter(found[name].values())) for name in ("dense_metrics", "metrics")]
+        assert cells == [
+            f"{100 * sizes['targeted_kept'] / sizes['targeted_dense']:.1f} %",
+            change(found["held_out"]["mean"], found["held_out"]["standard_error"]),
+            change(loss["difference"], loss["standard_error"]),
+            "{:.1f} → {:.1f}".format(*scores),
+        ], (task, method)
+
+
+def test_the_range_of_the_predictions_is_the_measured_one():
+    _, *shown = table("docs/results.md", "t", "weight noise")
+    sets = {
+        r["set"]: r["points"] for r in result("perturbation")["ranges"] if r["param_ratio"] == 0.8
+    }
+    for cells, on_gradient, held_out in zip(shown, *sets.values(), strict=True):
+        assert cells == [
+            f"{on_gradient['scale']:g}",
+            f"{on_gradient['noise']:.2g}",
+            f"{on_gradient['first_order']:+.5f}",
+            f"{on_gradient['second_order']:+.5f}",
+            *(change(p["measured"], p["standard_error"], 5) for p in (on_gradient, held_out)),
+        ]
+
+
+def test_recovery_has_its_measured_perplexities():
+    _, *shown = table("docs/results.md", "cut by", "text")
+    files = [("recovery_0.8", "recovery"), ("recovery_lora",), ("recovery_channels",)]
+    lines = iter(shown)
+    for names in [*files, ("recovery_stages",)]:
+        rows = {row["param_ratio"]: row for name in names for row in result(name)["rows"]}
+        for text, label in (("wiki.test.raw", "WikiText-2"), ("c4.utf8", "C4")):
+            _, said, *cells = next(lines)
+            assert said == label
+            for size, cell in zip((0.8, 0.6, 0.4), cells, strict=True):
+                assert bool(cell) == (size in rows)
+                if cell:
+                    before, after = cell.split("→")
+                    assert same(after, rows[size]["recovered"][text])
+                    # Of stages, what the last cut did tells little.
+                    assert not before.strip() or same(before, rows[size]["cut"][text])
+    assert next(lines, None) is None
+
+
+def same(shown: str, measured: float) -> bool:
+    """Whether a figure is the measured one in four digits."""
+    return float(shown) == float(f"{measured:.4g}")
+
+
+def test_question_answering_has_its_measured_scores():
+    rows = {row["method"]: row for row in result("qa")["rows"]}
+    _, *shown = table("docs/results.md", "method", "F1 after the cut")
+    assert {method for method, *_ in shown} == set(rows)
+    for method, *cells in shown:
+        row = rows[method]
+        wanted = [
+            f"{100 * row[when][score]:.1f}"
+            for score in ("f1", "exact_match")
+            for when in ("uncured_metrics", "metrics")
+        ]
+        assert cells == wanted, method
+
+
+def test_tables_are_found_with_their_cells():
+    text = "a\n\n| x | y |\n| --- | ---: |\n| 1 | |\n\n| z |\n| --- |\n"
+    assert tables(text) == [[["x", "y"], ["1", ""]], [["z"]]]
