@@ -19,10 +19,11 @@ from benchmarks.glue import GlueTableArguments
 from benchmarks.table import main_score, part_of, run_row
 from hf_lowrank.cli.record import write_result
 from hf_lowrank.compression.analysis import analyze
-from hf_lowrank.compression.cache import RunCache
+from hf_lowrank.compression.options import Run, RunOptions, Texts
 from hf_lowrank.config import LowRankConfig, option
 from hf_lowrank.errors import ConfigError
 from hf_lowrank.modeling.surgery import factorized
+from hf_lowrank.modeling.targets import find_targets
 from hf_lowrank.ranks.threshold import smallest_ratio
 from hf_lowrank.tasks.fine_tuning import SPECTRA_FOLDER, dense_model
 from hf_lowrank.tasks.glue import GlueArguments, load_glue_task
@@ -114,12 +115,13 @@ def _without_training(
 ) -> dict[str, Any]:
     config = LowRankConfig(param_ratio=1.0, **cut, label_source="model", seed=args.seed)
     batches = task.batches(task.train, args.batch_size, args.calibration_samples)
-    cache = RunCache(Path(args.cache_dir) / SPECTRA_FOLDER, model, batches, config)
-    analysis = analyze(model, config, batches, cache=cache, progress=False)
+    options = RunOptions(cache_dir=Path(args.cache_dir) / SPECTRA_FOLDER, progress=False)
+    targets = find_targets(model, config)
+    analysis = analyze(model, targets, config, Run(Texts(batches), options))
 
     def score(ratio: float, split: Any) -> float:  # noqa: ANN401
         plan = analysis.plan_for_ratio(ratio)
-        with factorized(model, analysis.spectra, plan, analysis.orders):
+        with factorized(model, analysis.factors, plan, analysis.orders):
             return main_score(task.score(model, split))
 
     dense = main_score(task.score(model, task.held_out))

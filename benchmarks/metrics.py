@@ -50,13 +50,18 @@ def compare_metrics(
     for metric in (name for name in METRICS if name not in _FOR_PRUNED_WEIGHTS):
         config = LowRankConfig(param_ratio=1.0, metric=metric)
         start = time.perf_counter()
-        spectra, failures = decompose_layers(targets, dict(moments), config)
+        spectra, factors, failures = decompose_layers(targets, dict(moments), config)
         seconds[f"decomposition_{metric}"] = time.perf_counter() - start
         for rule in RULES:
             if rule == "price" and metric != "kfac":
                 continue
             analysis = Analysis(
-                config.replace(rule=rule), shapes, spectra, failures, dict.fromkeys(failures)
+                config.replace(rule=rule),
+                shapes,
+                spectra,
+                factors,
+                failures,
+                dict.fromkeys(failures),
             )
             for ratio in param_ratios:
                 rows.append(_measure_cell(model, analysis, ratio, before, evaluation, seconds))
@@ -74,7 +79,7 @@ def _measure_cell(
 ) -> dict[str, Any]:
     start = time.perf_counter()
     plan = analysis.plan_for_ratio(param_ratio)
-    with factorized(model, analysis.spectra, plan):
+    with factorized(model, analysis.factors, plan):
         another = time.perf_counter() - start
         after = measure_loss(model, evaluation, progress="evaluate compressed")
     seconds["another_ratio"] = max(another, seconds.get("another_ratio", 0.0))

@@ -20,12 +20,13 @@ from benchmarks.perturbation_range import (
 from hf_lowrank.cli.record import write_result
 from hf_lowrank.compression.analysis import Analysis, analyze
 from hf_lowrank.compression.joint.disjoint import check_disjoint
-from hf_lowrank.compression.joint.gradients import GradientReader
+from hf_lowrank.compression.options import Run, Texts
 from hf_lowrank.config import LowRankConfig, option
 from hf_lowrank.errors import ConfigError
 from hf_lowrank.inputs.sources import load_causal_lm
 from hf_lowrank.inputs.text import DEMO, token_batches
 from hf_lowrank.measuring.losses import Batch
+from hf_lowrank.modeling.targets import find_targets
 from hf_lowrank.ranks.plan import RankPlan
 
 _PARTS = {"gradient": (0.0, 0.75), "held_out": (0.75, 1.0)}
@@ -66,9 +67,9 @@ def measure_perturbations(args: PerturbationArguments) -> None:
     model, tokenizer = load_causal_lm(args.model, args.dtype)
     sets = _read_sets(args, tokenizer)
     check_disjoint(**sets)
-    reader = GradientReader(configs[0])
-    analysis = analyze(model, configs[0], sets["gradient"], reader=reader)
-    rows = measure_ranges(model, analysis, ratios, reader, sets, scales)
+    targets, run = find_targets(model, configs[0]), Run(Texts(sets["gradient"]))
+    analysis = analyze(model, targets, configs[0], run, with_gradients=True)
+    rows = measure_ranges(model, analysis, ratios, sets, scales)
     write_result(Path(args.output), {"arguments": vars(args), "ranges": rows})
     try:
         draw_ranges(rows, Path(args.picture))
@@ -80,7 +81,6 @@ def measure_ranges(
     model: nn.Module,
     analysis: Analysis,
     param_ratios: Sequence[float],
-    reader: GradientReader,
     sets: Mapping[str, Sequence[Batch]],
     scales: Sequence[float],
 ) -> list[dict[str, Any]]:
@@ -88,9 +88,8 @@ def measure_ranges(
 
     Args:
         model: The dense model; it is not changed.
-        analysis: Of the model, with metric `kfac`.
+        analysis: Of the model, with metric `kfac` and gradients.
         param_ratios: Kept shares of the targeted parameters.
-        reader: It has read the analysis' moments.
         sets: Batches by the name of the set.
         scales: See `measure_range`.
 
@@ -106,9 +105,7 @@ def measure_ranges(
     rows = []
     for ratio, plan in zip(param_ratios, plans, strict=True):
         for name, batches in sets.items():
-            points = measure_range(
-                model, analysis.spectra, plan, reader.gradients, batches, scales=scales
-            )
+            points = measure_range(model, analysis, plan, batches, scales=scales)
             row = {"param_ratio": ratio, "kept": plan.param_ratio, "set": name}
             row |= {"predicted_rise": analysis.predicted_rise(plan)} | _summary(points)
             rows.append(row)

@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import nn
 
+from hf_lowrank.compression.analysis import Analysis
 from hf_lowrank.compression.held_out import HeldOutLoss
-from hf_lowrank.decomposition.spectrum import Spectrum
 from hf_lowrank.format.modeling_lowrank import linear_weight
 from hf_lowrank.measuring.losses import Batch, LossFunction
 from hf_lowrank.modeling.surgery import reweighted
 from hf_lowrank.ranks.plan import RankPlan
-from hf_lowrank.ranks.threshold import predicted_rise
 
 SCALES = (0.01, 0.03, 0.1, 0.3, 1.0)
 
@@ -43,9 +41,8 @@ class PerturbationPoint:
 
 def measure_range(
     model: nn.Module,
-    spectra: Mapping[str, Spectrum],
+    analysis: Analysis,
     plan: RankPlan,
-    gradients: Mapping[str, torch.Tensor],
     batches: Sequence[Batch],
     *,
     scales: Sequence[float] = SCALES,
@@ -57,9 +54,8 @@ def measure_range(
 
     Args:
         model: The dense model; it is not changed.
-        spectra: Spectra with prices (metric `kfac`).
+        analysis: Its spectra with prices (metric `kfac`), and the gradients of the mean loss.
         plan: The truncation whose noise is scaled.
-        gradients: Gradient of the mean loss by layer name, shape (m, n).
         batches: Where the loss is measured.
         scales: Values of t; at 1 the plan itself.
         loss_function: Loss of a batch; by default the model's own task loss.
@@ -72,12 +68,11 @@ def measure_range(
     for name, rank in plan.ranks.items():
         if rank is not None:
             weights[name] = linear_weight(model.get_submodule(name)).float()
-            spectrum = spectra[name]
-            noises[name] = spectrum.left[:, :rank] @ spectrum.right[:rank] - weights[name]
+            noises[name] = analysis.factors[name].product(rank) - weights[name]
     size = math.sqrt(sum(float(W.square().sum()) for W in weights.values()))
     noise = math.sqrt(sum(float(D.square().sum()) for D in noises.values()))
-    along = sum(float((gradients[name] * D).sum()) for name, D in noises.items())
-    rise = predicted_rise(spectra, plan)
+    along = sum(float((analysis.gradients.mean[name] * D).sum()) for name, D in noises.items())
+    rise = analysis.predicted_rise(plan)
     points = []
     for t in sorted(scales):
         moved = {name: weights[name] + t * D for name, D in noises.items()}

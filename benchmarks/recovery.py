@@ -11,14 +11,17 @@ from typing import Any
 from torch import nn
 
 from hf_lowrank.compression.analysis import analyze
-from hf_lowrank.compression.prices import measure_parts, with_factors
+from hf_lowrank.compression.application import Dense, dense_on_error, make_dense_again
+from hf_lowrank.compression.decision import decide
+from hf_lowrank.compression.options import Run, RunOptions, Texts
 from hf_lowrank.compression.recovery import RecoverySettings, recover_
-from hf_lowrank.compression.run import RunOptions, Texts
 from hf_lowrank.compression.stages import check_stages, earlier_stages, stage_goals
 from hf_lowrank.config import LowRankConfig
 from hf_lowrank.evaluation.perplexity import measure_loss
+from hf_lowrank.evaluation.size import model_sizes
 from hf_lowrank.measuring.losses import Batch
-from hf_lowrank.modeling.surgery import factorize_, factorized, restore_
+from hf_lowrank.modeling.surgery import factorize_, factorized
+from hf_lowrank.modeling.targets import find_targets
 
 
 def measure_recovery(
@@ -59,41 +62,42 @@ def measure_recovery(
     for ratio in param_ratios:
         check_stages(config.replace(param_ratio=ratio), stages, settings.steps)
     started = time.perf_counter()
-    analysis = analyze(model, config, calibration)
+    targets, sets = find_targets(model, config), Texts(calibration, held_out)
+    options = RunOptions(recover_steps=settings.steps, recover=settings.kind, stages=stages)
+    analysis = analyze(model, targets, config, Run(sets, options))
     analysis_seconds = time.perf_counter() - started
 
     def perplexities() -> dict[str, float]:
         return {name: measure_loss(model, part).perplexity for name, part in evaluations.items()}
 
-    dense = perplexities()
-    prices = replace(analysis, config=config.replace(channels=False, measured_prices=False))
-    options = RunOptions(recover_steps=settings.steps, recover=settings.kind, stages=stages)
+    dense, before = perplexities(), Dense(targets, model_sizes(model), {})
+    prices = analysis.with_config(config.replace(channels=False, measured_prices=False))
     rows = []
     for ratio in param_ratios:
         started = time.perf_counter()
-        sized = config.replace(param_ratio=ratio)
-        with earlier_stages(model, sized, Texts(calibration, held_out), options) as (layers, done):
-            found = analyze(model, sized, calibration) if done else analysis
-            plan = found.plan_for_ratio(ratio)
-            if config.measured_prices:
-                parts = measure_parts(model, found, plan, held_out)
-                plan = with_factors(found, parts).plan_for_ratio(ratio)
-            factorize_(model, found.spectra, plan, found.orders)
+        sized, run = config.replace(param_ratio=ratio), Run(sets, options)
+        with dense_on_error(model, targets):
+            done = earlier_stages(model, sized, before, run)
+            found = analysis.with_config(sized)
+            if done:
+                found = analyze(model, find_targets(model, config), sized, run)
+            decision = decide(model, found, run)
+            factorize_(model, decision.analysis.factors, decision.plan, found.orders)
             total = time.perf_counter() - started + (0.0 if done else analysis_seconds)
             cut = perplexities()
             started = time.perf_counter()
             steps = stage_goals(ratio, stages, settings.steps)[-1][1]
             last = replace(settings, steps=steps)
-            result = recover_(model, layers, calibration, held_out, last)
+            result = recover_(model, targets, calibration, held_out, last)
             seconds = time.perf_counter() - started
             after = perplexities()
-            restore_(model, layers)
+        make_dense_again(model, targets)
         row: dict[str, Any] = {"param_ratio": ratio, "cut": cut, "recovered": after}
-        row["seconds"] = seconds + sum(stage.seconds["recovery"] for stage in done)
+        row["seconds"] = seconds + run.stopwatch.seconds.get("recovery", 0.0)
         row["total_seconds"] = total + seconds
         row["rise_left"] = _rises_left(dense, cut, after)
         if prices.config != config or stages > 1:
-            with factorized(model, prices.spectra, prices.plan_for_ratio(ratio)):
+            with factorized(model, prices.factors, prices.plan_for_ratio(ratio)):
                 alone = perplexities()
             row |= {"price_alone": alone, "of_price_alone": _rises_left(dense, alone, after)}
         row["stages"] = [stage.recovery for stage in done]

@@ -22,7 +22,8 @@ from hf_lowrank.compression.analysis import Analysis, analyze
 from hf_lowrank.compression.held_out import HeldOutLoss
 from hf_lowrank.compression.joint.disjoint import check_disjoint
 from hf_lowrank.compression.joint.system import compress_jointly
-from hf_lowrank.compression.prices import measure_parts, with_factors
+from hf_lowrank.compression.options import Run, Texts
+from hf_lowrank.compression.prices import measure_parts, scaled_prices
 from hf_lowrank.config import LowRankConfig
 from hf_lowrank.errors import LowRankError
 from hf_lowrank.evaluation.perplexity import LossMeasurement, measure_loss
@@ -158,7 +159,7 @@ class _Bench:
                     saved += known[key][1]
                     return known[key][0]
                 start, forwards = time.perf_counter(), search.forwards
-                loss = held_out.difference(analysis.spectra, plan).mean
+                loss = held_out.difference(analysis.factors, plan).mean
                 spent = Cost(time.perf_counter() - start, search.forwards - forwards)
                 known[key] = loss, spent
                 return loss
@@ -166,7 +167,7 @@ class _Bench:
             if system.measured:
                 plan = analysis.plan_for_ratio(param_ratio)
                 parts = measure_parts(self.model, analysis, plan, self.texts.held_out)
-                plan = with_factors(analysis, parts).plan_for_ratio(param_ratio)
+                plan = scaled_prices(analysis, parts).plan_for_ratio(param_ratio)
             elif system.channels:
                 plan = analysis.plan_for_ratio(param_ratio)
             else:
@@ -182,7 +183,7 @@ class _Bench:
                 )
         search += saved
         with counted(self.model) as surgery:
-            originals = factorize_(self.model, analysis.spectra, plan, analysis.orders)
+            originals = factorize_(self.model, analysis.factors, plan, analysis.orders)
         found = _cost_fields(cost + search + surgery) | {"search_seconds": search.seconds}
         found["decompositions"] = len(analysis.spectra)
         try:
@@ -237,7 +238,9 @@ class _Bench:
         if self._analysis is None or self._analysis[0].config != config:
             self._analysis = None
             with counted(self.model) as cost:
-                found = analyze(self.model, config, self.texts.calibration)
+                targets = find_targets(self.model, config)
+                run = Run(Texts(self.texts.calibration))
+                found = analyze(self.model, targets, config, run)
             self._analysis = found, cost
         return self._analysis
 

@@ -16,7 +16,7 @@ from hf_lowrank.cli.arguments import (
 )
 from hf_lowrank.cli.jobs import check_before_loading, compressed, name_models, save_and_publish
 from hf_lowrank.cli.roles import read_texts
-from hf_lowrank.compression.run import check_goal
+from hf_lowrank.compression.goals import check_goal
 from hf_lowrank.evaluation.samples import continue_prompts, side_by_side
 from hf_lowrank.evaluation.size import model_sizes
 from hf_lowrank.files import check_output_folder, write_text

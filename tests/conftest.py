@@ -1,8 +1,14 @@
 """What tests in several folders start from."""
 
+from pathlib import Path
+
 import pytest
 
-pytest.register_assert_rewrite("tests")  # helpers fail with details, too
+for _path in Path(__file__).parent.iterdir():  # helpers fail with details, too
+    if _path.suffix == ".py" and _path.stem not in ("__init__", "conftest"):
+        pytest.register_assert_rewrite(f"tests.{_path.stem}")
+    elif (_path / "__init__.py").exists():
+        pytest.register_assert_rewrite(f"tests.{_path.name}")
 
 from tests.tiny_models import Batch, tiny_llama, written_batches  # noqa: E402
 

@@ -18,9 +18,9 @@ from benchmarks.structured.folding import folding_narrowing
 from benchmarks.structured.lorap import channel_importance, kept_channels, norm_scaled
 from benchmarks.structured.shared_basis import (
     neighbours,
+    shared_factors,
     shared_layers,
     shared_rank,
-    shared_spectrum,
 )
 from benchmarks.structured.sp3 import principal_narrowing
 from hf_lowrank.channels.narrowing import Narrowing, channel_weights, narrowed, selection
@@ -30,7 +30,7 @@ from hf_lowrank.decomposition.spectrum import decompose
 from hf_lowrank.errors import ConfigError, TargetError
 from hf_lowrank.format.feed_forward import FeedForward, find_feed_forwards
 from hf_lowrank.format.modeling_lowrank import linear_shape, linear_weight
-from hf_lowrank.modeling.surgery import lowrank_from_spectrum
+from hf_lowrank.modeling.surgery import lowrank_from_factors
 from hf_lowrank.ranks.threshold import plan_for_budget
 
 
@@ -152,14 +152,14 @@ def basis_sharing(dense: Dense, param_ratio: float, seed: int = 0) -> NewLayers:
     layers: dict[str, nn.Module] = {}
     for names in groups:
         group = {name: dense.targets[name] for name in names}
-        spectrum = shared_spectrum(group, [dense.whole(name) for name in names])
+        factors = shared_factors(group, [dense.whole(name) for name in names])
         rank = shared_rank(linear_shape(group[names[0]]), len(group), param_ratio)
-        layers |= shared_layers(group, spectrum, rank)
+        layers |= shared_layers(group, factors, rank)
     others = [name for name in dense.targets if name not in layers]
-    factors = _factorized(
+    rest = _factorized(
         dense, others, param_ratio, lambda name: _whitened(dense.whole(name)), "uniform"
     )
-    return NewLayers(layers | factors, len(groups) + len(others))
+    return NewLayers(layers | rest, len(groups) + len(others))
 
 
 _WHOLE = frozenset({"input_whole"})
@@ -217,10 +217,11 @@ def _factorized(
         return {}
     layers = {name: dense.targets[name] for name in names}
     shapes = {name: linear_shape(layer) for name, layer in layers.items()}
-    spectra = {n: decompose(linear_weight(layer), form(n)) for n, layer in layers.items()}
+    found = {n: decompose(linear_weight(layer), form(n)) for n, layer in layers.items()}
+    spectra = {name: spectrum for name, (spectrum, _) in found.items()}
     plan = plan_for_budget(shapes, spectra, rule, param_ratio)
     return {
-        name: lowrank_from_spectrum(layers[name], spectra[name], rank)
+        name: lowrank_from_factors(layers[name], found[name][1], rank)
         for name, rank in plan.ranks.items()
         if rank is not None
     }

@@ -20,7 +20,7 @@ from torch import nn
 from hf_lowrank.channels.narrowing import filled
 from hf_lowrank.decomposition.metrics import MetricSettings, QuadraticForm, Side
 from hf_lowrank.decomposition.moments import SecondMoment
-from hf_lowrank.decomposition.spectrum import Spectrum, decompose
+from hf_lowrank.decomposition.spectrum import Factors, decompose
 from hf_lowrank.errors import ConfigError, TargetError
 from hf_lowrank.format.modeling_lowrank import linear_shape, linear_weight
 from hf_lowrank.modeling.targets import match_name
@@ -68,8 +68,8 @@ def shared_rank(shape: tuple[int, int], members: int, param_ratio: float) -> int
     return min(rank, rows, columns)
 
 
-def shared_spectrum(layers: Mapping[str, nn.Module], moments: Sequence[SecondMoment]) -> Spectrum:
-    """Spectrum of the layers' weights one above the other, in the metric of all their inputs.
+def shared_factors(layers: Mapping[str, nn.Module], moments: Sequence[SecondMoment]) -> Factors:
+    """Factors of the layers' weights one above the other, in the metric of all their inputs.
 
     Args:
         layers: Layers of one shape (m, n), by name.
@@ -96,19 +96,19 @@ def shared_spectrum(layers: Mapping[str, nn.Module], moments: Sequence[SecondMom
     )
     stacked = torch.cat([linear_weight(layer) for layer in layers.values()])
     side = Side(moment=total, damping=MetricSettings().input_damping)
-    return decompose(stacked, QuadraticForm(input=side))
+    return decompose(stacked, QuadraticForm(input=side))[1]
 
 
 @torch.no_grad()
 def shared_layers(
-    layers: Mapping[str, nn.Module], spectrum: Spectrum, rank: int
+    layers: Mapping[str, nn.Module], factors: Factors, rank: int
 ) -> dict[str, nn.Module]:
     """Layers that apply one common basis, then their own coefficients, by name.
 
     Each is `nn.Sequential(basis, coefficients)` with the same module as basis: its rank may exceed
     m, which a `LowRankLinear` would refuse.
     """
-    factor_a, factor_b = spectrum.factors(rank)
+    factor_a, factor_b = factors.balanced(rank)
     basis: nn.Linear | None = None
     shared: dict[str, nn.Module] = {}
     parts = factor_b.split(len(factor_b) // len(layers))

@@ -13,7 +13,7 @@ from torch import nn
 from transformers import default_data_collator
 from transformers.trainer_utils import get_last_checkpoint
 
-from hf_lowrank.compression.analysis import Stopwatch
+from hf_lowrank.compression.options import Stopwatch
 from hf_lowrank.config import LowRankConfig, config_option, option
 from hf_lowrank.errors import DataError
 from hf_lowrank.evaluation.perplexity import measure_loss

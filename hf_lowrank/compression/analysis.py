@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+import dataclasses
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Protocol
+from pathlib import Path
 
 from torch import nn
 from tqdm.auto import tqdm
@@ -15,66 +14,55 @@ from tqdm.auto import tqdm
 from hf_lowrank.channels.budget import plan_with_channels, predicted_rise_with_channels
 from hf_lowrank.channels.order import ChannelOrder, order_channels
 from hf_lowrank.compression.cache import RunCache
+from hf_lowrank.compression.gradients import Gradients, metric_settings, take_gradients
+from hf_lowrank.compression.options import Run
 from hf_lowrank.config import LowRankConfig
-from hf_lowrank.decomposition.metrics import METRICS, MetricSettings
+from hf_lowrank.decomposition.metrics import METRICS
 from hf_lowrank.decomposition.moments import Moments
-from hf_lowrank.decomposition.spectrum import Spectrum, decompose
+from hf_lowrank.decomposition.spectrum import Factors, Spectrum, decompose
 from hf_lowrank.errors import DataError, NumericalError
 from hf_lowrank.format.feed_forward import FeedForward, find_feed_forwards
 from hf_lowrank.format.modeling_lowrank import linear_shape, linear_weight
-from hf_lowrank.measuring.distributed import ALONE, Processes
-from hf_lowrank.measuring.losses import Batch, LossFunction
+from hf_lowrank.measuring.losses import Batch
 from hf_lowrank.measuring.statistics import collect_moments
-from hf_lowrank.modeling.targets import find_targets, fixed_ranks
+from hf_lowrank.modeling.targets import fixed_ranks
 from hf_lowrank.ranks.plan import RankPlan
 from hf_lowrank.ranks.threshold import plan_for_budget, uniform_plan
 
 BYTES_PER_MOMENT = 4
 SECOND_MOMENTS = frozenset({"input", "input_centred", "output"})
-DEFAULT_MOMENT_GIB = 8.0
-
-# Spectra, reasons of failures and channels of a group of layers, by layer name.
-GroupResult = tuple[dict[str, Spectrum], dict[str, str], dict[str, ChannelOrder]]
-
-
-class Stopwatch:
-    """Adds up seconds by phase."""
-
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
-
-    @contextmanager
-    def phase(self, name: str) -> Iterator[None]:
-        """Counts the time of the block towards a phase."""
-        start = time.perf_counter()
-        try:
-            yield
-        finally:
-            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
 
 
 @dataclass
 class Analysis:
-    """Spectra of all target layers, from which any plan is cut.
+    """Spectra and factors of all target layers, from which any plan is cut.
 
     Attributes:
-        config: The settings that the spectra were made with.
+        config: The goal and the settings; see `with_config`.
         shapes: (out_features, in_features) of every target layer.
         spectra: Spectrum by layer name; a layer whose decomposition failed is missing.
+        factors: Factors of the layers that have a spectrum.
         failures: Reason by layer name, for layers that stay dense because of a failure.
         fixed: Ranks fixed by `rank_pattern`, and None for the failures.
         tokens: Calibration tokens used.
         orders: Channel order of each feed-forward, keyed by its output layer; empty unless
             `channels`.
+        gradients: What the joint system reads, where it was asked for.
     """
 
     config: LowRankConfig
     shapes: dict[str, tuple[int, int]]
-    spectra: dict[str, Spectrum]
+    spectra: dict[str, Spectrum] = field(default_factory=dict)
+    factors: dict[str, Factors] = field(default_factory=dict)
     failures: dict[str, str] = field(default_factory=dict)
     fixed: dict[str, int | None] = field(default_factory=dict)
     tokens: int = 0
     orders: dict[str, ChannelOrder] = field(default_factory=dict)
+    gradients: Gradients = field(default_factory=Gradients)
+
+    def with_config(self, config: LowRankConfig) -> Analysis:
+        """Another goal on the same spectra."""
+        return dataclasses.replace(self, config=config)
 
     def plan_for_ratio(self, param_ratio: float) -> RankPlan:
         """Plan within a budget by the config's rule; see `plan_for_budget`."""
@@ -106,29 +94,38 @@ class Analysis:
         return predicted_rise_with_channels(self.spectra, self.orders, plan)
 
 
-class MomentReader(Protocol):
-    """Reads the moments of an analysis before they are decomposed and freed."""
+@dataclass(frozen=True)
+class Group:
+    """Layers whose moments are in memory together.
+
+    Attributes:
+        layers: Layers by name.
+        blocks: Feed-forwards whose output layer is among them and whose channels are ordered.
+        needs: Names of the `Moments` fields to collect.
+    """
+
+    layers: Mapping[str, nn.Module]
+    blocks: Sequence[FeedForward]
+    needs: frozenset[str]
 
     @property
-    def needs(self) -> frozenset[str]:
-        """Names of `Moments` fields to collect besides those of the metric."""
+    def names(self) -> list[str]:
+        """Names of the layers."""
+        return list(self.layers)
 
-    def read(self, moments: Mapping[str, Moments]) -> None:
-        """Gets the moments of each group of layers by name; may take its own out of them."""
+    @property
+    def whole(self) -> list[str]:
+        """Layers whose whole input moment is needed, for the channels' order."""
+        return [block.output for block in self.blocks]
 
 
 def analyze(
     model: nn.Module,
+    targets: Mapping[str, nn.Module],
     config: LowRankConfig,
-    calibration: Sequence[Batch] | None = None,
+    run: Run | None = None,
     *,
-    loss_function: LossFunction | None = None,
-    cache: RunCache | None = None,
-    stopwatch: Stopwatch | None = None,
-    moment_gib: float = DEFAULT_MOMENT_GIB,
-    progress: bool = True,
-    processes: Processes = ALONE,
-    reader: MomentReader | None = None,
+    with_gradients: bool = False,
 ) -> Analysis:
     """Collects the moments that the config's metric needs and decomposes every target layer.
 
@@ -137,94 +134,102 @@ def analyze(
 
     Args:
         model: The dense model; it is not changed.
+        targets: Its target layers by name, from `find_targets`.
         config: What to do.
-        calibration: Batches of forward inputs; may be None for the `plain` metric.
-        loss_function: Loss of a batch; by default the model's own task loss.
-        cache: Where to keep finished groups, so that a killed or repeated run goes on from there.
-        stopwatch: Adds up the phases "statistics" and "decomposition".
-        moment_gib: Memory for moments, GiB.
-        progress: Whether to show progress bars.
-        processes: Those that share the calibration batches and the layers out among them; the main
-            one alone reads and writes the cache.
-        reader: Sees all moments; cached spectra are then made again.
+        run: Calibration text, and how to work; with a `cache_dir` finished groups are kept there,
+            so that a killed or repeated run goes on from them. Processes share the calibration
+            batches and the layers out among them; the main one alone reads and writes the cache.
+        with_gradients: Whether to keep the mean gradients, too; cached spectra are then made
+            again.
 
     Raises:
         DataError: The metric needs calibration data and there is none.
-        TargetError, ConfigError: See `find_targets`.
+        TargetError: Channels are asked for and there is no feed-forward of a known kind.
     """
-    targets = find_targets(model, config)
-    metric = METRICS[config.metric]
+    run = run or Run()
+    metric, calibration = METRICS[config.metric], run.texts.calibration
     if metric.needs and not calibration:
         raise DataError(
             f"metric {config.metric!r} needs calibration data; pass some, or use metric 'plain'."
         )
-    stopwatch = stopwatch or Stopwatch()
     blocks = find_feed_forwards(model, targets) if config.channels else []
-    result = Analysis(config, {n: linear_shape(m) for n, m in targets.items()}, {})
-    progress, cache = progress and processes.is_main, cache if processes.is_main else None
-    outputs = [block.output for block in blocks]
-    needs = metric.needs | (reader.needs if reader else frozenset())
-    for group in _groups(targets, needs, moment_gib, outputs):
-        names, inside = list(group), [block for block in blocks if block.output in group]
-        cached = processes.decide(None if reader else _read_cache(cache, names, inside))
-        if cached is None:
-            with stopwatch.phase("statistics"):
-                moments = _moments(
-                    model,
-                    group,
-                    calibration,
-                    needs,
-                    config,
-                    loss_function,
-                    cache,
-                    progress,
-                    processes,
-                    [block.output for block in inside],
-                )
-            if reader:
-                reader.read(moments)
-            with stopwatch.phase("decomposition"):
-                cached = _decompose_group(
-                    model, group, inside, moments, config, progress, processes
-                )
-            if cache:
-                with stopwatch.phase("cache"):
-                    cache.write_spectra(names, *cached[:2])
-                    if inside:
-                        cache.write_orders(inside, cached[2])
-        result.spectra |= cached[0]
-        result.failures |= cached[1]
-        result.orders |= cached[2]
-    result.fixed = fixed_ranks(targets, config) | dict.fromkeys(result.failures)
-    result.tokens = sum(_count_tokens(batch) for batch in calibration or [])
-    return result
+    needs = metric.needs | ({"gradient"} if with_gradients else frozenset())
+    cache = _cache(model, config, run)
+    found = Analysis(config, {name: linear_shape(layer) for name, layer in targets.items()})
+    for layers in _groups(targets, needs, run.options.moment_gib, [b.output for b in blocks]):
+        group = Group(layers, [b for b in blocks if b.output in layers], needs)
+        _analyze_group(model, group, cache, found, run, with_gradients)
+    found.fixed = fixed_ranks(targets, config) | dict.fromkeys(found.failures)
+    found.tokens = sum(_count_tokens(batch) for batch in calibration or [])
+    return found
+
+
+def _cache(model: nn.Module, config: LowRankConfig, run: Run) -> RunCache | None:
+    """The run's cache, None without one and on all processes but the main one."""
+    folder = run.options.cache_dir
+    if folder is None or not run.processes.is_main:
+        return None
+    calibration = run.texts.calibration or []
+    return RunCache(Path(folder), model, calibration, config, run.options.loss_function)
+
+
+def _analyze_group(
+    model: nn.Module,
+    group: Group,
+    cache: RunCache | None,
+    found: Analysis,
+    run: Run,
+    with_gradients: bool,
+) -> None:
+    """Adds what is known of a group of layers to an analysis, from the cache or made anew."""
+    cached = run.processes.decide(None if with_gradients else _read_cache(cache, group))
+    if cached is None:
+        with run.stopwatch.phase("statistics"):
+            moments = _moments(model, group, found.config, cache, run)
+        if with_gradients:
+            found.gradients |= take_gradients(moments, metric_settings(found.config))
+        with run.stopwatch.phase("decomposition"):
+            cached = _decompose_group(model, group, moments, found.config, run)
+        if cache:
+            with run.stopwatch.phase("cache"):
+                cache.write_spectra(group.names, (cached.spectra, cached.factors, cached.failures))
+                if group.blocks:
+                    cache.write_orders(group.blocks, cached.orders)
+    found.spectra |= cached.spectra
+    found.factors |= cached.factors
+    found.failures |= cached.failures
+    found.orders |= cached.orders
+
+
+@dataclass(frozen=True)
+class Decomposed:
+    """What is made of some layers, by layer name; see the fields of `Analysis`."""
+
+    spectra: dict[str, Spectrum]
+    factors: dict[str, Factors]
+    failures: dict[str, str]
+    orders: dict[str, ChannelOrder]
+
+
+def _read_cache(cache: RunCache | None, group: Group) -> Decomposed | None:
+    """What is known of a group of layers, or None if any of it is missing."""
+    found = cache.read_spectra(group.names) if cache else None
+    if cache is None or found is None:
+        return None
+    orders = cache.read_orders(group.blocks) if group.blocks else {}
+    return None if orders is None else Decomposed(*found, orders)
 
 
 def _decompose_group(
-    model: nn.Module,
-    group: Mapping[str, nn.Module],
-    blocks: Sequence[FeedForward],
-    moments: dict[str, Moments],
-    config: LowRankConfig,
-    progress: bool,
-    processes: Processes,
-) -> GroupResult:
+    model: nn.Module, group: Group, moments: dict[str, Moments], config: LowRankConfig, run: Run
+) -> Decomposed:
     """Decomposes a group of layers, each process its share; all processes get all results."""
-    mine = dict(processes.share(list(group.items())))
-    orders = _order_channels(model, [b for b in blocks if b.output in mine], moments, config)
-    spectra, failures = decompose_layers(mine, moments, config, progress)
-    return processes.merge(spectra), processes.merge(failures), processes.merge(orders)
-
-
-def _read_cache(
-    cache: RunCache | None, names: list[str], blocks: Sequence[FeedForward]
-) -> GroupResult | None:
-    """Spectra, failures and channels of a group of layers, or None if any are missing."""
-    spectra = cache.read_spectra(names) if cache else None
-    if cache is None or spectra is None:
-        return None
-    orders = cache.read_orders(blocks) if blocks else {}
-    return None if orders is None else (*spectra, orders)
+    mine = dict(run.processes.share(list(group.layers.items())))
+    blocks = [block for block in group.blocks if block.output in mine]
+    orders = _order_channels(model, blocks, moments, config)
+    parts = decompose_layers(mine, moments, config, run.progress)
+    merge = run.processes.merge
+    return Decomposed(merge(parts[0]), merge(parts[1]), merge(parts[2]), merge(orders))
 
 
 def _order_channels(
@@ -254,68 +259,56 @@ def decompose_layers(
     moments: dict[str, Moments],
     config: LowRankConfig,
     progress: bool = True,
-) -> tuple[dict[str, Spectrum], dict[str, str]]:
-    """Spectra by layer name, and the reasons of those that failed.
+) -> tuple[dict[str, Spectrum], dict[str, Factors], dict[str, str]]:
+    """Spectra and factors by layer name, and the reasons of those that failed.
 
     Frees each layer's moments as soon as they are used.
     """
     metric = METRICS[config.metric]
     settings = metric_settings(config)
     spectra: dict[str, Spectrum] = {}
+    factors: dict[str, Factors] = {}
     failures: dict[str, str] = {}
     bar = tqdm(layers.items(), desc="decompose", disable=None if progress else True, leave=False)
     for name, layer in bar:
         bar.set_postfix_str(name)
         try:
             form = metric.form(moments.pop(name), settings)
-            spectra[name] = decompose(linear_weight(layer), form)
+            spectra[name], factors[name] = decompose(linear_weight(layer), form)
         except NumericalError as error:
             failures[name] = str(error)
-    return spectra, failures
-
-
-def metric_settings(config: LowRankConfig) -> MetricSettings:
-    """The numbers that metrics read, from the config."""
-    return MetricSettings(config.input_damping, config.output_damping, config.activation_alpha)
+    return spectra, factors, failures
 
 
 def _moments(
-    model: nn.Module,
-    group: Mapping[str, nn.Module],
-    calibration: Sequence[Batch] | None,
-    needs: frozenset[str],
-    config: LowRankConfig,
-    loss_function: LossFunction | None,
-    cache: RunCache | None,
-    progress: bool,
-    processes: Processes,
-    whole: Sequence[str],
+    model: nn.Module, group: Group, config: LowRankConfig, cache: RunCache | None, run: Run
 ) -> dict[str, Moments]:
     """Moments of a group of layers, from the cache or by a pass over the calibration data."""
-    names = list(group)
+    names, needs, calibration = group.names, group.needs, run.texts.calibration
     if not needs or calibration is None:
-        return {name: Moments() for name in group}
-    cached = processes.decide(cache.read_moments(names, needs, whole) if cache else None)
+        return {name: Moments() for name in names}
+    known = cache.read_moments(names, needs, group.whole) if cache else None
+    cached = run.processes.decide(known)
     if cached is not None:
         return cached
-    description = f"calibrate ... {names[-1]}"
+    shown = None if run.progress else True
     with tqdm(
-        total=len(calibration), desc=description, disable=None if progress else True, leave=False
+        total=len(calibration), desc=f"calibrate ... {names[-1]}", disable=shown, leave=False
     ) as bar:
         moments = collect_moments(
             model,
-            group,
+            group.layers,
             calibration,
             needs,
-            loss_function=loss_function,
-            whole=whole,
+            loss_function=run.options.loss_function,
+            whole=group.whole,
             label_source=config.label_source,
             seed=config.seed,
-            on_batch=partial(bar.update, processes.count),
-            processes=processes,
+            on_batch=partial(bar.update, run.processes.count),
+            processes=run.processes,
         )
     if cache:
-        cache.write_moments(names, needs, moments, whole)
+        cache.write_moments(names, needs, moments, group.whole)
     return moments
 
 

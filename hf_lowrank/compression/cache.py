@@ -16,12 +16,14 @@ from torch import nn
 from hf_lowrank.channels.order import ChannelOrder
 from hf_lowrank.config import LowRankConfig
 from hf_lowrank.decomposition.moments import Moments, SecondMoment
-from hf_lowrank.decomposition.spectrum import Spectrum
+from hf_lowrank.decomposition.spectrum import Factors, Spectrum
 from hf_lowrank.errors import StorageError
 from hf_lowrank.files import atomic_file
 from hf_lowrank.format.feed_forward import FeedForward
 from hf_lowrank.measuring.losses import Batch, LossFunction
 
+# Spectra, factors, and reasons of failures, by layer name.
+Decompositions = tuple[dict[str, Spectrum], dict[str, Factors], dict[str, str]]
 # Which settings the cached results depend on, beside the model and the calibration data.
 _MOMENT_SETTINGS = ("label_source", "seed")
 _SPECTRUM_SETTINGS = (
@@ -73,34 +75,31 @@ class RunCache:
                 update_digest(digest, name, batch[name])
         self.inputs_digest = digest.hexdigest()
 
-    def read_spectra(self, names: list[str]) -> tuple[dict[str, Spectrum], dict[str, str]] | None:
-        """Spectra and failures of a group of layers, or None if they are not there."""
+    def read_spectra(self, names: list[str]) -> Decompositions | None:
+        """Spectra, factors and failures of a group of layers, or None if they are not there."""
         found = _read(self._path("spectra", names, _SPECTRUM_SETTINGS))
         if found is None:
             return None
         tensors, failures = found
-        spectra = {
-            name: Spectrum(
-                left=tensors[f"{name}/left"],
-                right=tensors[f"{name}/right"],
-                sigma=tensors[f"{name}/sigma"],
-                price=tensors.get(f"{name}/price"),
-            )
-            for name in names
-            if name not in failures
-        }
-        return spectra, failures
+        spectra, factors = {}, {}
+        for name in names:
+            if name not in failures:
+                left, right = tensors[f"{name}/left"], tensors[f"{name}/right"]
+                factors[name] = Factors(left, right)
+                shape = (left.shape[0], right.shape[1])
+                sigma, price = tensors[f"{name}/sigma"], tensors.get(f"{name}/price")
+                spectra[name] = Spectrum(shape, sigma, price)
+        return spectra, factors, failures
 
-    def write_spectra(
-        self, names: list[str], spectra: dict[str, Spectrum], failures: dict[str, str]
-    ) -> None:
-        """Stores a group's spectra; raises StorageError where that is not possible."""
-        tensors = {
-            f"{name}/{part}": getattr(spectrum, part)
-            for name, spectrum in spectra.items()
-            for part in ("left", "right", "sigma", "price")
-            if getattr(spectrum, part) is not None
-        }
+    def write_spectra(self, names: list[str], found: Decompositions) -> None:
+        """Stores a group's decompositions; raises StorageError where that is not possible."""
+        spectra, factors, failures = found
+        tensors: dict[str, torch.Tensor] = {}
+        for name, spectrum in spectra.items():
+            tensors |= {f"{name}/left": factors[name].left, f"{name}/right": factors[name].right}
+            tensors[f"{name}/sigma"] = spectrum.sigma
+            if spectrum.price is not None:
+                tensors[f"{name}/price"] = spectrum.price
         _write(self._path("spectra", names, _SPECTRUM_SETTINGS), tensors, failures)
 
     def read_orders(self, blocks: Sequence[FeedForward]) -> dict[str, ChannelOrder] | None:

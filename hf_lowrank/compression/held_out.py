@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from hf_lowrank.channels.order import ChannelOrder
-from hf_lowrank.decomposition.spectrum import Spectrum
+from hf_lowrank.decomposition.spectrum import Factors
 from hf_lowrank.errors import ConfigError
 from hf_lowrank.evaluation.perplexity import LossMeasurement, iterate_losses, measure_loss
 from hf_lowrank.measuring.losses import (
@@ -60,7 +60,7 @@ class HeldOutLoss:
 
     def difference(
         self,
-        spectra: Mapping[str, Spectrum],
+        factors: Mapping[str, Factors],
         plan: RankPlan,
         stop_above: float = math.inf,
         orders: Mapping[str, ChannelOrder] | None = None,
@@ -71,7 +71,7 @@ class HeldOutLoss:
             NumericalError: A loss is NaN or infinite.
         """
         label = f"held-out data, ratio {plan.param_ratio:.3f}"
-        return self.compare(factorized(self.model, spectra, plan, orders), stop_above, label)
+        return self.compare(factorized(self.model, factors, plan, orders), stop_above, label)
 
     def compare(
         self,
@@ -125,7 +125,7 @@ class HeldOutDivergence:
 
 def check_fixed_ranks(
     held_out: HeldOutLoss,
-    spectra: Mapping[str, Spectrum],
+    factors: Mapping[str, Factors],
     largest: RankPlan,
     tolerance: float,
 ) -> None:
@@ -135,7 +135,7 @@ def check_fixed_ranks(
         ConfigError: With the measured rise.
     """
     if any(rank is not None for rank in largest.ranks.values()):
-        rise = held_out.difference(spectra, largest, tolerance)
+        rise = held_out.difference(factors, largest, tolerance)
         if rise.mean > tolerance:
             raise ConfigError(
                 f"The ranks fixed by rank_pattern alone raise the held-out loss by "

@@ -4,20 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
-from typing import Any
 
 from torch import nn
 
 from hf_lowrank.compression.verbs import compress
 from hf_lowrank.config import LowRankConfig
-from hf_lowrank.measuring.losses import Batch
+from hf_lowrank.measuring.losses import Batch, LossFunction
 
 
 def get_lowrank_model(
     model: nn.Module,
     config: LowRankConfig,
     calibration: Sequence[Batch] | None = None,
-    **kwargs: Any,
+    *,
+    held_out: Sequence[Batch] | None = None,
+    loss_function: LossFunction | None = None,
+    progress: bool = True,
 ) -> nn.Module:
     """Compresses a model in place and returns it, ready to train.
 
@@ -25,13 +27,23 @@ def get_lowrank_model(
         model: The dense model.
         config: Goal, metric, rule and targets.
         calibration: Batches of forward inputs; not needed with `metric="plain"`.
-        **kwargs: Passed on to `compress`.
+        held_out: As in `compress`, as all that follow; whoever wants its report, recovery or
+            cache calls that.
+        loss_function: Loss of a batch.
+        progress: Whether to show progress bars.
 
     Returns:
         The same model object, its target layers factorized, with a method
         `print_trainable_parameters` as PEFT's models have it.
     """
-    compress(model, config, calibration, **kwargs)
+    compress(
+        model,
+        config,
+        calibration,
+        held_out=held_out,
+        loss_function=loss_function,
+        progress=progress,
+    )
     model.print_trainable_parameters = partial(  # type: ignore[assignment]
         print_trainable_parameters, model
     )

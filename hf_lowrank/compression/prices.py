@@ -9,7 +9,7 @@ its measured divergence over its predicted rise.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from torch import nn
@@ -81,7 +81,7 @@ def measure_parts(
         predicted = analysis.predicted_rise(alone)
         if not predicted > 0:
             continue
-        with factorized(model, analysis.spectra, alone, analysis.orders):
+        with factorized(model, analysis.factors, alone, analysis.orders):
             measured = divergence.mean()
         if measured != measured:
             raise NumericalError(f"{layers[0]}: its cut makes the model's output NaN.")
@@ -92,7 +92,7 @@ def measure_parts(
     return found
 
 
-def with_factors(analysis: Analysis, found: Iterable[dict[str, Any]]) -> Analysis:
+def scaled_prices(analysis: Analysis, found: Iterable[Mapping[str, Any]]) -> Analysis:
     """The analysis with the prices of each part multiplied by the part's factor."""
     factors = {name: part["factor"] for part in found for name in part["layers"]}
     spectra = {

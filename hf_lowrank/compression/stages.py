@@ -7,18 +7,15 @@ training is the dense model.
 from __future__ import annotations
 
 import dataclasses
-import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 
 from torch import nn
 
-from hf_lowrank.compression.run import CompressionRun, RunOptions, Texts, check_goal
+from hf_lowrank.compression.application import Dense, cut, dense_on_error
+from hf_lowrank.compression.options import Run
 from hf_lowrank.config import SEARCH_NAMES, LowRankConfig
 from hf_lowrank.errors import ConfigError
 from hf_lowrank.format.modeling_lowrank import compressed_layers
-from hf_lowrank.modeling.marks import attach_config
-from hf_lowrank.modeling.surgery import merge_, restore_
+from hf_lowrank.modeling.surgery import merge_
 from hf_lowrank.modeling.targets import find_targets
 from hf_lowrank.report.schema import Report
 
@@ -59,34 +56,26 @@ def stage_goals(param_ratio: float, stages: int, steps: int) -> list[tuple[float
     return [*earlier, (param_ratio, steps - share * (stages - 1))]
 
 
-def compress_in_stages(
-    model: nn.Module, config: LowRankConfig, texts: Texts, options: RunOptions
-) -> Report:
+def compress_in_stages(model: nn.Module, config: LowRankConfig, dense: Dense, run: Run) -> Report:
     """Reaches a size in several cuts with training in between, in place.
 
     Args:
         model: The dense causal language model.
         config: What to do; its goal is a `param_ratio`.
-        texts: Text by role, with held-out text.
-        options: How to work, as `check_stages` allows it; `recover_steps` are those of all stages.
+        dense: The model before anything was cut.
+        run: Text by role, with held-out text; `recover_steps` are those of all stages.
 
     Returns:
         The last stage's report against the dense model, with the seconds of all stages, and what
         the earlier ones did in `stages`.
-
-    Raises:
-        ConfigError: See `check_goal`; nothing has been done then.
     """
-    check_goal(find_targets(model, config), config)
-    with earlier_stages(model, config, texts, options) as (dense, earlier):
-        _, steps = stage_goals(config.param_ratio or 1.0, options.stages, options.recover_steps)[-1]
-        last = dataclasses.replace(options, recover_steps=steps)
-        run = CompressionRun(model, config, texts, last, dense)
-        report = run.apply(*run.choose())
-    for stage in earlier:
-        for phase, seconds in stage.seconds.items():
-            report.seconds[phase] = report.seconds.get(phase, 0.0) + seconds
-    report.stages = [
+    ratio, options = config.param_ratio or 1.0, run.options
+    with dense_on_error(model, dense.layers):
+        earlier = earlier_stages(model, config, dense, run)
+        steps = stage_goals(ratio, options.stages, options.recover_steps)[-1][1]
+        last = dataclasses.replace(run, options=dataclasses.replace(options, recover_steps=steps))
+        report = cut(model, find_targets(model, config), config, dense, last)
+    stages = [
         {
             "param_ratio": stage.config["param_ratio"],
             "predicted_loss_difference": stage.predicted_loss_difference,
@@ -96,47 +85,25 @@ def compress_in_stages(
         }
         for stage in [*earlier, report]
     ]
-    report.predicted_loss_difference = None  # that of the last cut alone
-    return report
+    # What was predicted is for the last cut alone.
+    return dataclasses.replace(report, stages=stages, predicted_loss_difference=None)
 
 
-@contextmanager
-def earlier_stages(
-    model: nn.Module, config: LowRankConfig, texts: Texts, options: RunOptions
-) -> Iterator[tuple[Mapping[str, nn.Module], list[Report]]]:
-    """The model as all stages but the last leave it, merged; dense again if the block fails.
+def earlier_stages(model: nn.Module, config: LowRankConfig, dense: Dense, run: Run) -> list[Report]:
+    """Makes all stages but the last, in place; the model is merged after each.
 
-    Yields:
-        The dense layers by name, and the reports of the stages.
+    Returns:
+        A report for each, without an evaluation.
     """
-    dense = find_targets(model, config)
-    reports = []
+    options, reports = run.options, []
     goals = stage_goals(config.param_ratio or 1.0, options.stages, options.recover_steps)
-    try:
-        for ratio, steps in goals[:-1]:
-            sized = config.replace(param_ratio=ratio)
-            reports.append(_stage(model, sized, texts, options, steps, dense))
-            start = time.perf_counter()
-            if compressed_layers(model):  # else there was nothing to drop
+    unread = dataclasses.replace(run.texts, evaluation=None)
+    for ratio, steps in goals[:-1]:
+        own = dataclasses.replace(options, recover_steps=steps, speed=False)
+        part = dataclasses.replace(run, texts=unread, options=own)
+        sized = config.replace(param_ratio=ratio)
+        reports.append(cut(model, find_targets(model, config), sized, dense, part))
+        if compressed_layers(model):  # else there was nothing to drop
+            with run.stopwatch.phase("surgery"):
                 merge_(model)
-            reports[-1].seconds["surgery"] += time.perf_counter() - start
-        yield dense, reports
-    except BaseException:
-        restore_(model, dense)
-        attach_config(model, None)
-        raise
-
-
-def _stage(
-    model: nn.Module,
-    config: LowRankConfig,
-    texts: Texts,
-    options: RunOptions,
-    steps: int,
-    dense: Mapping[str, nn.Module],
-) -> Report:
-    """One stage before the last; its spectra are gone when it returns."""
-    texts = dataclasses.replace(texts, evaluation=None)
-    options = dataclasses.replace(options, recover_steps=steps, speed=False)
-    run = CompressionRun(model, config, texts, options, dense)
-    return run.apply(*run.choose())
+    return reports

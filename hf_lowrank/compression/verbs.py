@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import Any
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 
 from torch import nn
 
-from hf_lowrank.compression.run import CompressionRun, RunOptions, Texts, check_goal, split_texts
+from hf_lowrank.compression.analysis import analyze
+from hf_lowrank.compression.application import apply, cut, make_dense_again, measure_dense
+from hf_lowrank.compression.decision import decide
+from hf_lowrank.compression.goals import check_goal
+from hf_lowrank.compression.options import Run, RunOptions, Stopwatch, Texts, split_texts
+from hf_lowrank.compression.prices import check_measurable
+from hf_lowrank.compression.recovery import check_recoverable, recovery_settings
 from hf_lowrank.compression.stages import check_stages, compress_in_stages
 from hf_lowrank.config import LowRankConfig
-from hf_lowrank.errors import ConfigError
-from hf_lowrank.measuring.losses import Batch
-from hf_lowrank.modeling.marks import attach_config
-from hf_lowrank.modeling.surgery import restore_
+from hf_lowrank.measuring.distributed import current_processes
+from hf_lowrank.measuring.losses import Batch, LossFunction
 from hf_lowrank.modeling.targets import find_targets
 from hf_lowrank.report.schema import Report
 
@@ -25,14 +30,21 @@ def compress(
     evaluation: Sequence[Batch] | None = None,
     *,
     held_out: Sequence[Batch] | None = None,
-    **options: Any,
+    loss_function: LossFunction | None = None,
+    recover_steps: int = 0,
+    recover: str | None = None,
+    stages: int = 1,
+    speed: bool = False,
+    cache_dir: str | Path | None = None,
+    moment_gib: float = RunOptions.moment_gib,
+    progress: bool = True,
 ) -> Report:
     """Factorizes a model's linear layers in place, with ranks chosen by their effect on the loss.
 
     Afterwards `model.save_pretrained` writes a checkpoint that `from_pretrained` loads once
     hf_lowrank is imported. Under `accelerate launch` every process calls this with the same model
     and the same batches: calibration and decomposition are shared out, and all end with the same
-    model. Call it before `Accelerator.prepare`.
+    model. Call it before `Accelerator.prepare`. If anything goes wrong, the model is as it was.
 
     Args:
         model: The dense model; a transformers model, or any module with a `loss_function`.
@@ -43,7 +55,14 @@ def compress(
         held_out: Batches on which a loss tolerance is tested, ranks are searched for, prices are
             corrected and a recovery is judged. By default the last quarter of the calibration
             batches, which then do not enter the moments.
-        **options: Fields of `RunOptions`.
+        loss_function: See `RunOptions`, as all that follow.
+        recover_steps: Steps of training the factors after the cut.
+        recover: What they train, "factors" or "lora".
+        stages: Cuts in which the size is reached.
+        speed: Whether to time the model before and after.
+        cache_dir: Folder for moments and spectra.
+        moment_gib: Memory for moments, GiB.
+        progress: Whether to show progress bars.
 
     Returns:
         The report. The model itself is changed in place.
@@ -52,13 +71,25 @@ def compress(
         ConfigError, TargetError, DataError: Before anything is changed.
         NumericalError: A loss is NaN or infinite.
     """
-    config, chosen = config or LowRankConfig(), RunOptions(**options)
-    texts = split_texts(config, Texts(calibration, held_out, evaluation), chosen.recover_steps)
-    check_stages(config, chosen.stages, chosen.recover_steps)
-    if chosen.stages > 1:
-        return compress_in_stages(model, config, texts, chosen)
-    run = CompressionRun(model, config, texts, chosen)
-    return run.apply(*run.choose())
+    options = RunOptions(
+        loss_function=loss_function,
+        cache_dir=cache_dir,
+        moment_gib=moment_gib,
+        recover_steps=recover_steps,
+        recover=recover,
+        stages=stages,
+        speed=speed,
+        progress=progress,
+    )
+    config = config or LowRankConfig()
+    check_stages(config, stages, recover_steps)
+    run = start_run(config, Texts(calibration, held_out, evaluation), options)
+    targets = find_targets(model, config)
+    check_run(model, targets, config, run)
+    dense = measure_dense(model, targets, run)
+    if stages > 1:
+        return compress_in_stages(model, config, dense, run)
+    return cut(model, targets, config, dense, run)
 
 
 def sweep(
@@ -69,7 +100,13 @@ def sweep(
     evaluation: Sequence[Batch] | None = None,
     *,
     held_out: Sequence[Batch] | None = None,
-    **options: Any,
+    loss_function: LossFunction | None = None,
+    recover_steps: int = 0,
+    recover: str | None = None,
+    speed: bool = False,
+    cache_dir: str | Path | None = None,
+    moment_gib: float = RunOptions.moment_gib,
+    progress: bool = True,
 ) -> Iterator[Report]:
     """Compresses a model at several sizes from the same spectra.
 
@@ -79,10 +116,16 @@ def sweep(
         model: The dense model.
         config: Metric, rule and targets; its goal is replaced by each ratio.
         param_ratios: Kept shares of the targeted parameters.
-        calibration: As in `compress`.
-        evaluation: As in `compress`.
-        held_out: As in `compress`.
-        **options: Fields of `RunOptions`.
+        calibration: As in `compress`, as all that follow.
+        evaluation: Batches for the reports' before and after.
+        held_out: Batches for searches, prices and recovery.
+        loss_function: Loss of a batch.
+        recover_steps: Steps of training the factors after each cut.
+        recover: What they train.
+        speed: Whether to time the model before and after.
+        cache_dir: Folder for moments and spectra.
+        moment_gib: Memory for moments, GiB.
+        progress: Whether to show progress bars.
 
     Yields:
         One report for each ratio.
@@ -90,27 +133,57 @@ def sweep(
     Raises:
         ConfigError, TargetError, DataError: Before anything is changed.
     """
+    options = RunOptions(
+        loss_function=loss_function,
+        cache_dir=cache_dir,
+        moment_gib=moment_gib,
+        recover_steps=recover_steps,
+        recover=recover,
+        speed=speed,
+        progress=progress,
+    )
     configs = [
         config.replace(param_ratio=ratio, loss_tolerance=None, rank=None, ranks=None)
         for ratio in param_ratios
     ]
     if not configs:
         return
+    run = start_run(configs[0], Texts(calibration, held_out, evaluation), options)
     targets = find_targets(model, configs[0])
     for each in configs:
-        check_goal(targets, each)
-    chosen = RunOptions(**options)
-    if chosen.stages != 1:
-        raise ConfigError("stages lead to one size; call compress for each.")
-    texts = split_texts(configs[0], Texts(calibration, held_out, evaluation), chosen.recover_steps)
-    run = CompressionRun(model, configs[0], texts, chosen)
+        check_run(model, targets, each, run)
+    dense = measure_dense(model, targets, run)
+    analysis = analyze(model, targets, configs[0], run)
     for each in configs:
-        run.use(each)
-        originals = {name: model.get_submodule(name) for name in run.analysis.shapes}
-        shared = dict(run.stopwatch.seconds)
+        own = dataclasses.replace(run, stopwatch=Stopwatch(run.stopwatch.seconds))
+        decision = decide(model, analysis.with_config(each), own)
         try:
-            yield run.apply(*run.choose())
+            yield apply(model, decision, dense, own)
         finally:
-            restore_(model, originals)
-            attach_config(model, None)
-            run.stopwatch.seconds = shared
+            make_dense_again(model, targets)
+
+
+def start_run(config: LowRankConfig, texts: Texts, options: RunOptions) -> Run:
+    """The run of a verb: its texts split, its processes joined.
+
+    Raises:
+        DataError: Held-out text is needed and there is too little calibration data.
+    """
+    split = split_texts(config, texts, options.recover_steps)
+    return Run(split, options, processes=current_processes())
+
+
+def check_run(
+    model: nn.Module, targets: Mapping[str, nn.Module], config: LowRankConfig, run: Run
+) -> None:
+    """Refuses what can't be done to this model, before any long work.
+
+    Raises:
+        ConfigError, DataError: With the reason.
+    """
+    texts, options = run.texts, run.options
+    check_goal(targets, config)
+    if config.measured_prices and config.ranks is None:
+        check_measurable(model, texts.held_out or [])
+    if recovery_settings(options.recover, options.recover_steps, config.seed):
+        check_recoverable(model, texts.calibration or [], texts.held_out or [])

@@ -11,13 +11,16 @@ from torch import nn
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 
 from hf_lowrank.compression.analysis import analyze
+from hf_lowrank.compression.decision import decide
+from hf_lowrank.compression.goals import check_goal
+from hf_lowrank.compression.options import Run, RunOptions
 from hf_lowrank.config import RULE_NAMES, LowRankConfig
 from hf_lowrank.decomposition.metrics import METRICS
 from hf_lowrank.errors import CheckpointError, ConfigError
 from hf_lowrank.format.layout import QUANT_METHOD
 from hf_lowrank.format.modeling_lowrank import LowRankQuantizer
 from hf_lowrank.modeling.surgery import factorize_
-from hf_lowrank.ranks.plan import RankPlan
+from hf_lowrank.modeling.targets import find_targets
 
 
 class LowRankHfQuantizer(LowRankQuantizer):
@@ -74,15 +77,12 @@ class LowRankHfQuantizer(LowRankQuantizer):
 
 
 def _compress_without_data(model: nn.Module, config: LowRankConfig) -> LowRankConfig:
-    analysis = analyze(model, config, progress=False)
-    if config.ranks is not None:
-        plan = RankPlan(config.ranks, analysis.shapes)
-    elif config.param_ratio is not None:
-        plan = analysis.plan_for_ratio(config.param_ratio)
-    else:
-        plan = analysis.plan_for_rank(config.rank or 1)
-    factorize_(model, analysis.spectra, plan)
-    return config.replace(ranks=dict(plan.ranks), narrowed=None, form="factors")
+    targets = find_targets(model, config)
+    check_goal(targets, config)
+    quiet = Run(options=RunOptions(progress=False))
+    decision = decide(model, analyze(model, targets, config, quiet), quiet)
+    factorize_(model, decision.analysis.factors, decision.plan)
+    return config.replace(ranks=dict(decision.plan.ranks), narrowed=None, form="factors")
 
 
 AUTO_QUANTIZATION_CONFIG_MAPPING[QUANT_METHOD] = LowRankConfig

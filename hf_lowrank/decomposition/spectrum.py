@@ -1,4 +1,7 @@
-"""From a weight and a metric to its spectrum, and from the spectrum to factors at any rank.
+"""From a weight and a metric to its spectrum and to factors at any rank.
+
+The spectrum is small and all that choosing needs; the factors are as large as the weight and
+needed only where a rank is put into force.
 
 The SVD of `M = L^T W R` is had from the eigenvalues of the Gram matrix of its smaller side, in
 fp64. For `m >= n`, with `P = L L^T` and `Q = R R^T`:
@@ -23,25 +26,18 @@ from hf_lowrank.errors import NumericalError
 
 @dataclass(frozen=True)
 class Spectrum:
-    """All rank-k approximations of one weight, for every k at once.
+    """What each component of one weight is worth.
 
     Attributes:
-        left: Shape (m, r), r <= min(m, n); `left[:, :k] @ right[:k]` is the best W_k.
-        right: Shape (r, n).
-        sigma: Singular values in the metric, shape (r,), fp64, descending.
+        shape: (out_features, in_features) of the weight.
+        sigma: Singular values in the metric, shape (r,), r <= min(m, n), fp64, descending.
         price: Predicted rise of the mean loss, nats, from dropping each component, shape (r,),
             or None where the metric carries no price.
     """
 
-    left: torch.Tensor
-    right: torch.Tensor
+    shape: tuple[int, int]
     sigma: torch.Tensor
     price: torch.Tensor | None
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """(out_features, in_features) of the dense weight."""
-        return self.left.shape[0], self.right.shape[1]
 
     def predicted_rise(self, rank: int | None) -> float:
         """Predicted rise of the mean loss at this rank (nats); 0 for dense, NaN without prices."""
@@ -49,7 +45,24 @@ class Spectrum:
             return 0.0
         return float("nan") if self.price is None else float(self.price[rank:].sum())
 
-    def factors(self, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
+
+@dataclass(frozen=True)
+class Factors:
+    """All rank-k approximations of one weight, for every k at once.
+
+    Attributes:
+        left: Shape (m, r), r <= min(m, n); `left[:, :k] @ right[:k]` is the best W_k.
+        right: Shape (r, n).
+    """
+
+    left: torch.Tensor
+    right: torch.Tensor
+
+    def product(self, rank: int) -> torch.Tensor:
+        """W_k, shape (m, n)."""
+        return self.left[:, :rank] @ self.right[:rank]
+
+    def balanced(self, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
         """`(A, B)` of shapes (rank, n) and (m, rank) with `W_rank = B @ A`.
 
         Each component's scale is shared equally between its row of A and its column of B, which
@@ -63,8 +76,8 @@ class Spectrum:
 
 def decompose(
     weight: torch.Tensor, form: QuadraticForm, *, dtype: torch.dtype = torch.float32
-) -> Spectrum:
-    """Spectrum of a weight in a metric.
+) -> tuple[Spectrum, Factors]:
+    """Spectrum and factors of a weight in a metric.
 
     Args:
         weight: Shape (m, n), any floating dtype.
@@ -72,7 +85,7 @@ def decompose(
         dtype: Data type in which the factors are kept; the computation is in fp64.
 
     Returns:
-        The spectrum, its components in descending order of singular value.
+        The spectrum, its components in descending order of singular value, and the factors.
 
     Raises:
         NumericalError: The weight or the metric holds NaN or infinity, or the eigenvalue solver
@@ -93,7 +106,8 @@ def decompose(
         left, right = F.pad(left, (0, missing)), F.pad(right, (0, 0, 0, missing))
     sigma = sigma.cpu()
     price = None if form.price_scale is None else sigma**2 * form.price_scale
-    return Spectrum(left.to(dtype).contiguous(), right.to(dtype).contiguous(), sigma, price)
+    spectrum = Spectrum((weight.shape[0], weight.shape[1]), sigma, price)
+    return spectrum, Factors(left.to(dtype).contiguous(), right.to(dtype).contiguous())
 
 
 def _decompose_tall(

@@ -18,7 +18,7 @@ from transformers.pytorch_utils import Conv1D
 
 from hf_lowrank.channels.narrowing import narrowed
 from hf_lowrank.channels.order import ChannelOrder
-from hf_lowrank.decomposition.spectrum import Spectrum
+from hf_lowrank.decomposition.spectrum import Factors
 from hf_lowrank.errors import TargetError
 from hf_lowrank.format.modeling_lowrank import (
     LowRankLinear,
@@ -69,10 +69,10 @@ def empty_lowrank(source: nn.Module, rank: int, form: str = "factors") -> LowRan
 
 
 @torch.no_grad()
-def lowrank_from_spectrum(layer: nn.Module, spectrum: Spectrum, rank: int) -> LowRankLinear:
+def lowrank_from_factors(layer: nn.Module, factors: Factors, rank: int) -> LowRankLinear:
     """A `LowRankLinear` that approximates a dense layer, with its bias, dtype and device."""
     lowrank = empty_lowrank(layer, rank)
-    factor_a, factor_b = spectrum.factors(rank)
+    factor_a, factor_b = factors.balanced(rank)
     lowrank.lowrank_A.weight.copy_(factor_a)
     lowrank.lowrank_B.weight.copy_(factor_b)
     return lowrank
@@ -80,7 +80,7 @@ def lowrank_from_spectrum(layer: nn.Module, spectrum: Spectrum, rank: int) -> Lo
 
 def factorize_(
     model: nn.Module,
-    spectra: Mapping[str, Spectrum],
+    factors: Mapping[str, Factors],
     plan: RankPlan,
     orders: Mapping[str, ChannelOrder] | None = None,
 ) -> dict[str, nn.Module]:
@@ -88,7 +88,7 @@ def factorize_(
 
     Args:
         model: The dense model.
-        spectra: Spectrum of every layer that the plan gives a rank.
+        factors: Factors of every layer that the plan gives a rank.
         plan: Ranks by layer name; None leaves a layer dense, or narrowed if the plan says so.
         orders: Channel order of each feed-forward that the plan narrows, keyed by its output
             layer.
@@ -102,7 +102,7 @@ def factorize_(
     """
     chosen = {name: rank for name, rank in plan.ranks.items() if rank is not None}
     originals = {name: _planned_layer(model, name, plan) for name in {**chosen, **plan.narrowed}}
-    for name in chosen.keys() - spectra.keys():
+    for name in chosen.keys() - factors.keys():
         raise TargetError(f"{name}: the plan gives it a rank, but it was not decomposed.")
     blocks = {name: each for name, each in (orders or {}).items() if name in plan.narrowed}
     covered = {name for each in blocks.values() for name in each.block.names}
@@ -119,7 +119,7 @@ def factorize_(
     for name, each in blocks.items():
         layers |= narrowed(model, each.block, each.narrowing(model, plan.narrowed[name][1]))
     for name, rank in chosen.items():
-        layers[name] = lowrank_from_spectrum(originals[name], spectra[name], rank)
+        layers[name] = lowrank_from_factors(originals[name], factors[name], rank)
     restore_(model, layers)
     return originals
 
@@ -133,12 +133,12 @@ def restore_(model: nn.Module, originals: Mapping[str, nn.Module]) -> None:
 @contextmanager
 def factorized(
     model: nn.Module,
-    spectra: Mapping[str, Spectrum],
+    factors: Mapping[str, Factors],
     plan: RankPlan,
     orders: Mapping[str, ChannelOrder] | None = None,
 ) -> Iterator[nn.Module]:
     """The model with the plan in force for the time of the block, dense again afterwards."""
-    originals = factorize_(model, spectra, plan, orders)
+    originals = factorize_(model, factors, plan, orders)
     try:
         yield model
     finally:

@@ -15,7 +15,7 @@ from typing import Any
 
 from torch import nn
 
-from hf_lowrank.compression.run import check_goal
+from hf_lowrank.compression.goals import check_goal
 from hf_lowrank.compression.verbs import compress
 from hf_lowrank.config import LowRankConfig
 from hf_lowrank.decomposition.metrics import METRICS

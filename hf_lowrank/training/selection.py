@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from hf_lowrank.decomposition.metrics import METRICS, MetricSettings
-from hf_lowrank.decomposition.spectrum import Spectrum, decompose
+from hf_lowrank.decomposition.spectrum import Factors, Spectrum, decompose
 from hf_lowrank.decomposition.thin import thin_svd
 from hf_lowrank.errors import ConfigError
 from hf_lowrank.evaluation.perplexity import ItemLoss, iterate_losses
@@ -59,7 +59,7 @@ class Selection:
 
     Attributes:
         plan: Chosen ranks; None where a layer is not cut below break-even.
-        spectra: Spectra that the plan is cut from.
+        factors: What the plan is cut from.
         probes: Steps of the bisection.
         loss_passes: Passes over the selection batches, the reference pass not counted.
         decompositions: Number of spectra computed.
@@ -67,7 +67,7 @@ class Selection:
     """
 
     plan: RankPlan
-    spectra: Mapping[str, Spectrum]
+    factors: Mapping[str, Factors]
     probes: Sequence[Probe]
     loss_passes: int
     decompositions: int
@@ -91,7 +91,7 @@ def select_ranks(
         settings: Rule and tolerance.
     """
     start = time.perf_counter()
-    spectra = layer_spectra(model, layers, batches, settings)
+    spectra, factors = layer_spectra(model, layers, batches, settings)
     shapes = {name: linear_shape(layer) for name, layer in layers.items()}
     shapes |= dict(settings.dense_shapes)
     fixed: dict[str, int | None] = dict.fromkeys(settings.dense_shapes)
@@ -107,7 +107,7 @@ def select_ranks(
     def measure(plan: RankPlan, tolerance: float) -> LossDifference:
         if plan.param_ratio < settings.smallest_ratio:
             return LossDifference(math.inf, 0.0, 0, False)
-        with probed(layers, spectra, plan.ranks):
+        with probed(layers, factors, plan.ranks):
             return paired_difference(reference, iterate_losses(model, batches), tolerance)
 
     floor = smallest_ratio(shapes, fixed=fixed)
@@ -115,7 +115,7 @@ def select_ranks(
         share = max(settings.param_ratio, floor)
         plan = plan_for_budget(shapes, spectra, settings.rule, share, fixed=fixed)
         seconds = time.perf_counter() - start
-        return Selection(plan, spectra, [], int(settings.rule == "price"), len(layers), seconds)
+        return Selection(plan, factors, [], int(settings.rule == "price"), len(layers), seconds)
     plan, probes = search_tolerance(
         plan_at,
         predict,
@@ -126,7 +126,7 @@ def select_ranks(
     )
     passes = len(probes) + (settings.rule == "price")
     seconds = time.perf_counter() - start
-    return Selection(plan, spectra, probes, passes, len(layers), seconds)
+    return Selection(plan, factors, probes, passes, len(layers), seconds)
 
 
 def layer_spectra(
@@ -134,15 +134,16 @@ def layer_spectra(
     layers: Mapping[str, LowRankLinear],
     batches: Sequence[Batch],
     settings: SelectionSettings,
-) -> dict[str, Spectrum]:
-    """Spectra of the layers' products, from their thin factors alone.
+) -> tuple[dict[str, Spectrum], dict[str, Factors]]:
+    """Spectra and factors of the layers' products, from their thin factors alone.
 
     For `price` the second factor `B` is decomposed in the `kfac` metric of its own inputs
     `z = s * (A x)` and outputs: `B Cov(z) B^T = W Cov(x) W^T`, so the singular values are those of
     the whole layer, and the k x k sums of z and of `B^T g` are all that has to be collected.
     """
     if settings.rule == "relative":
-        return {name: _thin_spectrum(layer) for name, layer in layers.items()}
+        thin = {name: _thin_spectrum(layer) for name, layer in layers.items()}
+        return {n: found[0] for n, found in thin.items()}, {n: f[1] for n, f in thin.items()}
     if settings.rule != "price":
         raise ConfigError(f"The selection rule must be relative or price, got {settings.rule!r}.")
     kfac = METRICS["kfac"]
@@ -155,18 +156,19 @@ def layer_spectra(
         label_source=settings.label_source,
         seed=settings.seed,
     )
-    spectra = {}
+    spectra, factors = {}, {}
     for name, layer in layers.items():
         U, s, V = get_factors(layer)
-        found = decompose(U, kfac.form(moments[name], settings.damping))
-        right = found.right @ (s.float()[:, None] * V.float())
-        spectra[name] = Spectrum(found.left, right, found.sigma, found.price)
-    return spectra
+        found, second = decompose(U, kfac.form(moments[name], settings.damping))
+        spectra[name] = Spectrum(linear_shape(layer), found.sigma, found.price)
+        factors[name] = Factors(second.left, second.right @ (s.float()[:, None] * V.float()))
+    return spectra, factors
 
 
 @torch.no_grad()
-def _thin_spectrum(layer: LowRankLinear) -> Spectrum:
+def _thin_spectrum(layer: LowRankLinear) -> tuple[Spectrum, Factors]:
     """Plain singular values of the layer's product; see `thin_svd`."""
     U, s, V = get_factors(layer)
     left, sigma, right = thin_svd(U * s, V)
-    return Spectrum((left * sigma).float(), right.float(), sigma, None)
+    factors = Factors((left * sigma).float(), right.float())
+    return Spectrum(linear_shape(layer), sigma, None), factors

@@ -243,7 +243,7 @@ class LowRankTrainer(CheckedTrainer):
         for name, layer in layers.items():
             rank = selection.plan.ranks[name]
             if rank is not None and rank < layer.rank:
-                truncate_(layer, cut_factors(selection.spectra[name], rank), self._optimizer())
+                truncate_(layer, cut_factors(selection.factors[name], rank), self._optimizer())
                 changed = True
             elif rank is None and self.args.break_even == "dense":
                 make_dense_(self.model, name, layer, self._optimizer())

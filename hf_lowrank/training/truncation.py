@@ -14,24 +14,24 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-from hf_lowrank.decomposition.spectrum import Spectrum
+from hf_lowrank.decomposition.spectrum import Factors
 from hf_lowrank.decomposition.thin import thin_svd
 from hf_lowrank.format.modeling_lowrank import LowRankLinear
 from hf_lowrank.modeling.surgery import replace_layer_
 
-Factors = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+USV = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 _FIRST_MOMENTS = ("exp_avg", "momentum_buffer")
 _SECOND_MOMENTS = ("exp_avg_sq", "max_exp_avg_sq")
 
 
-def cut_factors(spectrum: Spectrum, rank: int) -> Factors:
+def cut_factors(factors: Factors, rank: int) -> USV:
     """`U` (m, rank), `s` (rank,), `V` (rank, n) of the best approximation of this rank."""
-    return thin_svd(spectrum.left[:, :rank], spectrum.right[:rank])
+    return thin_svd(factors.left[:, :rank], factors.right[:rank])
 
 
 @torch.no_grad()
-def set_factors_(layer: LowRankLinear, factors: Factors) -> None:
+def set_factors_(layer: LowRankLinear, factors: USV) -> None:
     """Gives a layer in training form new factors, maybe of another rank, in place."""
     if layer.lowrank_s is None:
         raise ValueError("The layer is not in training form.")
@@ -46,7 +46,7 @@ def set_factors_(layer: LowRankLinear, factors: Factors) -> None:
     layer.lowrank_A.out_features = layer.lowrank_B.in_features = len(s)
 
 
-def get_factors(layer: LowRankLinear) -> Factors:
+def get_factors(layer: LowRankLinear) -> USV:
     """The layer's `U`, `s`, `V` as they are, without a copy."""
     if layer.lowrank_s is None:
         raise ValueError("The layer is not in training form.")
@@ -56,7 +56,7 @@ def get_factors(layer: LowRankLinear) -> Factors:
 @contextmanager
 def probed(
     layers: Mapping[str, LowRankLinear],
-    spectra: Mapping[str, Spectrum],
+    factors: Mapping[str, Factors],
     ranks: Mapping[str, int | None],
 ) -> Iterator[None]:
     """Layers cut to the given ranks for the time of the block; afterwards bit for bit as before."""
@@ -64,16 +64,16 @@ def probed(
     try:
         for name, rank in ranks.items():
             if name in layers and rank is not None and rank < layers[name].rank:
-                set_factors_(layers[name], cut_factors(spectra[name], rank))
+                set_factors_(layers[name], cut_factors(factors[name], rank))
         yield
     finally:
-        for name, factors in kept.items():
-            set_factors_(layers[name], factors)
+        for name, whole in kept.items():
+            set_factors_(layers[name], whole)
 
 
 @torch.no_grad()
 def truncate_(
-    layer: LowRankLinear, factors: Factors, optimizer: torch.optim.Optimizer | None = None
+    layer: LowRankLinear, factors: USV, optimizer: torch.optim.Optimizer | None = None
 ) -> None:
     """Cuts a layer to new factors and turns the optimizer's moments into their basis, in place.
 

@@ -16,9 +16,8 @@ from benchmarks import perturbation, perturbation_figure
 from benchmarks.perturbation_figure import draw_ranges, linear_threshold, range_title
 from benchmarks.perturbation_range import linear_range, measure_range
 from hf_lowrank import LowRankConfig
-from hf_lowrank.compression.analysis import analyze
-from hf_lowrank.compression.joint.gradients import GradientReader
 from hf_lowrank.errors import ConfigError
+from tests.compression.analyzed import analyzed
 from tests.scripts import InProcess, make_inputs, must_not_happen
 
 TITLES = [f"param_ratio {r}, {s} set" for r in (0.8, 0.5) for s in ("gradient", "held-out")]
@@ -73,14 +72,11 @@ def test_the_json_holds_what_is_measured_by_hand(run, inputs, tmp_path: Path):
     }
     batches = {name: [{"input_ids": t} for t in ids.split(4)] for name, ids in sets.items()}
     config = LowRankConfig(param_ratio=0.8)
-    reader = GradientReader(config)
-    analysis = analyze(model, config, batches["gradient"], reader=reader, progress=False)
+    analysis = analyzed(model, config, batches["gradient"], with_gradients=True)
     loss(model, sets["gradient"]).backward()
     for row in rows:
         plan = analysis.plan_for_ratio(row["param_ratio"])
-        points = measure_range(
-            model, analysis.spectra, plan, reader.gradients, batches[row["set"]], scales=SCALES
-        )
+        points = measure_range(model, analysis, plan, batches[row["set"]], scales=SCALES)
         assert len(row["points"]) == len(points)
         for found, point in zip(row["points"], points, strict=True):
             assert found == pytest.approx(asdict(point), rel=1e-3, abs=1e-6)
@@ -96,8 +92,8 @@ def test_the_json_holds_what_is_measured_by_hand(run, inputs, tmp_path: Path):
             dense = {n: model.get_submodule(n).weight.clone() for n in analysis.spectra}
             for name, rank in plan.ranks.items():
                 if rank is not None:
-                    layer, spectrum = model.get_submodule(name), analysis.spectra[name]
-                    truncated = spectrum.left[:, :rank] @ spectrum.right[:rank]
+                    layer, factors = model.get_submodule(name), analysis.factors[name]
+                    truncated = factors.left[:, :rank] @ factors.right[:rank]
                     first += float((layer.weight.grad * (truncated - layer.weight)).sum())
                     noise += float((truncated - layer.weight).square().sum())
                     size += float(layer.weight.square().sum())

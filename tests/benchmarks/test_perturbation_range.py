@@ -6,26 +6,19 @@ import torch.nn.functional as F
 
 from benchmarks.perturbation_range import format_range, linear_range, measure_range
 from hf_lowrank import LowRankConfig
-from hf_lowrank.compression.analysis import decompose_layers
-from hf_lowrank.compression.joint.gradients import GradientReader
+from hf_lowrank.compression.gradients import collect_gradients
 from hf_lowrank.modeling.targets import find_targets
-from hf_lowrank.ranks.threshold import plan_for_budget
+from tests.compression.analyzed import analyzed
 from tests.tiny_models import equal_states, snapshot, tiny_llama, token_batches
 
 
 def test_predictions_hold_for_small_noise_and_fail_for_large(text):
     model = tiny_llama()
     config = LowRankConfig()
-    targets = find_targets(model, config)
-    reader = GradientReader(config)
-    moments = reader.collect(model, targets, text[:4])
-    spectra, _ = decompose_layers(targets, moments, config, progress=False)
-    shapes = {name: spectrum.shape for name, spectrum in spectra.items()}
-    plan = plan_for_budget(shapes, spectra, "price", 0.4)
+    analysis = analyzed(model, config, text[:4], with_gradients=True)
+    plan = analysis.plan_for_ratio(0.4)
     before = snapshot(model)
-    points = measure_range(
-        model, spectra, plan, reader.gradients, text[:4], scales=(1.0, 1e-3, 1e-2, 0.1)
-    )
+    points = measure_range(model, analysis, plan, text[:4], scales=(1.0, 1e-3, 1e-2, 0.1))
     assert [point.scale for point in points] == [1e-3, 1e-2, 0.1, 1.0]
     assert points[0].measured == pytest.approx(points[0].first_order, rel=0.2)
     assert abs(points[-1].measured - points[-1].first_order) > 0.5 * abs(points[-1].first_order)
@@ -38,8 +31,8 @@ def test_predictions_hold_for_small_noise_and_fail_for_large(text):
 
 def test_gradients_are_those_of_the_mean_loss():
     model, batches = tiny_llama(), token_batches(3)
-    targets, reader = find_targets(model, LowRankConfig()), GradientReader(LowRankConfig())
-    reader.collect(model, targets, batches)
+    targets = find_targets(model, LowRankConfig())
+    gradients = collect_gradients(model, targets, batches, LowRankConfig())
     total, count = 0.0, 0
     for batch in batches:
         logits = model(**batch).logits[:, :-1]
@@ -47,4 +40,4 @@ def test_gradients_are_those_of_the_mean_loss():
         count += batch["input_ids"][:, 1:].numel()
     (total / count).backward()
     for name, layer in targets.items():
-        assert torch.allclose(reader.gradients[name], layer.weight.grad, atol=1e-5), name
+        assert torch.allclose(gradients.mean[name], layer.weight.grad, atol=1e-5), name

@@ -13,7 +13,7 @@ from hf_lowrank.ranks.threshold import lower_hull
 
 def test_rank_curve_ends_dense():
     sigma = torch.tensor([3.0, 2.0, 1.0, 0.5], dtype=torch.float64)
-    spectrum = Spectrum(torch.zeros(8, 4), torch.zeros(4, 4), sigma, sigma**2)
+    spectrum = Spectrum((8, 4), sigma, sigma**2)
     curve = rank_curve(spectrum)  # rank 3 would cost more than dense
     assert curve.costs.tolist() == [12.0, 24.0, 32.0]
     assert curve.rises.tolist() == [5.25, 1.25, 0.0]

@@ -15,7 +15,7 @@ from hf_lowrank.compression.analysis import decompose_layers
 from hf_lowrank.compression.cache import RunCache
 from hf_lowrank.decomposition.metrics import METRICS
 from hf_lowrank.decomposition.moments import Moments, SecondMoment
-from hf_lowrank.decomposition.spectrum import Spectrum
+from hf_lowrank.decomposition.spectrum import Factors, Spectrum
 from hf_lowrank.errors import StorageError
 from hf_lowrank.measuring.losses import Batch, ItemLosses, item_losses
 from hf_lowrank.measuring.statistics import collect_moments
@@ -35,14 +35,20 @@ def run_cache(folder: Path, **changes: Any) -> RunCache:
     return RunCache(folder, **(settings | changes))
 
 
-def spectrum(seed: int = 0, price: bool = True) -> Spectrum:
+def decomposed(seed: int = 0, price: bool = True) -> tuple[Spectrum, Factors]:
     generator = torch.Generator().manual_seed(seed)
-    return Spectrum(
-        left=torch.randn(6, 4, generator=generator),
-        right=torch.randn(4, 5, generator=generator),
-        sigma=torch.rand(4, generator=generator, dtype=torch.float64),
-        price=torch.rand(4, generator=generator, dtype=torch.float64) if price else None,
+    spectrum = Spectrum(
+        (6, 5),
+        torch.rand(4, generator=generator, dtype=torch.float64),
+        torch.rand(4, generator=generator, dtype=torch.float64) if price else None,
     )
+    left, right = torch.randn(6, 4, generator=generator), torch.randn(4, 5, generator=generator)
+    return spectrum, Factors(left, right)
+
+
+def spectra_of(*names: str, seed: int = 0) -> cache.Decompositions:
+    spectrum, factors = decomposed(seed)
+    return dict.fromkeys(names, spectrum), dict.fromkeys(names, factors), {}
 
 
 def same(one: torch.Tensor | None, two: torch.Tensor | None) -> bool:
@@ -51,8 +57,7 @@ def same(one: torch.Tensor | None, two: torch.Tensor | None) -> bool:
     return one.dtype == two.dtype and torch.equal(one, two)
 
 
-def same_spectrum(one: Spectrum, two: Spectrum) -> bool:
-    parts = ("left", "right", "sigma", "price")
+def same_parts(one: Any, two: Any, *parts: str) -> bool:
     return all(same(getattr(one, part), getattr(two, part)) for part in parts)
 
 
@@ -62,13 +67,19 @@ def same_spectrum(one: Spectrum, two: Spectrum) -> bool:
 @pytest.mark.parametrize("price", [True, False])
 def test_spectra_and_failures_come_back_as_they_were(tmp_path: Path, price: bool):
     names = ["a", "b", "c"]
-    spectra = {"a": spectrum(0, price), "c": spectrum(1, price)}
-    run_cache(tmp_path).write_spectra(names, spectra, {"b": "the weight holds NaN"})
+    pairs = {"a": decomposed(0, price), "c": decomposed(1, price)}
+    spectra = {name: spectrum for name, (spectrum, _) in pairs.items()}
+    factors = {name: found for name, (_, found) in pairs.items()}
+    failures = {"b": "the weight holds NaN"}
+    run_cache(tmp_path).write_spectra(names, (spectra, factors, failures))
     found = run_cache(tmp_path).read_spectra(names)
     assert found is not None
-    assert set(found[0]) == {"a", "c"}
-    assert all(same_spectrum(found[0][name], spectra[name]) for name in spectra)
-    assert found[1] == {"b": "the weight holds NaN"}
+    assert set(found[0]) == set(found[1]) == {"a", "c"}
+    assert found[2] == failures
+    for name, spectrum in spectra.items():
+        assert found[0][name].shape == (6, 5)
+        assert same_parts(found[0][name], spectrum, "sigma", "price")
+        assert same_parts(found[1][name], factors[name], "left", "right")
 
 
 @pytest.mark.parametrize("needs", [NEEDS, EVERYTHING], ids=["kfac", "all"])
@@ -156,7 +167,7 @@ SPECTRUM_CHANGES: dict[str, Callable[[], dict[str, Any]]] = {
 
 @pytest.mark.parametrize("change", [*CHANGES, *SPECTRUM_CHANGES])
 def test_spectra_of_another_run_are_not_used(tmp_path: Path, change: str):
-    run_cache(tmp_path).write_spectra(["a"], {"a": spectrum()}, {})
+    run_cache(tmp_path).write_spectra(["a"], spectra_of("a"))
     other = run_cache(tmp_path, **(CHANGES | SPECTRUM_CHANGES)[change]())
     assert other.read_spectra(["a"]) is None
 
@@ -175,7 +186,7 @@ def test_moments_serve_all_metrics_that_need_the_same(tmp_path: Path, change: st
 
 def test_other_layers_and_other_fields_are_other_entries(tmp_path: Path):
     written = run_cache(tmp_path)
-    written.write_spectra(["a", "b"], {"a": spectrum(), "b": spectrum()}, {})
+    written.write_spectra(["a", "b"], spectra_of("a", "b"))
     written.write_moments(["a"], NEEDS, {"a": Moments(tokens=1, losses=1)})
     assert written.read_spectra(["a"]) is None
     assert written.read_spectra(["a", "b", "c"]) is None
@@ -184,7 +195,7 @@ def test_other_layers_and_other_fields_are_other_entries(tmp_path: Path):
 
 
 def test_the_goal_and_the_rule_share_their_spectra(tmp_path: Path):
-    run_cache(tmp_path).write_spectra(["a"], {"a": spectrum()}, {})
+    run_cache(tmp_path).write_spectra(["a"], spectra_of("a"))
     for config in (
         LowRankConfig(loss_tolerance=0.1),
         LowRankConfig(param_ratio=0.3, rule="energy", min_rank=2),
@@ -198,16 +209,16 @@ def test_the_goal_and_the_rule_share_their_spectra(tmp_path: Path):
 
 @pytest.mark.parametrize("keep", [0, 3, 100, -1])
 def test_a_file_that_was_cut_off_is_made_again(tmp_path: Path, keep: int):
-    run_cache(tmp_path).write_spectra(["a"], {"a": spectrum()}, {})
+    run_cache(tmp_path).write_spectra(["a"], spectra_of("a"))
     (path,) = tmp_path.iterdir()
     path.write_bytes(path.read_bytes()[:keep])
     assert run_cache(tmp_path).read_spectra(["a"]) is None
-    run_cache(tmp_path).write_spectra(["a"], {"a": spectrum()}, {})
+    run_cache(tmp_path).write_spectra(["a"], spectra_of("a"))
     assert run_cache(tmp_path).read_spectra(["a"]) is not None
 
 
 def test_a_file_that_is_something_else_is_made_again(tmp_path: Path):
-    run_cache(tmp_path).write_spectra(["a"], {"a": spectrum()}, {})
+    run_cache(tmp_path).write_spectra(["a"], spectra_of("a"))
     (path,) = tmp_path.iterdir()
     cache.save_file({"x": torch.ones(2)}, path)
     assert run_cache(tmp_path).read_spectra(["a"]) is None
@@ -223,14 +234,14 @@ def test_a_write_that_breaks_off_leaves_no_file(
 
     monkeypatch.setattr(cache, "save_file", save_file)
     with pytest.raises((StorageError, KeyboardInterrupt)):
-        run_cache(tmp_path).write_spectra(["a"], {"a": spectrum()}, {})
+        run_cache(tmp_path).write_spectra(["a"], spectra_of("a"))
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_folder_that_cannot_be_written_is_named_with_the_reason(tmp_path: Path):
     (tmp_path / "file").write_text("keep")
     with pytest.raises(StorageError, match=r"cache folder .*file: .*File exists"):
-        run_cache(tmp_path / "file").write_spectra(["a"], {"a": spectrum()}, {})
+        run_cache(tmp_path / "file").write_spectra(["a"], spectra_of("a"))
 
 
 # Whole runs
@@ -312,10 +323,10 @@ def test_a_model_with_the_same_weights_but_another_activation_is_another_model(t
 
 
 def test_a_stale_temporary_file_is_not_in_the_way(tmp_path: Path):
-    run_cache(tmp_path).write_spectra(["a"], {"a": spectrum()}, {})
+    run_cache(tmp_path).write_spectra(["a"], spectra_of("a"))
     (path,) = tmp_path.iterdir()
     path.rename(path.with_name(f"{path.name}.tmp-{os.getpid()}"))
-    run_cache(tmp_path).write_spectra(["a"], {"a": spectrum(1)}, {})
+    run_cache(tmp_path).write_spectra(["a"], spectra_of("a", seed=1))
     found = run_cache(tmp_path).read_spectra(["a"])
     assert found is not None
-    assert same_spectrum(found[0]["a"], spectrum(1))
+    assert same_parts(found[1]["a"], decomposed(1)[1], "left", "right")

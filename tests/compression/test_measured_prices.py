@@ -8,12 +8,12 @@ import torch.nn.functional as F
 
 from hf_lowrank import LowRankConfig, compress
 from hf_lowrank.cli.arguments import CompressionArguments
-from hf_lowrank.compression.analysis import analyze
 from hf_lowrank.compression.held_out import HeldOutDivergence
-from hf_lowrank.compression.prices import measure_parts, model_parts, with_factors
+from hf_lowrank.compression.prices import measure_parts, model_parts, scaled_prices
 from hf_lowrank.errors import ConfigError, DataError
 from hf_lowrank.report.text.table import comparison_rows, describe_run, format_report
 from tests.compression import mean_loss
+from tests.compression.analyzed import analyzed
 from tests.measuring.losses import tiny_gemma2
 from tests.tiny_models import (
     batches_for,
@@ -36,7 +36,7 @@ def text():
 
 @pytest.fixture(scope="module")
 def analysis(text):
-    return analyze(tiny_llama(), CONFIG, text[:6], progress=False)
+    return analyzed(tiny_llama(), CONFIG, text[:6])
 
 
 def test_divergence_is_that_of_the_next_token_distributions(text):
@@ -80,7 +80,7 @@ def test_factors_are_measured_over_predicted_and_the_model_is_dense_again(text, 
     assert cut <= {name for part in found for name in part["layers"]}
     for part in found:
         assert part["factor"] == pytest.approx(part["measured"] / part["predicted"])
-    corrected = with_factors(analysis, found)
+    corrected = scaled_prices(analysis, found)
     total = sum(part["measured"] for part in found)
     assert corrected.predicted_rise(plan) == pytest.approx(total)
     assert corrected.spectra.keys() == analysis.spectra.keys()
@@ -102,7 +102,7 @@ def test_a_part_that_costs_more_than_predicted_keeps_more(text, analysis):
     gains = []
     for layers in parts:
         factors = [{"layers": layers, "factor": 5.0}]
-        corrected = with_factors(analysis, factors).plan_for_ratio(0.5)
+        corrected = scaled_prices(analysis, factors).plan_for_ratio(0.5)
         gains.append(kept(corrected, layers) - kept(plan, layers))
         assert corrected.kept_parameters <= 0.5 * plan.dense_parameters
     assert min(gains) >= 0  # 0 where the part was whole before
@@ -156,13 +156,13 @@ def no_work(*args, **kwargs):
 
 
 def test_a_model_that_changes_its_logits_is_refused_before_any_work(text, monkeypatch):
-    monkeypatch.setattr("hf_lowrank.compression.run.analyze", no_work)
+    monkeypatch.setattr("hf_lowrank.compression.application.analyze", no_work)
     with pytest.raises(ConfigError, match=r"^Gemma2ForCausalLM: .* recover_steps and measured_pri"):
         compress(tiny_gemma2(), CONFIG, text[:4], progress=False)
 
 
 def test_prices_without_held_out_text_are_refused_before_any_work(text, monkeypatch):
-    monkeypatch.setattr("hf_lowrank.compression.run.analyze", no_work)
+    monkeypatch.setattr("hf_lowrank.compression.application.analyze", no_work)
     with pytest.raises(DataError, match=r"measured_prices needs held-out text; pass held_out\."):
         compress(tiny_llama(), CONFIG, text[:4], held_out=[], progress=False)
 

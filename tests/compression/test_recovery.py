@@ -12,7 +12,6 @@ from torch import nn
 
 import hf_lowrank
 from hf_lowrank.compression import recovery
-from hf_lowrank.compression.analysis import analyze
 from hf_lowrank.compression.recovery import RecoveryResult, RecoverySettings, recover_
 from hf_lowrank.config import LowRankConfig
 from hf_lowrank.errors import ConfigError, DataError, NumericalError
@@ -20,6 +19,7 @@ from hf_lowrank.evaluation.perplexity import measure_loss
 from hf_lowrank.format.modeling_lowrank import factorized_layers
 from hf_lowrank.measuring.losses import distillation_losses, hidden_states
 from hf_lowrank.modeling.surgery import factorize_
+from tests.compression.analyzed import analyzed
 from tests.measuring.losses import tiny_gemma2
 from tests.tiny_models import (
     Batch,
@@ -43,7 +43,7 @@ def compressed(
     """A cut model, its dense layers, text that the dense model wrote, and held-out text."""
     model = build()
     batches, held_out = written_batches(model, 8), written_batches(model, 4, seed=1)
-    analysis = analyze(model, LowRankConfig(param_ratio=0.4, metric="plain"), progress=False)
+    analysis = analyzed(model, LowRankConfig(param_ratio=0.4, metric="plain"))
     originals = factorize_(model, analysis.spectra, analysis.plan_for_ratio(0.4))
     return model, originals, batches, held_out
 
@@ -109,7 +109,9 @@ def test_a_model_that_stayed_dense_has_nothing_to_train(kind: str):
 def test_an_encoder_is_refused_before_any_work(monkeypatch: pytest.MonkeyPatch):
     model = tiny_bert_classifier()
     batches = batches_for(model, 4)
-    monkeypatch.setattr("hf_lowrank.compression.run.analyze", lambda *a, **k: pytest.fail("worked"))
+    monkeypatch.setattr(
+        "hf_lowrank.compression.application.analyze", lambda *a, **k: pytest.fail("worked")
+    )
     config = LowRankConfig(param_ratio=0.5)
     with pytest.raises(ConfigError, match="BertForSequenceClassification is no causal language"):
         hf_lowrank.compress(model, config, batches, recover_steps=5, progress=False)
@@ -121,7 +123,9 @@ def test_a_model_that_changes_its_logits_is_refused_before_any_work(
 ):
     model, text = tiny_gemma2(), token_batches(6)
     layers = dict(model.named_modules())
-    monkeypatch.setattr("hf_lowrank.compression.run.analyze", lambda *a, **k: pytest.fail("worked"))
+    monkeypatch.setattr(
+        "hf_lowrank.compression.application.analyze", lambda *a, **k: pytest.fail("worked")
+    )
     config, options = LowRankConfig(param_ratio=0.5), {"recover_steps": 6, "stages": stages}
     with pytest.raises(ConfigError, match=r"^Gemma2ForCausalLM: .*; leave out recover_steps"):
         hf_lowrank.compress(model, config, text, progress=False, **options)
@@ -136,7 +140,9 @@ def test_a_recovery_without_text_is_refused_before_any_work(
 ):
     model = tiny_llama()
     text = [token_batches(n) if isinstance(n, int) else n for n in (calibration, held_out)]
-    monkeypatch.setattr("hf_lowrank.compression.run.analyze", lambda *a, **k: pytest.fail("worked"))
+    monkeypatch.setattr(
+        "hf_lowrank.compression.application.analyze", lambda *a, **k: pytest.fail("worked")
+    )
     options = {"held_out": text[1], "recover_steps": 6, "stages": stages, "progress": False}
     config = LowRankConfig(param_ratio=0.5, metric="plain")
     with pytest.raises(DataError, match="needs calibration text to train on and held-out text"):

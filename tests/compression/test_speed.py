@@ -3,10 +3,12 @@
 import pytest
 
 from hf_lowrank import LowRankConfig, compress, sweep
-from hf_lowrank.compression import run as compression_run
+from hf_lowrank.compression import application
+from hf_lowrank.compression.application import cut, measure_dense
 from hf_lowrank.compression.joint.system import compress_jointly
-from hf_lowrank.compression.run import CompressionRun, RunOptions, Texts
+from hf_lowrank.compression.options import Run, RunOptions
 from hf_lowrank.measuring.distributed import Processes
+from hf_lowrank.modeling.targets import find_targets
 from tests.compression import is_dense
 from tests.tiny_models import (
     equal_states,
@@ -28,7 +30,7 @@ def timed(monkeypatch):
         calls.append((snapshot(model), dict(originals)))
         return {"call": len(calls)}
 
-    monkeypatch.setattr(compression_run, "speed_before_and_after", note)
+    monkeypatch.setattr(application, "speed_before_and_after", note)
     return calls
 
 
@@ -99,7 +101,9 @@ def test_of_several_processes_only_the_first_is_timed_and_all_report_it(timed):
             assert value is None
             return {"call": "of the first"}
 
-    run = CompressionRun(tiny_llama(), PLAIN, Texts(), RunOptions(speed=True, progress=False))
-    run.processes = Second(1, 2)
-    assert run.apply(*run.choose()).speed == {"call": "of the first"}
+    model = tiny_llama()
+    run = Run(options=RunOptions(speed=True, progress=False), processes=Second(1, 2))
+    targets = find_targets(model, PLAIN)
+    report = cut(model, targets, PLAIN, measure_dense(model, targets, run), run)
+    assert report.speed == {"call": "of the first"}
     assert timed == []

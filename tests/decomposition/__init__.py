@@ -96,5 +96,5 @@ def error_of(W_k, W, P, Q):
     return float(np.trace(P @ D @ Q @ D.T))
 
 
-def truncated(spectrum, rank):
-    return (spectrum.left[:, :rank] @ spectrum.right[:rank]).double().numpy()
+def truncated(factors, rank):
+    return factors.product(rank).double().numpy()

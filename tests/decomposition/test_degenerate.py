@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from hf_lowrank.decomposition.metrics import METRICS, QuadraticForm
-from hf_lowrank.decomposition.spectrum import Spectrum, decompose
+from hf_lowrank.decomposition.spectrum import Factors, decompose
 from hf_lowrank.errors import NumericalError
 from tests.decomposition import (
     SETTINGS,
@@ -28,15 +28,15 @@ from tests.decomposition import (
 def test_singular_moments_are_exact_on_the_directions_seen(metric, shape, projected, tokens):
     layer = Layer(shape, tokens=tokens)
     form = layer.form(metric, UNDAMPED, projected)
-    spectrum = decompose(layer.weight, form, dtype=torch.float64)
+    spectrum, factors = decompose(layer.weight, form, dtype=torch.float64)
     size = min(layer.W.shape)
-    assert spectrum.left.shape == (layer.W.shape[0], size)
-    assert spectrum.right.shape == (size, layer.W.shape[1])
-    assert spectrum.left.isfinite().all()
-    assert spectrum.right.isfinite().all()
+    assert factors.left.shape == (layer.W.shape[0], size)
+    assert factors.right.shape == (size, layer.W.shape[1])
+    assert factors.left.isfinite().all()
+    assert factors.right.isfinite().all()
     assert spectrum.sigma[tokens - 1] > 1e-3 * spectrum.sigma[0]
     assert spectrum.sigma[tokens:].max() < 1e-6 * spectrum.sigma[0]
-    seen_gap = (truncated(spectrum, size) - layer.W) @ layer.x.T
+    seen_gap = (truncated(factors, size) - layer.W) @ layer.x.T
     if metric == "kfac":
         seen_gap = layer.g @ seen_gap
     assert np.abs(layer.W @ layer.x.T).max() > 0.1
@@ -54,12 +54,12 @@ def test_singular_moments_leave_the_least_possible_error(metric, shape, projecte
     P, Q = layer.sides(metric, UNDAMPED)
     sigma = np.linalg.svd(symmetric_root(P) @ layer.W @ symmetric_root(Q), compute_uv=False)
     form = layer.form(metric, UNDAMPED, projected)
-    spectrum = decompose(layer.weight, form, dtype=torch.float64)
+    spectrum, factors = decompose(layer.weight, form, dtype=torch.float64)
     np.testing.assert_allclose(spectrum.sigma, sigma, rtol=1e-6, atol=1e-6 * sigma[0])
     for rank in (1, 2):
         least = float((sigma[rank:] ** 2).sum())
         assert least > 1e-6
-        found = error_of(truncated(spectrum, rank), layer.W, P, Q)
+        found = error_of(truncated(factors, rank), layer.W, P, Q)
         assert found == pytest.approx(least, rel=1e-6)
 
 
@@ -70,7 +70,7 @@ def symmetric_root(form):
 
 def test_directions_that_were_never_seen_cost_nothing():
     layer = Layer("square", tokens=2)
-    spectrum = decompose(layer.weight, layer.form("kfac", UNDAMPED))
+    spectrum, _factors = decompose(layer.weight, layer.form("kfac", UNDAMPED))
     assert spectrum.price.shape == (5,)
     assert spectrum.price[1] > 0
     assert spectrum.predicted_rise(2) < 1e-12 * spectrum.predicted_rise(0)
@@ -78,17 +78,16 @@ def test_directions_that_were_never_seen_cost_nothing():
 
 def test_factors_of_unseen_directions_are_finite():
     layer = Layer("tall", tokens=1)
-    spectrum = decompose(layer.weight, layer.form("whitened", UNDAMPED))
-    A, B = spectrum.factors(4)
+    _spectrum, factors = decompose(layer.weight, layer.form("whitened", UNDAMPED))
+    A, B = factors.balanced(4)
     assert A.isfinite().all()
     assert B.isfinite().all()
-    assert torch.allclose(B @ A, spectrum.left @ spectrum.right, atol=1e-6)
+    assert torch.allclose(B @ A, factors.left @ factors.right, atol=1e-6)
 
 
 def test_factors_with_a_vanishing_half_are_finite():
     left, right = torch.tensor([[1.0, 0.0], [2.0, 0.0]]), torch.tensor([[3.0, 4.0], [1.0, 0.0]])
-    spectrum = Spectrum(left, right, torch.tensor([1.0, 0.0]).double(), None)
-    A, B = spectrum.factors(2)
+    A, B = Factors(left, right).balanced(2)
     assert A.isfinite().all()
     assert torch.allclose(B @ A, left @ right)
 
@@ -98,8 +97,8 @@ def test_factors_with_a_vanishing_half_are_finite():
 def test_a_single_zero_on_the_diagonal_loses_no_row_or_column(metric, shape):
     layer = Layer(shape)
     layer.x[:, 1], layer.rows[1] = 0, 0
-    spectrum = decompose(layer.weight, layer.form(metric), dtype=torch.float64)
-    np.testing.assert_allclose(truncated(spectrum, 7), layer.W, atol=1e-9)
+    _spectrum, factors = decompose(layer.weight, layer.form(metric), dtype=torch.float64)
+    np.testing.assert_allclose(truncated(factors, 7), layer.W, atol=1e-9)
 
 
 @pytest.mark.parametrize("metric", ["fisher-rows", "activation-scale"])
@@ -109,11 +108,11 @@ def test_a_diagonal_of_zeros_never_gives_factors_that_are_not_finite(metric, sha
     layer = Layer(shape)
     layer.x, layer.rows = 0 * layer.x, 0 * layer.rows
     try:
-        spectrum = decompose(layer.weight, layer.form(metric))
+        _spectrum, factors = decompose(layer.weight, layer.form(metric))
     except NumericalError:
         return
-    assert spectrum.left.isfinite().all()
-    assert spectrum.right.isfinite().all()
+    assert factors.left.isfinite().all()
+    assert factors.right.isfinite().all()
 
 
 @pytest.mark.parametrize("metric", ["sparsity", "sparsity-whitened"])
@@ -121,10 +120,10 @@ def test_a_diagonal_of_zeros_never_gives_factors_that_are_not_finite(metric, sha
 def test_rows_without_survivors_stay_zero(metric, shape):
     layer = Layer(shape)
     layer.W[1] = 0.0
-    spectrum = decompose(layer.weight, layer.form(metric), dtype=torch.float64)
+    _spectrum, factors = decompose(layer.weight, layer.form(metric), dtype=torch.float64)
     wanted, _ = reference(layer.W, *layer.sides(metric))
     for rank in (1, 2):
-        found = truncated(spectrum, rank)
+        found = truncated(factors, rank)
         np.testing.assert_allclose(found, wanted[rank - 1], rtol=1e-8, atol=1e-9)
         assert np.abs(found[1]).max() < 1e-12
 
@@ -134,15 +133,16 @@ def test_rows_without_survivors_stay_zero(metric, shape):
 def test_a_matrix_without_survivors_gives_finite_factors(metric, shape):
     layer = Layer(shape)
     layer.W[:] = 0.0
-    factors = decompose(layer.weight, layer.form(metric)).factors(2)
+    _, found = decompose(layer.weight, layer.form(metric))
+    factors = found.balanced(2)
     assert all(bool(torch.isfinite(factor).all()) for factor in factors)
     assert not bool((factors[1] @ factors[0]).any())
 
 
 def test_a_weight_of_zeros_has_zero_factors():
-    spectrum = decompose(torch.zeros(4, 3), QuadraticForm())
+    spectrum, factors = decompose(torch.zeros(4, 3), QuadraticForm())
     assert spectrum.sigma.tolist() == [0.0, 0.0, 0.0]
-    A, B = spectrum.factors(2)
+    A, B = factors.balanced(2)
     assert A.isfinite().all()
     assert torch.equal(B @ A, torch.zeros(4, 3))
 
@@ -150,9 +150,9 @@ def test_a_weight_of_zeros_has_zero_factors():
 @pytest.mark.parametrize("shape", [(1, 1), (1, 3), (3, 1)])
 def test_a_single_row_or_column_is_exact_at_rank_one(shape):
     weight = torch.arange(1.0, 1 + max(shape)).view(shape)
-    spectrum = decompose(weight, QuadraticForm())
+    spectrum, factors = decompose(weight, QuadraticForm())
     assert spectrum.sigma.tolist() == pytest.approx([float(weight.norm())])
-    assert torch.allclose(spectrum.left @ spectrum.right, weight)
+    assert torch.allclose(factors.left @ factors.right, weight)
 
 
 # Refusals

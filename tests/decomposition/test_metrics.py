@@ -97,11 +97,11 @@ def test_output_pca_is_the_whitened_metric():
         second = x.T @ x
         given = Moments(input=SecondMoment(second, float(second.trace()), n), tokens=40)
         form = METRICS["whitened"].form(given, MetricSettings(input_damping=0.0))
-        spectrum = decompose(weight, form, dtype=torch.float64)
+        _spectrum, factors = decompose(weight, form, dtype=torch.float64)
         basis = torch.linalg.eigh(weight @ second @ weight.T).eigenvectors.flip(1)
         for rank in (1, 3):
             projected = basis[:, :rank] @ basis[:, :rank].T @ weight
-            assert torch.allclose(spectrum.left[:, :rank] @ spectrum.right[:rank], projected)
+            assert torch.allclose(factors.left[:, :rank] @ factors.right[:rank], projected)
 
 
 def test_kfac_reads_both_moments_and_prices_a_component():

@@ -7,7 +7,6 @@ import torch
 from torch import nn
 
 from hf_lowrank import LowRankConfig, get_lowrank_model
-from hf_lowrank.compression.analysis import analyze
 from hf_lowrank.errors import ConfigError, DataError
 from hf_lowrank.evaluation import assisted, speed
 from hf_lowrank.evaluation.assisted import Assisted, generate, measure_assisted
@@ -19,6 +18,7 @@ from hf_lowrank.evaluation.speed import (
     time_once,
 )
 from hf_lowrank.modeling.surgery import factorize_, restore_
+from tests.compression.analyzed import analyzed
 from tests.tiny_models import (
     MAX_LENGTH,
     num_lowrank,
@@ -99,7 +99,7 @@ def cut_model() -> tuple[Any, dict[str, nn.Module]]:
     """A compressed model and the dense layers that it had."""
     model = tiny_llama()
     config = LowRankConfig(param_ratio=0.5, metric="plain")
-    found = analyze(model, config, progress=False)
+    found = analyzed(model, config)
     return model, factorize_(model, found.spectra, found.plan_for_ratio(0.5))
 
 

@@ -10,7 +10,7 @@ from hf_lowrank.decomposition.metrics import QuadraticForm
 from hf_lowrank.decomposition.spectrum import decompose
 from hf_lowrank.errors import ConfigError, TargetError
 from hf_lowrank.format.modeling_lowrank import linear_shape, linear_weight
-from hf_lowrank.modeling.surgery import factorize_, factorized, lowrank_from_spectrum, restore_
+from hf_lowrank.modeling.surgery import factorize_, factorized, lowrank_from_factors, restore_
 from hf_lowrank.modeling.targets import find_targets
 from hf_lowrank.ranks.plan import RankPlan
 from tests.tiny_models import logits, tiny_bert_classifier, tiny_gpt2, tiny_llama, token_batches
@@ -21,10 +21,10 @@ BATCH = token_batches(1)[0]
 
 
 def cut(model, ranks):
-    """Plain spectra and a plan for some layers."""
+    """Plain factors and a plan for some layers."""
     layers = {name: model.get_submodule(name) for name in ranks}
-    spectra = {n: decompose(linear_weight(m), QuadraticForm()) for n, m in layers.items()}
-    return spectra, RankPlan(ranks, {n: linear_shape(m) for n, m in layers.items()})
+    factors = {n: decompose(linear_weight(m), QuadraticForm())[1] for n, m in layers.items()}
+    return factors, RankPlan(ranks, {n: linear_shape(m) for n, m in layers.items()})
 
 
 def snapshot(model):
@@ -46,8 +46,8 @@ def assert_unchanged(model, before):
 def test_factorize_replaces_the_planned_layers_only():
     model = tiny_llama()
     kept = model.get_submodule("model.layers.0.mlp.up_proj")
-    spectra, plan = cut(model, {Q_PROJ: 4, UP_PROJ: 7, "model.layers.0.mlp.up_proj": None})
-    factorize_(model, spectra, plan)
+    factors, plan = cut(model, {Q_PROJ: 4, UP_PROJ: 7, "model.layers.0.mlp.up_proj": None})
+    factorize_(model, factors, plan)
     lowrank = {n: m.rank for n, m in model.named_modules() if isinstance(m, LowRankLinear)}
     assert lowrank == {Q_PROJ: 4, UP_PROJ: 7}
     assert model.get_submodule("model.layers.0.mlp.up_proj") is kept
@@ -84,7 +84,7 @@ def test_full_rank_changes_no_output_but_a_low_rank_does():
 def test_a_factorized_layer_keeps_bias_dtype_and_flags(layer):
     layer = layer.to(torch.bfloat16).eval()
     layer.weight.requires_grad_(False)
-    lowrank = lowrank_from_spectrum(layer, decompose(linear_weight(layer), QuadraticForm()), 2)
+    lowrank = lowrank_from_factors(layer, decompose(linear_weight(layer), QuadraticForm())[1], 2)
     assert linear_shape(lowrank) == linear_shape(layer)
     assert lowrank.conv1d == isinstance(layer, Conv1D)
     assert not lowrank.training
@@ -134,10 +134,10 @@ def test_factorized_restores_after_an_exception(error):
 def test_a_plan_that_does_not_fit_leaves_the_model_untouched(name, shape, message):
     model = tiny_llama(tie_word_embeddings=False)
     before = snapshot(model)
-    spectra, plan = cut(model, {Q_PROJ: 4, UP_PROJ: 4})
+    factors, plan = cut(model, {Q_PROJ: 4, UP_PROJ: 4})
     bad = RankPlan({Q_PROJ: 4, name: 4}, {Q_PROJ: plan.shapes[Q_PROJ], name: shape})
     with pytest.raises(TargetError, match=message):
-        factorize_(model, spectra, bad)
+        factorize_(model, factors, bad)
     assert_unchanged(model, before)
 
 

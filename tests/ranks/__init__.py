@@ -16,7 +16,7 @@ def spectrum_of(shape, sigma, price=None):
     m, n = shape
     sigma = torch.as_tensor(np.array(sigma, dtype=float))
     price = None if price is None else torch.as_tensor(np.array(price, dtype=float))
-    return Spectrum(torch.zeros(m, len(sigma)), torch.zeros(len(sigma), n), sigma, price)
+    return Spectrum((m, n), sigma, price)
 
 
 def priced_spectrum(shape, sigma, scale=0.01):

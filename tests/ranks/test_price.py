@@ -102,8 +102,7 @@ def test_predicted_rise_adds_up_over_layers():
 
 def test_prices_need_a_metric_that_has_them():
     plain = {
-        name: Spectrum(spectrum.left, spectrum.right, spectrum.sigma, None)
-        for name, spectrum in SPECTRA.items()
+        name: Spectrum(spectrum.shape, spectrum.sigma, None) for name, spectrum in SPECTRA.items()
     }
     with pytest.raises(ConfigError, match=r"^rule 'price' needs metric 'kfac'"):
         plan_for_budget(SHAPES, plain, "price", 0.8)

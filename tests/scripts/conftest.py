@@ -62,5 +62,7 @@ def no_calibration(monkeypatch: pytest.MonkeyPatch) -> None:
             hf_lowrank.compression.analysis, name, must_not_happen(f"{name} was called")
         )
     monkeypatch.setattr(
-        hf_lowrank.compression.run, "measure_loss", must_not_happen("measure_loss was called")
+        hf_lowrank.compression.application,
+        "measure_loss",
+        must_not_happen("measure_loss was called"),
     )

@@ -52,16 +52,14 @@ def trained(name: str, rank: int | None = None) -> tuple:
 @pytest.mark.parametrize("name", CASES)
 def test_thin_spectra_are_the_svd_of_the_product(name: str):
     model, layers = trained(name)
-    spectra = layer_spectra(model, layers, [], SelectionSettings())
+    spectra, factors = layer_spectra(model, layers, [], SelectionSettings())
     for key, layer in layers.items():
         weight = layer.dense_weight().detach().double()
         U, s, Vh = torch.linalg.svd(weight, full_matrices=False)
         found = spectra[key]
         torch.testing.assert_close(found.sigma, s, atol=1e-5, rtol=1e-4)
         best = (U[:, :7] * s[:7]) @ Vh[:7]
-        torch.testing.assert_close(
-            (found.left[:, :7] @ found.right[:7]).double(), best, atol=1e-4, rtol=1e-3
-        )
+        torch.testing.assert_close(factors[key].product(7).double(), best, atol=1e-4, rtol=1e-3)
         assert found.price is None
 
 
@@ -70,7 +68,7 @@ def test_thin_spectra_are_the_svd_of_the_product(name: str):
 def test_prices_are_those_of_the_dense_layer_in_its_own_moments(name: str, rank: int | None):
     model, layers = trained(name, rank)
     batches = batches_of(name)
-    found = layer_spectra(
+    found, factors = layer_spectra(
         model, layers, batches, SelectionSettings("price", label_source="data", damping=UNDAMPED)
     )
     dense = copy.deepcopy(model)
@@ -79,7 +77,7 @@ def test_prices_are_those_of_the_dense_layer_in_its_own_moments(name: str, rank:
     targets = {key: dense.get_submodule(key) for key in layers}
     moments = collect_moments(dense, targets, batches, METRICS["kfac"].needs)
     for key, layer in layers.items():
-        whole = decompose(
+        whole, _ = decompose(
             targets[key].weight.detach(), METRICS["kfac"].form(moments[key], UNDAMPED)
         )
         size = layer.rank
@@ -90,7 +88,7 @@ def test_prices_are_those_of_the_dense_layer_in_its_own_moments(name: str, rank:
         )
         assert whole.price[size:].sum().item() < 1e-3 * scale
         torch.testing.assert_close(
-            found[key].left[:, :size] @ found[key].right[:size],
+            factors[key].product(size),
             layer.dense_weight().detach(),
             atol=2e-3, rtol=1e-2,
         )  # fmt: skip

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from hf_lowrank.decomposition.spectrum import Spectrum
+from hf_lowrank.decomposition.spectrum import Factors
 from hf_lowrank.decomposition.thin import thin_svd
 from hf_lowrank.format.modeling_lowrank import LowRankLinear
 from hf_lowrank.training.truncation import (
@@ -20,10 +20,10 @@ from tests.training import training_layer
 LEARNING_RATE = 1e-2
 
 
-def spectrum_of(layer: LowRankLinear) -> Spectrum:
+def factors_of(layer: LowRankLinear) -> Factors:
     U, s, V = get_factors(layer)
     left, sigma, right = thin_svd(U * s, V)
-    return Spectrum(left * sigma, right, sigma, None)
+    return Factors(left * sigma, right)
 
 
 def shuffled(layer: LowRankLinear) -> LowRankLinear:
@@ -60,7 +60,7 @@ def test_moments_of_orthonormal_factors_turn_with_the_basis(kind: str):
     """The same as if the moments had been gathered in the turned basis from the start."""
     cut = shuffled(training_layer())
     turned = shuffled(training_layer())
-    U, s, V = cut_factors(spectrum_of(turned), 6)  # all components, sorted
+    U, s, V = cut_factors(factors_of(turned), 6)  # all components, sorted
     set_factors_(turned, (U, s, V))
     assert not torch.allclose(cut.lowrank_s, turned.lowrank_s)
     optimizers = [OPTIMIZERS[kind](layer.parameters()) for layer in (cut, turned)]
@@ -121,7 +121,7 @@ def test_second_moments_stay_positive_under_any_turn():
         layer.lowrank_B.weight.add_(0.3 * training_layer(seed=1).lowrank_B.weight)
     optimizer = OPTIMIZERS["adamw"](layer.parameters())
     step(layer, optimizer, 0)
-    truncate_(layer, cut_factors(spectrum_of(layer), 3), optimizer)
+    truncate_(layer, cut_factors(factors_of(layer), 3), optimizer)
     for parameter in layer.parameters():
         assert bool((optimizer.state[parameter]["exp_avg_sq"] >= 0).all())
         assert optimizer.state[parameter]["exp_avg"].shape == parameter.shape
@@ -135,7 +135,7 @@ def test_a_cut_is_the_best_approximation_and_keeps_parameters_and_bias():
     weight, bias = layer.dense_weight().detach(), layer.bias.detach().clone()
     ids = [id(parameter) for parameter in layer.parameters()]
     layer.lowrank_s.grad = torch.ones(6)
-    truncate_(layer, cut_factors(spectrum_of(layer), 2))
+    truncate_(layer, cut_factors(factors_of(layer), 2))
     assert layer.rank == layer.lowrank_A.out_features == layer.lowrank_B.in_features == 2
     tail = torch.linalg.svdvals(weight)[2:].norm()
     torch.testing.assert_close((layer.dense_weight() - weight).norm().detach(), tail)
@@ -150,7 +150,7 @@ def test_a_cut_is_the_best_approximation_and_keeps_parameters_and_bias():
 def test_a_cut_before_the_first_step_needs_no_moments():
     layer = training_layer()
     optimizer = torch.optim.AdamW(layer.parameters())
-    truncate_(layer, cut_factors(spectrum_of(layer), 2), optimizer)
+    truncate_(layer, cut_factors(factors_of(layer), 2), optimizer)
     assert not any(optimizer.state.get(parameter) for parameter in layer.parameters())
 
 
@@ -158,14 +158,14 @@ def test_a_cut_before_the_first_step_needs_no_moments():
 def test_a_probe_leaves_every_bit_as_it_was(fails: bool):
     layers = {"a": shuffled(training_layer(seed=0)), "b": training_layer(seed=1)}
     before = {n: [p.detach().clone() for p in layer.parameters()] for n, layer in layers.items()}
-    spectra = {name: spectrum_of(layer) for name, layer in layers.items()}
+    factors = {name: factors_of(layer) for name, layer in layers.items()}
 
     def probe() -> None:
-        with probed(layers, spectra, {"a": 2, "b": None}):
+        with probed(layers, factors, {"a": 2, "b": None}):
             assert (layers["a"].rank, layers["b"].rank) == (2, 6)
             torch.testing.assert_close(
                 layers["a"].dense_weight(),
-                (spectra["a"].left[:, :2] @ spectra["a"].right[:2]).float(),
+                factors["a"].product(2).float(),
             )
             if fails:
                 raise InterruptedError
@@ -186,8 +186,8 @@ def test_a_probe_leaves_every_bit_as_it_was(fails: bool):
 def test_a_probe_that_fails_half_way_into_its_cuts_restores_all_layers():
     layers = {"a": training_layer(seed=0), "b": training_layer(seed=1)}
     before = [p.detach().clone() for layer in layers.values() for p in layer.parameters()]
-    spectra = {"a": spectrum_of(layers["a"])}
-    with pytest.raises(KeyError), probed(layers, spectra, {"a": 2, "b": 2}):
+    factors = {"a": factors_of(layers["a"])}
+    with pytest.raises(KeyError), probed(layers, factors, {"a": 2, "b": 2}):
         pass
     after = [p for layer in layers.values() for p in layer.parameters()]
     assert all(torch.equal(p, b) for p, b in zip(after, before, strict=True))

@@ -4,24 +4,26 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Hashable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 
-from hf_lowrank.compression.held_out import check_fixed_ranks
+from torch import nn
+
+from hf_lowrank.compression.analysis import Analysis
+from hf_lowrank.compression.goals import smallest_share
+from hf_lowrank.compression.held_out import HeldOutLoss, check_fixed_ranks
 from hf_lowrank.compression.joint.first_order import (
-    corrected_spectrum,
+    corrected_factors,
     first_order_terms,
     trusted_tails,
 )
-from hf_lowrank.compression.joint.gradients import GradientReader
-from hf_lowrank.compression.run import CompressionRun
-from hf_lowrank.decomposition.spectrum import Spectrum
+from hf_lowrank.decomposition.spectrum import Factors
 from hf_lowrank.errors import NumericalError
 from hf_lowrank.format.modeling_lowrank import linear_weight
 from hf_lowrank.ranks.plan import RankPlan
 from hf_lowrank.ranks.rules import RULES
-from hf_lowrank.ranks.threshold import plan_for_scores, predicted_rise, smallest_ratio
+from hf_lowrank.ranks.threshold import plan_for_scores, predicted_rise
 from hf_lowrank.ranks.tolerance import LossDifference, Probe, search_tolerance
 
 
@@ -32,7 +34,7 @@ class JointSettings:
     Attributes:
         trusts: Limits of the first-order correction of the prices; see `trusted_tails`.
         largest_steps: Limits of the correction of the factors, as relative weight noise, tried
-            in this order until one is accepted; see `corrected_spectrum`.
+            in this order until one is accepted; see `corrected_factors`.
     """
 
     trusts: tuple[float, ...] = (0.25, 0.5, 1.0)
@@ -46,13 +48,13 @@ class Candidate:
     Attributes:
         name: How it was made.
         plan: Ranks.
-        spectra: Where the factors come from.
+        factors: Factors of every layer.
         difference: Rise of the loss on the acceptance set.
     """
 
     name: str
     plan: RankPlan
-    spectra: Mapping[str, Spectrum]
+    factors: Mapping[str, Factors]
     difference: LossDifference
 
 
@@ -69,24 +71,28 @@ class Candidates:
     """What can be made of one model, and what was measured of it.
 
     Args:
-        run: A compression whose texts are gradient set, acceptance set and reported set.
+        model: The dense model; it is dense again after every measurement.
+        analysis: Its spectra, with gradients.
+        held_out: Measures on the acceptance set.
         settings: What is tried.
-        reader: What was read of the gradient set.
+
+    Attributes:
+        known: What was measured, by step of the correction and choices of the plan.
+        decompositions: Matrices decomposed so far.
     """
 
     def __init__(
-        self, run: CompressionRun, settings: JointSettings, reader: GradientReader
+        self, model: nn.Module, analysis: Analysis, held_out: HeldOutLoss, settings: JointSettings
     ) -> None:
+        self.model = model
+        self.analysis = analysis
+        self.held_out = held_out
         self.settings = settings
-        self.run = run
-        self.analysis = run.analysis
-        self.held_out = run.held_out_loss()
-        self.decompositions = len(run.analysis.spectra)
-        self.known: dict[tuple[float, tuple[int | None, ...]], Trial] = {}
-        self.gradients, self.forms = reader.gradients, reader.forms
+        self.decompositions = len(analysis.spectra)
+        self.known: dict[tuple[float, tuple[Hashable, ...]], Trial] = {}
         self.linear = {
-            name: first_order_terms(spectrum, self.gradients[name])
-            for name, spectrum in self.analysis.spectra.items()
+            name: first_order_terms(factors, analysis.gradients.mean[name])
+            for name, factors in analysis.factors.items()
         }
 
     def best_at(self, param_ratio: float) -> tuple[Candidate, Candidate]:
@@ -101,7 +107,7 @@ class Candidates:
     def smallest_within(self, tolerance: float) -> tuple[Candidate, Candidate, list[Probe]]:
         """The smallest plain `price` within a tolerance, and the smallest candidate at all."""
         largest = self.analysis.plan_for_ratio(1.0)
-        check_fixed_ranks(self.held_out, self.analysis.spectra, largest, tolerance)
+        check_fixed_ranks(self.held_out, self.analysis.factors, largest, tolerance)
         baseline, probes = self._search(tolerance, largest, only_plain=True)
         smallest, more = self._search(tolerance, largest, only_plain=False)
         if smallest.plan.kept_parameters >= baseline.plan.kept_parameters:
@@ -113,7 +119,7 @@ class Candidates:
     ) -> tuple[Candidate, list[Probe]]:
         """Bisection over the size, at each size over the candidates."""
         whole = LossDifference(0.0, 0.0, len(self.held_out.dense.items), True)
-        found = {_key(largest): Candidate("price", largest, self.analysis.spectra, whole)}
+        found = {largest.choices: Candidate("price", largest, self.analysis.factors, whole)}
 
         def measure(plan: RankPlan, limit: float) -> LossDifference:
             best: Candidate | None = None
@@ -123,7 +129,7 @@ class Candidates:
                 if only_plain or (best.difference.complete and best.difference.mean <= limit):
                     break
             assert best is not None  # the first candidate always comes
-            found[_key(plan)] = best
+            found[plan.choices] = best
             return best.difference
 
         plan, probes = search_tolerance(
@@ -131,29 +137,25 @@ class Candidates:
             partial(predicted_rise, self.analysis.spectra),
             measure,
             tolerance,
-            smallest=smallest_ratio(
-                self.analysis.shapes,
-                min_rank=self.analysis.config.min_rank,
-                fixed=self.analysis.fixed,
-            ),
+            smallest=smallest_share(self.analysis),
         )
-        return found[_key(plan)], probes
+        return found[plan.choices], probes
 
     def _candidates(self, param_ratio: float, limit: float) -> Iterator[Candidate]:
         """Measured candidates at a size: `price`, other ranks, then corrections of the best."""
-        spectra = self.analysis.spectra
+        factors = self.analysis.factors
         plan = self.analysis.plan_for_ratio(param_ratio)
-        best = self._measure("price", plan, spectra, limit)
+        best = self._measure("price", plan, factors, limit)
         yield best
         for trust in self.settings.trusts:
             plan = self._trusted_plan(param_ratio, trust)
             candidate = self._measure(
-                f"trust {trust:g}", plan, spectra, min(limit, best.difference.mean)
+                f"trust {trust:g}", plan, factors, min(limit, best.difference.mean)
             )
             yield candidate
             best = candidate if _is_better(candidate, best) else best
         for step in self.settings.largest_steps:
-            corrected = dict(spectra) | self._corrections(best.plan, step)
+            corrected = factors | self._corrections(best.plan, step)
             candidate = self._measure(
                 f"{best.name}, step {step:g}",
                 best.plan,
@@ -169,21 +171,21 @@ class Candidates:
         self,
         name: str,
         plan: RankPlan,
-        spectra: Mapping[str, Spectrum],
+        factors: Mapping[str, Factors],
         stop_above: float,
         step: float = 0.0,
     ) -> Candidate:
         """A candidate with its measured rise; what was measured before is not measured again."""
-        key = (step, _key(plan))
+        key = (step, plan.choices)
         if key not in self.known:
             try:
-                difference = self.held_out.difference(spectra, plan, stop_above)
+                difference = self.held_out.difference(factors, plan, stop_above)
             except NumericalError:
                 if name == "price":
                     raise
                 difference = LossDifference(math.inf, math.inf, 0, False)  # merely refused
             self.known[key] = Trial(name, plan.param_ratio, difference)
-        return Candidate(name, plan, spectra, self.known[key].difference)
+        return Candidate(name, plan, factors, self.known[key].difference)
 
     def _trusted_plan(self, param_ratio: float, trust: float) -> RankPlan:
         analysis = self.analysis
@@ -201,28 +203,24 @@ class Candidates:
             fixed=analysis.fixed,
         )
 
-    def _corrections(self, plan: RankPlan, largest_step: float) -> dict[str, Spectrum]:
-        """Corrected spectra of the layers whose error raises the loss to first order."""
-        found = {}
+    def _corrections(self, plan: RankPlan, largest_step: float) -> dict[str, Factors]:
+        """Corrected factors of the layers whose error raises the loss to first order."""
+        found, gradients = {}, self.analysis.gradients
         for name, rank in plan.ranks.items():
             if rank is not None:
                 with contextlib.suppress(NumericalError):  # the layer keeps its plain factors
-                    corrected = corrected_spectrum(
-                        linear_weight(self.run.model.get_submodule(name)),
-                        self.analysis.spectra[name],
+                    corrected = corrected_factors(
+                        linear_weight(self.model.get_submodule(name)),
+                        self.analysis.factors[name],
                         rank,
-                        self.gradients[name],
-                        self.forms[name],
+                        gradients.mean[name],
+                        gradients.forms[name],
                         largest_step,
                     )
                     if corrected is not None:
                         found[name] = corrected
         self.decompositions += len(found)
         return found
-
-
-def _key(plan: RankPlan) -> tuple[int | None, ...]:
-    return tuple(plan.ranks[name] for name in sorted(plan.ranks))
 
 
 def _is_better(candidate: Candidate, best: Candidate) -> bool:

@@ -8,23 +8,23 @@ from __future__ import annotations
 
 import torch
 
-from hf_lowrank.decomposition.metrics import QuadraticForm, Side
-from hf_lowrank.decomposition.spectrum import Spectrum, decompose
+from hf_lowrank.decomposition.metrics import QuadraticForm
+from hf_lowrank.decomposition.spectrum import Factors, decompose
 from hf_lowrank.ranks.threshold import tail_sums
 
 
-def first_order_terms(spectrum: Spectrum, gradient: torch.Tensor) -> torch.Tensor:
+def first_order_terms(factors: Factors, gradient: torch.Tensor) -> torch.Tensor:
     """First-order change of the mean loss from dropping each component, nats, shape (r,).
 
     `lin_i = -sigma_i u_i^T (L^-1 Gr R^-T) v_i`. Component i of the weight itself is
     `left_i right_i = L^-T sigma_i u_i v_i^T R^-1`, so this is `-<Gr, left_i right_i>`.
 
     Args:
-        spectrum: Spectrum of the weight, in any metric.
+        factors: Factors of the weight, in any metric.
         gradient: Gr, shape (m, n).
     """
-    images = gradient.double() @ spectrum.right.double().T
-    return -(images * spectrum.left.double()).sum(dim=0).cpu()
+    images = gradient.double() @ factors.right.double().T
+    return -(images * factors.left.double()).sum(dim=0).cpu()
 
 
 def trusted_tails(price: torch.Tensor, linear: torch.Tensor, trust: float) -> torch.Tensor:
@@ -45,51 +45,38 @@ def trusted_tails(price: torch.Tensor, linear: torch.Tensor, trust: float) -> to
     return second + tail_sums(linear).clamp(-limit, limit)
 
 
-def corrected_spectrum(
+def corrected_factors(
     weight: torch.Tensor,
-    spectrum: Spectrum,
+    factors: Factors,
     rank: int,
     gradient: torch.Tensor,
     form: QuadraticForm,
     largest_step: float,
-) -> Spectrum | None:
+) -> Factors | None:
     """The truncated weight without the part of its error that raises the loss, truncated again.
 
     `D' = D - max(0, <Gr, D>) / <Gr, Gr> Gr`, then the rank-k truncation of `W + D'`.
 
     Args:
         weight: W, shape (m, n).
-        spectrum: Its spectrum.
+        factors: Its factors.
         rank: k.
         gradient: Gr, shape (m, n).
-        form: Metric of the second truncation; see `retruncation_form`.
+        form: Metric of the second truncation; see `Gradients`.
         largest_step: Limit of `||D' - D|| / ||W||`.
 
     Returns:
-        A spectrum of k components, without prices; None where the error lowers the loss already.
+        Factors of k components; None where the error lowers the loss already.
 
     Raises:
         NumericalError: The decomposition failed.
     """
     W, Gr = weight.double(), gradient.double()
-    truncated = spectrum.left[:, :rank].double() @ spectrum.right[:rank].double()
+    truncated = factors.left[:, :rank].double() @ factors.right[:rank].double()
     along = float((Gr * (truncated - W)).sum())
     size = float(Gr.norm())
     if along <= 0 or size == 0:
         return None
     step = min(along / size**2, largest_step * float(W.norm()) / size)
-    moved = decompose(truncated - step * Gr, form, dtype=spectrum.left.dtype)
-    return Spectrum(moved.left[:, :rank], moved.right[:rank], moved.sigma[:rank], None)
-
-
-def retruncation_form(form: QuadraticForm) -> QuadraticForm:
-    """The sides of a metric that hold for any weight.
-
-    A moment of images under the dense weight (decomposition/moments.py) says nothing about
-    another weight; such a side is left out.
-    """
-
-    def kept(side: Side) -> Side:
-        return Side() if side.moment is not None and side.moment.is_projected else side
-
-    return QuadraticForm(kept(form.output), kept(form.input))
+    _, moved = decompose(truncated - step * Gr, form, dtype=factors.left.dtype)
+    return Factors(moved.left[:, :rank], moved.right[:rank])

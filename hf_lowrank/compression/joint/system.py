@@ -9,22 +9,26 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from hf_lowrank.compression.joint.candidates import Candidates, JointSettings
+from hf_lowrank.compression.analysis import Analysis, analyze
+from hf_lowrank.compression.application import apply, measure_dense
+from hf_lowrank.compression.decision import Decision, held_out_loss
+from hf_lowrank.compression.goals import check_goal
+from hf_lowrank.compression.gradients import collect_gradients
+from hf_lowrank.compression.joint.candidates import Candidate, Candidates, JointSettings
 from hf_lowrank.compression.joint.disjoint import check_disjoint
-from hf_lowrank.compression.joint.gradients import GradientReader
-from hf_lowrank.compression.run import CompressionRun, RunOptions, Texts
+from hf_lowrank.compression.options import Run, RunOptions, Texts
 from hf_lowrank.config import LowRankConfig
 from hf_lowrank.errors import ConfigError, DataError
 from hf_lowrank.measuring.distributed import current_processes
-from hf_lowrank.measuring.losses import Batch
+from hf_lowrank.measuring.losses import Batch, LossFunction
 from hf_lowrank.modeling.targets import find_targets
 from hf_lowrank.ranks.tolerance import LossDifference, Probe
 from hf_lowrank.report.schema import Report
-from hf_lowrank.report.spectra import compact_spectra
 
 
 @dataclass
@@ -59,12 +63,17 @@ def compress_jointly(
     reported: Sequence[Batch] | None = None,
     *,
     settings: JointSettings | None = None,
-    **options: Any,
+    loss_function: LossFunction | None = None,
+    speed: bool = False,
+    cache_dir: str | Path | None = None,
+    moment_gib: float = RunOptions.moment_gib,
+    progress: bool = True,
 ) -> JointResult:
     """Factorizes a model in place, with ranks and factors steered along the gradient.
 
     With `param_ratio` the candidate of the smallest loss on the acceptance set wins; with
-    `loss_tolerance` (0: no rise at all) the smallest model within it.
+    `loss_tolerance` (0: no rise at all) the smallest model within it. If anything goes wrong, the
+    model is as it was.
 
     Args:
         model: The dense model; a transformers model, or any module with a `loss_function`.
@@ -73,7 +82,11 @@ def compress_jointly(
         acceptance: Batches that decide which candidate is kept.
         reported: Batches for the report's before and after; nothing else looks at them.
         settings: What is tried.
-        **options: Fields of `RunOptions`, without `recover_steps` and `stages`.
+        loss_function: See `RunOptions`, as all that follow.
+        speed: Whether to time the model before and after.
+        cache_dir: Folder for moments and spectra.
+        moment_gib: Memory for moments, GiB.
+        progress: Whether to show progress bars.
 
     Returns:
         The report and what was tried. The model itself is changed in place.
@@ -83,54 +96,74 @@ def compress_jointly(
             processes.
         DataError: Two of the sets share an item, or a needed one is empty.
     """
-    chosen = RunOptions(**options)
-    _check(config, chosen)
+    _check(config)
     if not gradient or not acceptance:
         raise DataError("Joint compression needs batches for the gradient and for acceptance.")
     check_disjoint(gradient=gradient, acceptance=acceptance, reported=reported)
-    reader = GradientReader(config)
+    options = RunOptions(
+        loss_function=loss_function,
+        speed=speed,
+        cache_dir=cache_dir,
+        moment_gib=moment_gib,
+        progress=progress,
+    )
+    run = Run(Texts(gradient, acceptance, reported), options)
+    targets = find_targets(model, config)
+    check_goal(targets, config)
+    dense = measure_dense(model, targets, run)
     # Gradients need the labels of the data; a loss of one's own has no other labels.
-    is_one_pass = config.label_source == "data" or chosen.loss_function is not None
-    texts = Texts(gradient, acceptance, reported)
-    run = CompressionRun(model, config, texts, chosen, reader=reader if is_one_pass else None)
+    is_one_pass = config.label_source == "data" or loss_function is not None
+    analysis = analyze(model, targets, config, run, with_gradients=is_one_pass)
     if not is_one_pass:
         with run.stopwatch.phase("gradient"):
-            reader.collect(model, find_targets(model, config), gradient)
-    candidates = Candidates(run, settings or JointSettings(), reader)
+            gradients = collect_gradients(model, targets, gradient, config)
+            analysis = dataclasses.replace(analysis, gradients=gradients)
+    candidates = Candidates(model, analysis, held_out_loss(model, run), settings or JointSettings())
     with run.stopwatch.phase("search"):
         if config.param_ratio is not None:
             baseline, accepted = candidates.best_at(config.param_ratio)
             probes: list[Probe] = []
         else:
             baseline, accepted, probes = candidates.smallest_within(config.effective_tolerance)
-    plain = run.analysis
-    run.analysis = dataclasses.replace(plain, spectra=dict(accepted.spectra))
-    report = run.apply(accepted.plan, probes, accepted.difference)
-    # Corrected factors have neither prices nor dropped components: those of the ranks are shown.
-    report.spectra = compact_spectra(plain.spectra)
-    report.predicted_loss_difference = plain.predicted_rise(accepted.plan)
-    trials = [
-        {"name": each.name, "param_ratio": each.param_ratio} | dataclasses.asdict(each.difference)
-        for each in candidates.known.values()
-    ]
-    report.joint = {
-        "method": accepted.name,
-        "baseline": dataclasses.asdict(baseline.difference),
-        "baseline_ratio": baseline.plan.param_ratio,
-        "trials": trials,
-        "decompositions": candidates.decompositions,
-    }
+    decision = _decision(analysis, candidates, baseline, accepted, probes)
+    report = apply(model, decision, dense, run)
     return JointResult(
         report,
         accepted.name,
         baseline.difference,
         baseline.plan.param_ratio,
-        trials,
+        _trials(candidates),
         candidates.decompositions,
     )
 
 
-def _check(config: LowRankConfig, options: RunOptions) -> None:
+def _decision(
+    analysis: Analysis,
+    candidates: Candidates,
+    baseline: Candidate,
+    accepted: Candidate,
+    probes: Sequence[Probe],
+) -> Decision:
+    """The accepted candidate, which keeps the prices of the plain spectra."""
+    joint = {
+        "method": accepted.name,
+        "baseline": dataclasses.asdict(baseline.difference),
+        "baseline_ratio": baseline.plan.param_ratio,
+        "trials": _trials(candidates),
+        "decompositions": candidates.decompositions,
+    }
+    chosen = dataclasses.replace(analysis, factors=dict(accepted.factors))
+    return Decision(chosen, accepted.plan, probes, accepted.difference, joint=joint)
+
+
+def _trials(candidates: Candidates) -> list[dict[str, Any]]:
+    return [
+        {"name": each.name, "param_ratio": each.param_ratio} | dataclasses.asdict(each.difference)
+        for each in candidates.known.values()
+    ]
+
+
+def _check(config: LowRankConfig) -> None:
     if config.metric != "kfac" or config.rule not in (None, "price"):
         raise ConfigError("Joint compression works with metric 'kfac' and rule 'price' only.")
     if config.channels or config.measured_prices:
@@ -139,7 +172,3 @@ def _check(config: LowRankConfig, options: RunOptions) -> None:
         raise ConfigError("Joint compression chooses the ranks: set param_ratio or loss_tolerance.")
     if current_processes().count > 1:
         raise ConfigError("Joint compression runs in one process.")
-    if options.recover_steps:
-        raise ConfigError("recover_steps judges by the acceptance set; recover afterwards instead.")
-    if options.stages != 1:
-        raise ConfigError("Joint compression is one cut; give no stages.")

@@ -5,10 +5,10 @@ import itertools
 import pytest
 import torch
 
+from hf_lowrank.compression.gradients import retruncation_form
 from hf_lowrank.compression.joint.first_order import (
-    corrected_spectrum,
+    corrected_factors,
     first_order_terms,
-    retruncation_form,
     trusted_tails,
 )
 from hf_lowrank.decomposition.metrics import QuadraticForm, Side
@@ -42,16 +42,16 @@ def test_first_order_terms_are_those_of_the_singular_vectors(shape):
     U, sigma, Vh = torch.linalg.svd(L.T @ weight @ R, full_matrices=False)
     inner = torch.linalg.solve(L, gradient) @ torch.linalg.inv(R).T
     expected = -sigma * (U * (inner @ Vh.T)).sum(0)
-    found = first_order_terms(decompose(weight, form, dtype=torch.float64), gradient)
+    found = first_order_terms(decompose(weight, form, dtype=torch.float64)[1], gradient)
     assert torch.allclose(found, expected, rtol=1e-8)
 
 
 def test_first_order_terms_add_up_to_the_change_along_the_gradient():
     weight, gradient = random_layer(5, 7)
-    spectrum = decompose(weight, full_form(5, 7), dtype=torch.float64)
-    terms = first_order_terms(spectrum, gradient)
+    _spectrum, factors = decompose(weight, full_form(5, 7), dtype=torch.float64)
+    terms = first_order_terms(factors, gradient)
     for rank in range(5):
-        error = spectrum.left[:, :rank] @ spectrum.right[:rank] - weight
+        error = factors.left[:, :rank] @ factors.right[:rank] - weight
         assert float(terms[rank:].sum()) == pytest.approx(float((gradient * error).sum()))
 
 
@@ -93,27 +93,27 @@ def test_plans_on_signed_tails_are_the_best_on_their_hull():
 
 def test_a_correction_removes_the_part_of_the_error_along_the_gradient():
     weight, gradient = random_layer(6, 6, seed=4)
-    spectrum = decompose(weight, QuadraticForm(), dtype=torch.float64)
-    error = spectrum.left[:, :3] @ spectrum.right[:3] - weight
+    _spectrum, factors = decompose(weight, QuadraticForm(), dtype=torch.float64)
+    error = factors.left[:, :3] @ factors.right[:3] - weight
     gradient = gradient * torch.sign((gradient * error).sum())  # the error raises the loss
-    moved = corrected_spectrum(weight, spectrum, 3, gradient, QuadraticForm(), 100.0)
+    moved = corrected_factors(weight, factors, 3, gradient, QuadraticForm(), 100.0)
     along, size = (gradient * error).sum(), gradient.square().sum()
     target = weight + error - along / size * gradient
-    expected = decompose(target, QuadraticForm(), dtype=torch.float64)
+    _, expected = decompose(target, QuadraticForm(), dtype=torch.float64)
     assert moved.left.shape == (6, 3)
     assert torch.allclose(moved.left @ moved.right, expected.left[:, :3] @ expected.right[:3])
     after = (gradient * (moved.left @ moved.right - weight)).sum()
     assert abs(float(after)) < abs(float(along))
-    assert corrected_spectrum(weight, spectrum, 3, -gradient, QuadraticForm(), 1.0) is None
+    assert corrected_factors(weight, factors, 3, -gradient, QuadraticForm(), 1.0) is None
 
 
 @pytest.mark.parametrize("largest", [1e-3, 1e-2])
 def test_a_correction_stays_within_its_trust_region(largest):
     weight, gradient = random_layer(6, 6, seed=4)
-    spectrum = decompose(weight, QuadraticForm(), dtype=torch.float64)
-    truncated = spectrum.left[:, :3] @ spectrum.right[:3]
+    _spectrum, factors = decompose(weight, QuadraticForm(), dtype=torch.float64)
+    truncated = factors.left[:, :3] @ factors.right[:3]
     gradient = gradient * torch.sign((gradient * (truncated - weight)).sum())
-    moved = corrected_spectrum(weight, spectrum, 3, gradient, QuadraticForm(), largest)
+    moved = corrected_factors(weight, factors, 3, gradient, QuadraticForm(), largest)
     step = float((moved.left @ moved.right - truncated).norm() / weight.norm())
     assert largest / 10 < step <= 1.5 * largest
 

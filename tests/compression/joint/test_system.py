@@ -9,10 +9,9 @@ import torch
 import hf_lowrank
 from benchmarks.cost import counted
 from hf_lowrank import LowRankConfig, compress
-from hf_lowrank.compression.analysis import analyze
+from hf_lowrank.compression.gradients import collect_gradients
 from hf_lowrank.compression.held_out import HeldOutLoss
 from hf_lowrank.compression.joint.candidates import JointSettings
-from hf_lowrank.compression.joint.gradients import GradientReader
 from hf_lowrank.compression.joint.system import compress_jointly
 from hf_lowrank.errors import ConfigError, DataError, NumericalError
 from hf_lowrank.evaluation.perplexity import measure_loss
@@ -20,6 +19,7 @@ from hf_lowrank.measuring.losses import item_losses
 from hf_lowrank.modeling.targets import find_targets
 from hf_lowrank.report.page.page import report_page
 from hf_lowrank.report.text.table import format_report
+from tests.compression.analyzed import analyzed
 from tests.scripts import InProcess, make_inputs
 from tests.tiny_models import (
     equal_states,
@@ -145,15 +145,12 @@ def test_gradients_take_a_pass_of_their_own_only_where_labels_are_drawn(
 @pytest.mark.parametrize("moment_gib", [8.0, 1e-5])
 def test_what_is_read_in_passing_is_what_a_pass_of_its_own_gives(text, moment_gib):
     model, config = tiny_llama(), LowRankConfig()
-    reader = GradientReader(config)
-    options = {"moment_gib": moment_gib, "progress": False}
-    found = analyze(model, config, text[:4], reader=reader, **options)
-    alone = analyze(model, config, text[:4], **options)
-    own = GradientReader(config)
-    own.collect(model, find_targets(model, config), text[:4])
-    assert set(found.spectra) == set(reader.forms) == set(own.gradients)
-    for name, gradient in own.gradients.items():
-        assert torch.allclose(reader.gradients[name], gradient, atol=1e-7)
+    found = analyzed(model, config, text[:4], with_gradients=True, moment_gib=moment_gib)
+    alone = analyzed(model, config, text[:4], moment_gib=moment_gib)
+    own = collect_gradients(model, find_targets(model, config), text[:4], config)
+    assert set(found.spectra) == set(found.gradients.forms) == set(own.mean)
+    for name, gradient in own.mean.items():
+        assert torch.allclose(found.gradients.mean[name], gradient, atol=1e-7)
         assert gradient.abs().max() > 1e-4
         assert torch.equal(found.spectra[name].sigma, alone.spectra[name].sigma)
 

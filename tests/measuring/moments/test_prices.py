@@ -46,12 +46,12 @@ def test_the_price_is_the_rise_of_the_loss_of_a_linear_softmax(rank):
         model, {"layer": model.layer}, [{"inputs": inputs}], SECOND, label_source="model"
     )
     settings = MetricSettings(input_damping=1e-4, output_damping=1e-4)
-    spectrum = decompose(
+    spectrum, factors = decompose(
         model.layer.weight.detach(), METRICS["kfac"].form(moments["layer"], settings)
     )
     with torch.no_grad():
         before = model(inputs).logits.log_softmax(dim=-1)
-        A, B = spectrum.factors(rank)
+        A, B = factors.balanced(rank)
         after = (inputs @ (B @ A).T + model.layer.bias).log_softmax(dim=-1)
         rise = float((before.exp() * (before - after)).sum(dim=-1).mean())
     assert rise > 1e-5
@@ -69,11 +69,11 @@ def test_the_price_is_near_the_rise_of_the_loss_of_a_language_model(name):
     moments = collect_moments(model, {name: layer}, batches, SECOND, label_source="model")
     settings = MetricSettings(input_damping=1e-4, output_damping=1e-4)
     weight = layer.weight.detach().clone()
-    spectrum = decompose(weight, METRICS["kfac"].form(moments[name], settings))
+    spectrum, factors = decompose(weight, METRICS["kfac"].form(moments[name], settings))
     rank = len(spectrum.sigma) - 8
     before = log_probabilities(model, batches)
     with torch.no_grad():
-        A, B = spectrum.factors(rank)
+        A, B = factors.balanced(rank)
         layer.weight.copy_(B @ A)
     after = log_probabilities(model, batches)
     rise = float((before.exp() * (before - after)).sum(dim=-1).mean())

@@ -1,0 +1,170 @@
+"""`apply`: puts a decision into the model, measures what came of it, and reports.
+
+A verb finishes or leaves the model as it was: whatever goes wrong after the cut, the dense layers
+and the config are put back.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from hf_lowrank.compression.analysis import analyze
+from hf_lowrank.compression.decision import Decision, decide
+from hf_lowrank.compression.options import Run
+from hf_lowrank.compression.recovery import RecoveryResult, recover_, recovery_settings
+from hf_lowrank.config import LowRankConfig
+from hf_lowrank.evaluation.perplexity import LossMeasurement, measure_loss
+from hf_lowrank.evaluation.size import compare, model_sizes, size_fields
+from hf_lowrank.evaluation.speed import speed_before_and_after
+from hf_lowrank.measuring.losses import Batch, is_causal_lm
+from hf_lowrank.modeling.marks import attach_config
+from hf_lowrank.modeling.surgery import factorize_, restore_
+from hf_lowrank.modeling.targets import untouched_weights
+from hf_lowrank.report.schema import Report, versions
+from hf_lowrank.report.spectra import compact_spectra
+
+
+@dataclass(frozen=True)
+class Dense:
+    """The model before anything was cut: what to put back, and what to compare with.
+
+    Attributes:
+        layers: Its targeted layers by name.
+        sizes: (parameters, bytes) of the whole model.
+        untouched: Matrices inside the blocks that are no targets, and their parameters.
+        losses: On the evaluation text, None without one.
+    """
+
+    layers: Mapping[str, nn.Module]
+    sizes: tuple[int, int]
+    untouched: Mapping[str, int]
+    losses: LossMeasurement | None = None
+
+
+def measure_dense(model: nn.Module, targets: Mapping[str, nn.Module], run: Run) -> Dense:
+    """What must be known of a dense model before it is cut."""
+    losses = None
+    if run.texts.evaluation is not None:
+        with run.stopwatch.phase("evaluation"):
+            losses = _measure(model, run.texts.evaluation, "evaluate dense", run)
+    return Dense(targets, model_sizes(model), untouched_weights(model, targets), losses)
+
+
+@contextmanager
+def dense_on_error(model: nn.Module, layers: Mapping[str, nn.Module]) -> Iterator[None]:
+    """The dense layers and the unmarked config are back if the block fails, however it does."""
+    try:
+        yield
+    except BaseException:
+        make_dense_again(model, layers)
+        raise
+
+
+def make_dense_again(model: nn.Module, layers: Mapping[str, nn.Module]) -> None:
+    """Puts the dense layers back and takes the marks off the config, in place."""
+    restore_(model, layers)
+    attach_config(model, None)
+
+
+def cut(
+    model: nn.Module,
+    targets: Mapping[str, nn.Module],
+    config: LowRankConfig,
+    dense: Dense,
+    run: Run,
+) -> Report:
+    """Analyzes, decides and applies, in place."""
+    analysis = analyze(model, targets, config, run)
+    return apply(model, decide(model, analysis, run), dense, run)
+
+
+def apply(model: nn.Module, decision: Decision, dense: Dense, run: Run) -> Report:
+    """Puts a plan into the model, trains it if asked to, measures it and reports.
+
+    Args:
+        model: The model that was analyzed.
+        decision: What to do to it.
+        dense: The model before anything was cut.
+        run: Texts, and how to work.
+
+    Raises:
+        NumericalError: A loss is NaN or infinite; the model is then dense again, as after any
+            other exception.
+    """
+    analysis, plan, config = decision.analysis, decision.plan, decision.analysis.config
+    with dense_on_error(model, dense.layers):
+        with run.stopwatch.phase("surgery"):
+            is_cut = bool(factorize_(model, analysis.factors, plan, analysis.orders))
+            narrowed = {name: list(shape) for name, shape in plan.narrowed.items()} or None
+            decided = config.replace(ranks=dict(plan.ranks), narrowed=narrowed, form="factors")
+            attach_config(model, decided)
+        recovery = _recover(model, config, dense, run)
+        evaluation = None
+        if dense.losses is not None and run.texts.evaluation is not None:
+            with run.stopwatch.phase("evaluation"):
+                after = _measure(model, run.texts.evaluation, "evaluate compressed", run)
+                evaluation = compare(dense.losses, after)
+        speed = _speed(model, dense, run) if is_cut else None
+        predicted = analysis.predicted_rise(plan)
+        return Report(
+            model=str(getattr(getattr(model, "config", None), "_name_or_path", "") or "model"),
+            config={k: v for k, v in decided.to_dict().items() if k not in ("ranks", "narrowed")},
+            seed=config.seed,
+            versions=versions(),
+            **size_fields(dense.sizes, model, plan),
+            evaluation=evaluation,
+            speed=speed,
+            predicted_loss_difference=None if math.isnan(predicted) else predicted,
+            seconds=dict(run.stopwatch.seconds),
+            probes=[dataclasses.asdict(probe) for probe in decision.probes],
+            held_out=None if decision.held_out is None else dataclasses.asdict(decision.held_out),
+            recovery=None if recovery is None else dataclasses.asdict(recovery),
+            measured_prices=[dict(part) for part in decision.parts],
+            failures=dict(analysis.failures),
+            untouched=dict(dense.untouched),
+            data={"calibration_tokens": analysis.tokens},
+            architecture=type(model).__name__,
+            spectra=compact_spectra(analysis.spectra),
+            joint=None if decision.joint is None else dict(decision.joint),
+        )
+
+
+def _measure(
+    model: nn.Module, batches: Sequence[Batch], description: str, run: Run
+) -> LossMeasurement:
+    return measure_loss(
+        model,
+        batches,
+        loss_function=run.options.loss_function,
+        progress=description if run.options.progress else None,
+    )
+
+
+def _recover(
+    model: nn.Module, config: LowRankConfig, dense: Dense, run: Run
+) -> RecoveryResult | None:
+    """The training after the cut, None without steps."""
+    settings = recovery_settings(run.options.recover, run.options.recover_steps, config.seed)
+    if settings is None:
+        return None
+    calibration, held_out = run.texts.calibration or [], run.texts.held_out or []
+    with run.stopwatch.phase("recovery"):
+        return recover_(model, dense.layers, calibration, held_out, settings, run.options.progress)
+
+
+def _speed(model: nn.Module, dense: Dense, run: Run) -> dict[str, Any] | None:
+    """Timed by the main process while the others wait, so that they do not disturb it."""
+    if not (run.options.speed and is_causal_lm(model)):
+        return None
+    with run.stopwatch.phase("speed"):
+        is_main = run.processes.is_main
+        return run.processes.decide(
+            speed_before_and_after(model, dense.layers) if is_main else None
+        )

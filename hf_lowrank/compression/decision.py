@@ -1,0 +1,119 @@
+"""`decide`: from an analysis to a plan, with what was measured on the way."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from hf_lowrank.compression.analysis import Analysis
+from hf_lowrank.compression.goals import likely_ratio, plan_for_goal, smallest_share
+from hf_lowrank.compression.held_out import HeldOutLoss, check_fixed_ranks
+from hf_lowrank.compression.options import Run
+from hf_lowrank.compression.prices import measure_parts, scaled_prices
+from hf_lowrank.ranks.plan import RankPlan
+from hf_lowrank.ranks.searches.search import search_plan
+from hf_lowrank.ranks.tolerance import LossDifference, Probe, search_tolerance
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What to do to a model, and why.
+
+    Attributes:
+        analysis: What the plan is cut from, with the prices that it was chosen by.
+        plan: Ranks, and shapes of narrowed layers.
+        probes: Steps of the search for a loss tolerance.
+        held_out: Rise of the loss on held-out text that was accepted, where it was measured.
+        parts: Measured prices, see `measure_parts`.
+        joint: What the joint system tried, None without it.
+    """
+
+    analysis: Analysis
+    plan: RankPlan
+    probes: Sequence[Probe] = ()
+    held_out: LossDifference | None = None
+    parts: Sequence[Mapping[str, Any]] = ()
+    joint: Mapping[str, Any] | None = None
+
+
+def decide(model: nn.Module, analysis: Analysis, run: Run) -> Decision:
+    """The plan that meets the goal of the analysis's config; the model is left as it is.
+
+    Args:
+        model: The model that was analyzed.
+        analysis: Its spectra; another goal on the same spectra is `analysis.with_config(config)`.
+        run: Held-out text and how to work.
+
+    Raises:
+        ConfigError: The goal can't be met.
+        NumericalError: A loss is NaN or infinite.
+    """
+    parts: Sequence[Mapping[str, Any]] = ()
+    config = analysis.config
+    if config.measured_prices and config.ranks is None:
+        with run.stopwatch.phase("prices"):
+            plan = analysis.plan_for_ratio(likely_ratio(analysis))
+            held_out = run.texts.held_out or []
+            found = measure_parts(model, analysis, plan, held_out, run.options.progress)
+            parts = run.processes.decide(found)
+            analysis = scaled_prices(analysis, parts)
+    with run.stopwatch.phase("ranks"):
+        chosen = plan_for_goal(analysis)
+    if chosen is not None:
+        return Decision(analysis, chosen, parts=parts)
+    with run.stopwatch.phase("search"):
+        search = _within_tolerance if config.param_ratio is None else _at_ratio
+        plan, probes, difference = run.processes.decide(search(model, analysis, run))
+    return Decision(analysis, plan, probes, difference, parts)
+
+
+Found = tuple[RankPlan, list[Probe], LossDifference | None]
+
+
+def held_out_loss(model: nn.Module, run: Run) -> HeldOutLoss:
+    """Measures plans on a run's held-out batches."""
+    options = run.options
+    return HeldOutLoss(model, run.texts.held_out or [], options.loss_function, options.progress)
+
+
+def _at_ratio(model: nn.Module, analysis: Analysis, run: Run) -> Found:
+    """Ranks for a size by one of the searches of `SEARCHES`."""
+    held_out, config = held_out_loss(model, run), analysis.config
+    plan = search_plan(
+        config.effective_rule,
+        analysis.shapes,
+        analysis.spectra,
+        config.param_ratio or 1.0,
+        measure=lambda plan: held_out.difference(analysis.factors, plan).mean,
+        trials=config.search_trials,
+        seed=config.seed,
+        min_rank=config.min_rank,
+        fixed=analysis.fixed,
+    )
+    return plan, [], None
+
+
+def _within_tolerance(model: nn.Module, analysis: Analysis, run: Run) -> Found:
+    """The smallest plan that is measured to be within the loss tolerance."""
+    held_out, tolerance = held_out_loss(model, run), analysis.config.effective_tolerance
+    measured: dict[tuple[Hashable, ...], LossDifference] = {}
+
+    def measure(plan: RankPlan, limit: float) -> LossDifference:
+        found = held_out.difference(analysis.factors, plan, limit, analysis.orders)
+        measured[plan.choices] = found
+        return found
+
+    largest = analysis.plan_for_ratio(1.0)
+    check_fixed_ranks(held_out, analysis.factors, largest, tolerance)
+    plan, probes = search_tolerance(
+        analysis.plan_for_ratio,
+        analysis.predicted_rise,
+        measure,
+        tolerance,
+        smallest=smallest_share(analysis),
+    )
+    dense = LossDifference(0.0, 0.0, len(held_out.dense.items), True)
+    return plan, probes, measured.get(plan.choices, dense)

@@ -1,0 +1,72 @@
+"""From a config to a plan: the one place that knows what each goal asks for."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from torch import nn
+
+from hf_lowrank.compression.analysis import Analysis
+from hf_lowrank.config import LowRankConfig
+from hf_lowrank.errors import ConfigError
+from hf_lowrank.format.modeling_lowrank import linear_shape
+from hf_lowrank.modeling.targets import fixed_ranks
+from hf_lowrank.ranks.plan import RankPlan
+from hf_lowrank.ranks.rules import RULES
+from hf_lowrank.ranks.searches.search import SEARCHES
+from hf_lowrank.ranks.threshold import check_budget, smallest_ratio
+
+
+def check_goal(targets: Mapping[str, nn.Module], config: LowRankConfig) -> None:
+    """Refuses a goal that can't be met, before any long work.
+
+    Raises:
+        ConfigError: Even the smallest ranks exceed `param_ratio`, with the parameters allowed and
+            needed; a search of ranks is asked for a loss tolerance; or narrowed layers are to be
+            made without `channels`.
+    """
+    if config.narrowed and not config.channels:
+        raise ConfigError("To make the narrowed layers of a config again, set channels=True.")
+    if config.effective_rule in SEARCHES and config.goal != "param_ratio" and not config.ranks:
+        raise ConfigError(f"rule {config.rule!r} searches ranks for a size; set param_ratio.")
+    if config.param_ratio is not None:
+        shapes = {name: linear_shape(layer) for name, layer in targets.items()}
+        fixed = fixed_ranks(targets, config)
+        check_budget(shapes, config.param_ratio, min_rank=config.min_rank, fixed=fixed)
+
+
+def plan_for_goal(analysis: Analysis) -> RankPlan | None:
+    """The plan that the analysis's config asks for, None where it takes measurements to find it."""
+    config = analysis.config
+    if config.ranks is not None:
+        narrowed = {
+            name: (rows, columns) for name, (rows, columns) in (config.narrowed or {}).items()
+        }
+        return RankPlan(config.ranks, analysis.shapes, narrowed)
+    if config.param_ratio is not None and config.effective_rule in RULES:
+        return analysis.plan_for_ratio(config.param_ratio)
+    if config.rank is not None:
+        return analysis.plan_for_rank(config.rank)
+    return None
+
+
+def smallest_share(analysis: Analysis) -> float:
+    """Smallest `param_ratio` that the smallest ranks allow."""
+    return smallest_ratio(analysis.shapes, min_rank=analysis.config.min_rank, fixed=analysis.fixed)
+
+
+def likely_ratio(analysis: Analysis) -> float:
+    """The `param_ratio` of the goal, or about the size at which its tolerance is predicted.
+
+    For a tolerance under a hundredth of a nat that of a hundredth.
+    """
+    config = analysis.config
+    if config.param_ratio is not None:
+        return config.param_ratio
+    low, high = smallest_share(analysis), 1.0
+    while high - low > 0.01:
+        middle = (low + high) / 2
+        rise = analysis.predicted_rise(analysis.plan_for_ratio(middle))
+        is_within = rise <= max(config.effective_tolerance, 0.01)
+        low, high = (low, middle) if is_within else (middle, high)
+    return high

@@ -1,0 +1,121 @@
+"""What a compression works with beside the model and its config: texts by role, and how to work."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from hf_lowrank.config import LowRankConfig
+from hf_lowrank.errors import DataError
+from hf_lowrank.measuring.distributed import ALONE, Processes
+from hf_lowrank.measuring.losses import Batch, LossFunction
+
+
+@dataclass(frozen=True)
+class Texts:
+    """The three disjoint sets of batches of a run.
+
+    Attributes:
+        calibration: For the moments.
+        held_out: For the search of a loss tolerance or of ranks, and to correct prices.
+        evaluation: For the report alone.
+    """
+
+    calibration: Sequence[Batch] | None = None
+    held_out: Sequence[Batch] | None = None
+    evaluation: Sequence[Batch] | None = None
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """How a run works, apart from what it decides.
+
+    Attributes:
+        loss_function: Loss of a batch; by default the model's own task loss.
+        cache_dir: Folder for moments and spectra, to go on from after a kill.
+        moment_gib: Memory for moments; more layers take more passes over the data.
+        recover_steps: Steps of training the factors after the cut, towards the dense model.
+        recover: What these steps train: "factors" (the default) or "lora", adapters on the
+            factors that are merged into them.
+        stages: In how many cuts a `param_ratio` is reached; after each the factors are trained for
+            a part of the steps, and the next one starts from new moments. See stages.py.
+        speed: Whether to time the model before and after, in turn, for the report; of causal
+            language models only, see `speed_before_and_after`.
+        progress: Whether to show progress bars.
+    """
+
+    loss_function: LossFunction | None = None
+    cache_dir: str | Path | None = None
+    moment_gib: float = 8.0
+    recover_steps: int = 0
+    recover: str | None = None
+    stages: int = 1
+    speed: bool = False
+    progress: bool = True
+
+
+class Stopwatch:
+    """Adds up seconds by phase.
+
+    Args:
+        seconds: What was spent before, by phase.
+    """
+
+    def __init__(self, seconds: dict[str, float] | None = None) -> None:
+        self.seconds: dict[str, float] = dict(seconds or {})
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Counts the time of the block towards a phase."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+
+
+@dataclass(frozen=True)
+class Run:
+    """What `analyze`, `decide` and `apply` are all given.
+
+    Attributes:
+        texts: Text by role.
+        options: How to work.
+        stopwatch: Where the seconds of each phase are added up.
+        processes: Those that share the work.
+    """
+
+    texts: Texts = Texts()
+    options: RunOptions = RunOptions()
+    stopwatch: Stopwatch = field(default_factory=Stopwatch)
+    processes: Processes = ALONE
+
+    @property
+    def progress(self) -> bool:
+        """Whether this process shows progress."""
+        return self.options.progress and self.processes.is_main
+
+
+def split_texts(config: LowRankConfig, texts: Texts, recover_steps: int = 0) -> Texts:
+    """Takes held-out batches off the calibration batches where a search or a recovery needs them.
+
+    Raises:
+        DataError: They are needed and there is too little calibration data.
+    """
+    searches = config.searches and config.ranks is None
+    is_needed = searches or recover_steps > 0
+    if not is_needed or texts.held_out is not None:
+        return texts
+    batches = list(texts.calibration or [])
+    if len(batches) < 2:
+        raise DataError(
+            "A loss tolerance is tested, ranks are searched, prices are corrected, and a recovery "
+            "is judged on held-out text: pass at least two calibration batches, or held_out, or "
+            "set param_ratio, a rule without a search, no measured_prices and no recover_steps."
+        )
+    size = max(1, len(batches) // 4)
+    return dataclasses.replace(texts, calibration=batches[:-size], held_out=batches[-size:])
