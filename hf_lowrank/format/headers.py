@@ -19,6 +19,7 @@ from transformers.utils import cached_file
 from transformers.utils.hub import extract_commit_hash
 
 from hf_lowrank.errors import CheckpointError
+from hf_lowrank.format.forms.stored_form import listed_layers
 from hf_lowrank.format.layout import QUANT_METHOD, Layout
 
 _MAX_JSON_BYTES = 100_000_000
@@ -87,6 +88,7 @@ def check_checkpoint(folder: str | Path, **hub: Any) -> Checked:
         )
     try:
         layout = Layout.from_settings(settings)
+        listed_layers(layout)
     except CheckpointError as error:
         raise CheckpointError(f"{folder}: bad quantization_config: {error}") from error
     shapes = tensor_shapes(folder, **hub)
