@@ -33,7 +33,7 @@ from hf_lowrank.errors import ConfigError, DataError
 from hf_lowrank.evaluation.perplexity import LossMeasurement, measure_loss
 from hf_lowrank.evaluation.size import compare, model_sizes, size_fields
 from hf_lowrank.evaluation.speed import speed_before_and_after
-from hf_lowrank.format.modeling_lowrank import linear_shape
+from hf_lowrank.format.dense_linear import linear_shape
 from hf_lowrank.measuring.distributed import current_processes
 from hf_lowrank.measuring.losses import Batch, LossFunction, is_causal_lm
 from hf_lowrank.modeling.marks import attach_config

@@ -16,7 +16,7 @@ from torch import nn
 from hf_lowrank.compression.run import CompressionRun, RunOptions, Texts, check_goal
 from hf_lowrank.config import SEARCH_NAMES, LowRankConfig
 from hf_lowrank.errors import ConfigError
-from hf_lowrank.format.modeling_lowrank import compressed_layers
+from hf_lowrank.format.rebuild import compressed_layers
 from hf_lowrank.modeling.marks import attach_config
 from hf_lowrank.modeling.surgery import merge_, restore_
 from hf_lowrank.modeling.targets import find_targets

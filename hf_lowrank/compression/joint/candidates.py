@@ -18,7 +18,7 @@ from hf_lowrank.compression.joint.gradients import GradientReader
 from hf_lowrank.compression.run import CompressionRun
 from hf_lowrank.decomposition.spectrum import Spectrum
 from hf_lowrank.errors import NumericalError
-from hf_lowrank.format.modeling_lowrank import linear_weight
+from hf_lowrank.format.dense_linear import linear_weight
 from hf_lowrank.ranks.plan import RankPlan
 from hf_lowrank.ranks.rules import RULES
 from hf_lowrank.ranks.threshold import plan_for_scores, predicted_rise, smallest_ratio
