@@ -155,7 +155,8 @@ def _check_layers(
         name = resolve_module_name(skeleton, saved_name) or saved_name
         wanted = [list(s) for s in form.shapes(linear_shape(skeleton.get_submodule(name)), entry)]
         stored = [shapes.get(f"{name}.{tensor}") for tensor in form.tensors]
-        given = f"{folder}: {name} has {form.entry} {entry} in config.json, but"
+        said = list(entry) if isinstance(entry, tuple) else entry
+        given = f"{folder}: {name} has {form.entry} {said} in config.json but"
         if None in stored:
             raise CheckpointError(f"{given} no {form.content}.")
         if stored != wanted:
