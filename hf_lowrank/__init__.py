@@ -10,7 +10,8 @@ from hf_lowrank.compression.peft_style import get_lowrank_model, print_trainable
 from hf_lowrank.compression.verbs import compress, sweep
 from hf_lowrank.config import LowRankConfig
 from hf_lowrank.errors import LowRankError
-from hf_lowrank.format.modeling_lowrank import LowRankLinear, NarrowedLinear
+from hf_lowrank.format.forms.factors import LowRankLinear
+from hf_lowrank.format.forms.narrowed import NarrowedLinear
 from hf_lowrank.format.strict import load
 from hf_lowrank.modeling.surgery import merge_ as merge
 from hf_lowrank.report.schema import Report

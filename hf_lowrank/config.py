@@ -16,7 +16,8 @@ from typing import Any
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from hf_lowrank.errors import CheckpointError, ConfigError
-from hf_lowrank.format.layout import FORMAT_VERSION, FORMS, QUANT_METHOD
+from hf_lowrank.format.forms.stored_form import form_names
+from hf_lowrank.format.layout import FORMAT_VERSION, QUANT_METHOD
 
 METRIC_NAMES = (
     "plain",
@@ -142,7 +143,7 @@ class LowRankConfig(QuantizationConfigMixin):
         self._check_goal()
         _check_choice("metric", self.metric, METRIC_NAMES)
         _check_choice("label_source", self.label_source, LABEL_SOURCES)
-        _check_choice("form", self.form, FORMS)
+        _check_choice("form", self.form, tuple(form_names()))
         if self.rule is not None:
             _check_choice("rule", self.rule, RULE_NAMES + SEARCH_NAMES)
             if self.rule == "price" and self.metric != "kfac":

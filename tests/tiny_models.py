@@ -30,7 +30,7 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from hf_lowrank.format.modeling_lowrank import LowRankLinear
+from hf_lowrank.format.forms.factors import LowRankLinear
 
 VOCABULARY = 96
 MAX_LENGTH = 64

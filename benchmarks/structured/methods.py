@@ -28,8 +28,8 @@ from hf_lowrank.decomposition.metrics import MetricSettings, QuadraticForm, Side
 from hf_lowrank.decomposition.moments import Moments, SecondMoment
 from hf_lowrank.decomposition.spectrum import decompose
 from hf_lowrank.errors import ConfigError, TargetError
+from hf_lowrank.format.dense_linear import linear_shape, linear_weight
 from hf_lowrank.format.feed_forward import FeedForward, find_feed_forwards
-from hf_lowrank.format.modeling_lowrank import linear_shape, linear_weight
 from hf_lowrank.modeling.surgery import lowrank_from_factors
 from hf_lowrank.ranks.threshold import plan_for_budget
 

@@ -22,7 +22,7 @@ from hf_lowrank.decomposition.metrics import MetricSettings, QuadraticForm, Side
 from hf_lowrank.decomposition.moments import SecondMoment
 from hf_lowrank.decomposition.spectrum import Factors, decompose
 from hf_lowrank.errors import ConfigError, TargetError
-from hf_lowrank.format.modeling_lowrank import linear_shape, linear_weight
+from hf_lowrank.format.dense_linear import linear_shape, linear_weight
 from hf_lowrank.modeling.targets import match_name
 
 # Layers that read the residual stream. The paper shares nothing among those that write to it.

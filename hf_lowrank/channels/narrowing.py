@@ -13,8 +13,9 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from hf_lowrank.format.dense_linear import linear_shape, linear_weight
 from hf_lowrank.format.feed_forward import FeedForward
-from hf_lowrank.format.modeling_lowrank import NarrowedLinear, linear_shape, linear_weight
+from hf_lowrank.format.forms.narrowed import NarrowedLinear
 
 Linear = TypeVar("Linear", bound=nn.Linear)
 

@@ -19,8 +19,8 @@ from hf_lowrank.decomposition.metrics import MetricSettings, QuadraticForm, Side
 from hf_lowrank.decomposition.moments import SecondMoment
 from hf_lowrank.decomposition.spectrum import damped
 from hf_lowrank.errors import NumericalError
+from hf_lowrank.format.dense_linear import linear_weight
 from hf_lowrank.format.feed_forward import FeedForward
-from hf_lowrank.format.modeling_lowrank import linear_weight
 
 _ROUNDS = 48
 _JITTER = 1e-6

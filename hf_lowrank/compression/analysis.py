@@ -21,8 +21,8 @@ from hf_lowrank.decomposition.metrics import METRICS
 from hf_lowrank.decomposition.moments import Moments
 from hf_lowrank.decomposition.spectrum import Factors, Spectrum, decompose
 from hf_lowrank.errors import DataError, NumericalError
+from hf_lowrank.format.dense_linear import linear_shape, linear_weight
 from hf_lowrank.format.feed_forward import FeedForward, find_feed_forwards
-from hf_lowrank.format.modeling_lowrank import linear_shape, linear_weight
 from hf_lowrank.measuring.losses import Batch
 from hf_lowrank.measuring.statistics import collect_moments
 from hf_lowrank.modeling.targets import fixed_ranks

@@ -9,7 +9,7 @@ from torch import nn
 from hf_lowrank.compression.analysis import Analysis
 from hf_lowrank.config import LowRankConfig
 from hf_lowrank.errors import ConfigError
-from hf_lowrank.format.modeling_lowrank import linear_shape
+from hf_lowrank.format.dense_linear import linear_shape
 from hf_lowrank.modeling.targets import fixed_ranks
 from hf_lowrank.ranks.plan import RankPlan
 from hf_lowrank.ranks.rules import RULES

@@ -19,7 +19,7 @@ from tqdm.auto import tqdm
 
 from hf_lowrank.errors import ConfigError, DataError, NumericalError
 from hf_lowrank.evaluation.perplexity import measure_loss
-from hf_lowrank.format.modeling_lowrank import compressed_layers
+from hf_lowrank.format.rebuild import compressed_layers
 from hf_lowrank.measuring.losses import (
     Batch,
     check_distillable,

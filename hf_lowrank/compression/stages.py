@@ -14,7 +14,7 @@ from hf_lowrank.compression.application import Dense, cut, dense_on_error
 from hf_lowrank.compression.options import Run
 from hf_lowrank.config import SEARCH_NAMES, LowRankConfig
 from hf_lowrank.errors import ConfigError
-from hf_lowrank.format.modeling_lowrank import compressed_layers
+from hf_lowrank.format.rebuild import compressed_layers
 from hf_lowrank.modeling.surgery import merge_
 from hf_lowrank.modeling.targets import find_targets
 from hf_lowrank.report.schema import Report

@@ -18,7 +18,7 @@ from hf_lowrank.config import RULE_NAMES, LowRankConfig
 from hf_lowrank.decomposition.metrics import METRICS
 from hf_lowrank.errors import CheckpointError, ConfigError
 from hf_lowrank.format.layout import QUANT_METHOD
-from hf_lowrank.format.modeling_lowrank import LowRankQuantizer
+from hf_lowrank.format.quantizer import LowRankQuantizer
 from hf_lowrank.modeling.surgery import factorize_
 from hf_lowrank.modeling.targets import find_targets
 

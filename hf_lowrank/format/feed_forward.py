@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from hf_lowrank.errors import TargetError
-from hf_lowrank.format.modeling_lowrank import linear_shape
+from hf_lowrank.format.dense_linear import linear_shape
 
 # Layers into the channels, and the output layer, below one module.
 _PATTERNS: tuple[tuple[tuple[str, ...], str], ...] = (

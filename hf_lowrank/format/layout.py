@@ -10,7 +10,6 @@ from hf_lowrank.errors import CheckpointError
 
 QUANT_METHOD = "lowrank"
 FORMAT_VERSION = 1
-FORMS = ("factors", "usv")
 
 
 @dataclass(frozen=True)
@@ -20,7 +19,7 @@ class Layout:
     Attributes:
         ranks: Module name to rank; None for a layer that stayed dense or was narrowed.
         narrowed: Module name to (out_features, in_features), for layers that lost channels.
-        form: Stored form of the factors, one of `FORMS`.
+        form: Name of the stored form of the layers in `ranks`.
     """
 
     ranks: Mapping[str, int | None]
@@ -43,8 +42,8 @@ class Layout:
                 f"{FORMAT_VERSION}; update hf_lowrank or check the file."
             )
         form = settings.get("form", "factors")
-        if form not in FORMS:
-            raise CheckpointError(f"form must be one of {', '.join(FORMS)}; got {form!r}.")
+        if not isinstance(form, str):
+            raise CheckpointError(f"form must be the name of a stored form, got {form!r}.")
         ranks, narrowed = settings.get("ranks"), settings.get("narrowed")
         if not isinstance(ranks, dict):
             raise CheckpointError(

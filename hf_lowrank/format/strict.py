@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +16,12 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, ren
 from transformers.utils import find_adapter_config_file
 
 from hf_lowrank.errors import CheckpointError, ConfigError
+from hf_lowrank.format.dense_linear import linear_shape
 from hf_lowrank.format.feed_forward import named_feed_forwards
+from hf_lowrank.format.forms.stored_form import form_names, listed_layers, stored_form
 from hf_lowrank.format.headers import Checked, check_checkpoint, pinned
 from hf_lowrank.format.layout import Layout
-from hf_lowrank.format.modeling_lowrank import (
-    narrowed_layers,
-    replace_with_lowrank,
-    resolve_module_name,
-)
+from hf_lowrank.format.rebuild import narrowed_layers, replace_with_lowrank, resolve_module_name
 
 # Saved numbers that a model may have beyond four times its tensors' elements.
 _SPARE_ELEMENTS = 10_000_000
@@ -110,10 +109,10 @@ def _check_model(
     layout = checked.layout
     with torch.device("meta"):
         skeleton = model_class(config)
-        replace_with_lowrank(skeleton, layout.ranks, layout.form, layout.narrowed)
+        replace_with_lowrank(skeleton, layout)
     shapes = _shapes_in_model(folder, skeleton, checked.shapes)
     _check_layers(folder, skeleton, layout, shapes)
-    _check_narrowed(folder, skeleton, layout, shapes)
+    _check_feed_forwards(folder, skeleton)
     _check_sizes(folder, skeleton, sum(math.prod(shape) for shape in checked.shapes.values()))
     for name, tensor in skeleton.state_dict().items():
         if name in shapes and list(tensor.shape) != shapes[name]:
@@ -151,37 +150,33 @@ def _shapes_in_model(
 def _check_layers(
     folder: str | Path, skeleton: nn.Module, layout: Layout, shapes: dict[str, list[int]]
 ) -> None:
-    """Compares the ranks in config.json with the factors."""
-    for saved_name, rank in layout.ranks.items():
+    """Compares what config.json says of each layer with the layer's tensors."""
+    for saved_name, form, entry in listed_layers(layout):
         name = resolve_module_name(skeleton, saved_name) or saved_name
-        factor_a = shapes.get(f"{name}.lowrank_A.weight")
-        factor_b = shapes.get(f"{name}.lowrank_B.weight")
-        if rank is None:
-            if factor_a is not None or factor_b is not None:
-                raise CheckpointError(f"{folder}: {name} is dense in config.json but has factors.")
-        elif factor_a is None or factor_b is None:
+        wanted = [list(s) for s in form.shapes(linear_shape(skeleton.get_submodule(name)), entry)]
+        stored = [shapes.get(f"{name}.{tensor}") for tensor in form.tensors]
+        said = list(entry) if isinstance(entry, tuple) else entry
+        given = f"{folder}: {name} has {form.entry} {said} in config.json but"
+        if None in stored:
+            raise CheckpointError(f"{given} no {form.content}.")
+        if stored != wanted:
             raise CheckpointError(
-                f"{folder}: {name} has rank {rank} in config.json but no factors."
+                f"{given} {form.content} of shape {_and(stored)}; it asks for {_and(wanted)}."
             )
-        elif factor_a[:1] != [rank] or factor_b[1:] != [rank]:
-            raise CheckpointError(
-                f"{folder}: {name} has rank {rank} in config.json, but its factors have shapes "
-                f"{factor_a} and {factor_b}."
-            )
+    factors = {tensor for each in map(stored_form, form_names()) for tensor in each.tensors}
+    for saved_name in (name for name, rank in layout.ranks.items() if rank is None):
+        name = resolve_module_name(skeleton, saved_name) or saved_name
+        if any(f"{name}.{tensor}" in shapes for tensor in factors):
+            raise CheckpointError(f"{folder}: {name} is dense in config.json but has factors.")
 
 
-def _check_narrowed(
-    folder: str | Path, skeleton: nn.Module, layout: Layout, shapes: dict[str, list[int]]
-) -> None:
-    """Compares the narrowed shapes in config.json with the weights, and with each other."""
-    for saved_name, shape in layout.narrowed.items():
-        name = resolve_module_name(skeleton, saved_name) or saved_name
-        stored = shapes.get(f"{name}.weight")
-        if stored != list(shape):
-            raise CheckpointError(
-                f"{folder}: {name} has shape {list(shape)} in config.json, but its weight has "
-                f"{stored}."
-            )
+def _and(shapes: Sequence[list[int] | None]) -> str:
+    """[1, 2] and [3, 4]."""
+    return " and ".join(map(str, shapes))
+
+
+def _check_feed_forwards(folder: str | Path, skeleton: nn.Module) -> None:
+    """Refuses narrowed layers that do not fit the others of their feed-forward."""
     small = narrowed_layers(skeleton)
     blocks = named_feed_forwards(skeleton, small)
     for name in small.keys() - {name for _, block in blocks for name in block.names}:

@@ -22,7 +22,7 @@ from torch import nn
 
 from hf_lowrank.decomposition.moments import Moments, SecondMoment
 from hf_lowrank.errors import DataError, NumericalError
-from hf_lowrank.format.modeling_lowrank import linear_shape, linear_weight
+from hf_lowrank.format.dense_linear import linear_shape, linear_weight
 from hf_lowrank.measuring.distributed import ALONE, Processes, sum_moments
 from hf_lowrank.measuring.losses import (
     IGNORED,

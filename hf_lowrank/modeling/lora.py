@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from hf_lowrank.errors import ConfigError
-from hf_lowrank.format.modeling_lowrank import narrowed_layers
+from hf_lowrank.format.rebuild import narrowed_layers
 
 FACTORS = ("lowrank_A", "lowrank_B")
 

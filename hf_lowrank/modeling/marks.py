@@ -5,12 +5,9 @@ from __future__ import annotations
 from torch import nn
 
 from hf_lowrank.config import LowRankConfig
-from hf_lowrank.format.modeling_lowrank import (
-    LowRankQuantizer,
-    mark_as_lowrank,
-    narrowed_layers,
-    unmark_as_lowrank,
-)
+from hf_lowrank.format.marking import mark_as_lowrank, unmark_as_lowrank
+from hf_lowrank.format.quantizer import LowRankQuantizer
+from hf_lowrank.format.rebuild import narrowed_layers
 
 
 def attach_config(model: nn.Module, config: LowRankConfig | None) -> None:

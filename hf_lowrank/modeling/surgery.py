@@ -20,13 +20,10 @@ from hf_lowrank.channels.narrowing import narrowed
 from hf_lowrank.channels.order import ChannelOrder
 from hf_lowrank.decomposition.spectrum import Factors
 from hf_lowrank.errors import TargetError
-from hf_lowrank.format.modeling_lowrank import (
-    LowRankLinear,
-    compressed_layers,
-    linear_shape,
-    linear_weight,
-    unmark_as_lowrank,
-)
+from hf_lowrank.format.dense_linear import linear_shape, linear_weight
+from hf_lowrank.format.forms.factors import LowRankLinear
+from hf_lowrank.format.marking import unmark_as_lowrank
+from hf_lowrank.format.rebuild import compressed_layers
 from hf_lowrank.ranks.plan import RankPlan
 
 

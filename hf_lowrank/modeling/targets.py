@@ -15,8 +15,10 @@ from transformers.pytorch_utils import Conv1D
 
 from hf_lowrank.config import LowRankConfig
 from hf_lowrank.errors import ConfigError, TargetError
+from hf_lowrank.format.dense_linear import linear_shape
+from hf_lowrank.format.forms.factors import LowRankLinear
+from hf_lowrank.format.forms.narrowed import NarrowedLinear
 from hf_lowrank.format.layout import QUANT_METHOD
-from hf_lowrank.format.modeling_lowrank import LowRankLinear, NarrowedLinear, linear_shape
 from hf_lowrank.ranks.plan import break_even_rank
 
 Value = TypeVar("Value")

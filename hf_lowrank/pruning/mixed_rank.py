@@ -10,12 +10,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from hf_lowrank.errors import TargetError
-from hf_lowrank.format.modeling_lowrank import (
-    LowRankLinear,
-    factorized_layers,
-    linear_shape,
-    linear_weight,
-)
+from hf_lowrank.format.dense_linear import linear_shape, linear_weight
+from hf_lowrank.format.forms.factors import LowRankLinear
+from hf_lowrank.format.rebuild import factorized_layers
 from hf_lowrank.modeling.surgery import empty_lowrank, replace_layer_
 
 

@@ -11,7 +11,7 @@ from torch import nn
 
 from hf_lowrank.config import LowRankConfig
 from hf_lowrank.errors import ConfigError, NumericalError
-from hf_lowrank.format.modeling_lowrank import linear_weight
+from hf_lowrank.format.dense_linear import linear_weight
 from hf_lowrank.modeling.targets import find_targets
 
 _FIGURES = ("matrix_rank", "numerical_rank", "energy_rank", "stable_rank")

@@ -11,7 +11,8 @@ from torch import nn
 from hf_lowrank.config import LowRankConfig
 from hf_lowrank.evaluation.perplexity import LossMeasurement, measure_loss
 from hf_lowrank.evaluation.size import model_sizes, size_fields
-from hf_lowrank.format.modeling_lowrank import linear_shape, narrowed_layers
+from hf_lowrank.format.dense_linear import linear_shape
+from hf_lowrank.format.rebuild import narrowed_layers
 from hf_lowrank.inputs.sources import hub_id
 from hf_lowrank.modeling.targets import find_targets, untouched_weights
 from hf_lowrank.ranks.plan import RankPlan

@@ -10,12 +10,9 @@ from torch import nn
 from hf_lowrank.config import LowRankConfig
 from hf_lowrank.decomposition.thin import thin_svd
 from hf_lowrank.errors import ConfigError, TargetError
-from hf_lowrank.format.modeling_lowrank import (
-    LowRankLinear,
-    factorized_layers,
-    linear_weight,
-    narrowed_layers,
-)
+from hf_lowrank.format.dense_linear import linear_weight
+from hf_lowrank.format.forms.factors import LowRankLinear
+from hf_lowrank.format.rebuild import factorized_layers, narrowed_layers
 from hf_lowrank.modeling.surgery import empty_lowrank, replace_layer_
 from hf_lowrank.modeling.targets import find_targets, fixed_ranks
 from hf_lowrank.ranks.plan import break_even_rank

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 import torch
 
 from hf_lowrank.errors import ConfigError
-from hf_lowrank.format.modeling_lowrank import LowRankLinear
+from hf_lowrank.format.forms.factors import LowRankLinear
 
 RANK_PENALTIES = ("hoyer", "nuclear", "none")
 

@@ -20,7 +20,8 @@ from hf_lowrank.decomposition.spectrum import Factors, Spectrum, decompose
 from hf_lowrank.decomposition.thin import thin_svd
 from hf_lowrank.errors import ConfigError
 from hf_lowrank.evaluation.perplexity import ItemLoss, iterate_losses
-from hf_lowrank.format.modeling_lowrank import LowRankLinear, linear_shape
+from hf_lowrank.format.dense_linear import linear_shape
+from hf_lowrank.format.forms.factors import LowRankLinear
 from hf_lowrank.measuring.losses import Batch
 from hf_lowrank.measuring.statistics import collect_moments
 from hf_lowrank.ranks.plan import RankPlan

@@ -19,7 +19,9 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from hf_lowrank.config import LowRankConfig
 from hf_lowrank.errors import ConfigError, DataError
 from hf_lowrank.evaluation.perplexity import ItemLoss, LossMeasurement, measure_loss
-from hf_lowrank.format.modeling_lowrank import LowRankLinear, factorized_layers, linear_shape
+from hf_lowrank.format.dense_linear import linear_shape
+from hf_lowrank.format.forms.factors import LowRankLinear
+from hf_lowrank.format.rebuild import factorized_layers
 from hf_lowrank.measuring.losses import Batch
 from hf_lowrank.modeling.marks import attach_config
 from hf_lowrank.modeling.surgery import empty_lowrank, replace_layer_

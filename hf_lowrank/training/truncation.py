@@ -16,7 +16,7 @@ from torch import nn
 
 from hf_lowrank.decomposition.spectrum import Factors
 from hf_lowrank.decomposition.thin import thin_svd
-from hf_lowrank.format.modeling_lowrank import LowRankLinear
+from hf_lowrank.format.forms.factors import LowRankLinear
 from hf_lowrank.modeling.surgery import replace_layer_
 
 USV = tuple[torch.Tensor, torch.Tensor, torch.Tensor]

@@ -10,8 +10,10 @@ from hf_lowrank.channels.order import ChannelOrder
 from hf_lowrank.cli.arguments import CompressionArguments
 from hf_lowrank.compression.joint.system import compress_jointly
 from hf_lowrank.errors import ConfigError, TargetError
+from hf_lowrank.format.dense_linear import linear_shape
 from hf_lowrank.format.feed_forward import FeedForward, find_feed_forwards
-from hf_lowrank.format.modeling_lowrank import NarrowedLinear, linear_shape, narrowed_layers
+from hf_lowrank.format.forms.narrowed import NarrowedLinear
+from hf_lowrank.format.rebuild import narrowed_layers
 from hf_lowrank.modeling.targets import find_targets
 from hf_lowrank.report.layers import kept_shares
 from hf_lowrank.report.page.page import report_page

@@ -16,7 +16,7 @@ from hf_lowrank.compression.prices import measure_parts, scaled_prices
 from hf_lowrank.compression.recovery import RecoverySettings, recover_
 from hf_lowrank.compression.stages import stage_goals
 from hf_lowrank.errors import ConfigError, NumericalError
-from hf_lowrank.format.modeling_lowrank import compressed_layers
+from hf_lowrank.format.rebuild import compressed_layers
 from hf_lowrank.format.strict import load
 from hf_lowrank.modeling.surgery import factorize_, merge_
 from hf_lowrank.modeling.targets import find_targets

@@ -16,7 +16,8 @@ from transformers import (
 
 import hf_lowrank
 from hf_lowrank import LowRankConfig, compress
-from hf_lowrank.format.modeling_lowrank import replace_with_lowrank
+from hf_lowrank.format.layout import Layout
+from hf_lowrank.format.rebuild import replace_with_lowrank
 from hf_lowrank.modeling.marks import attach_config
 from tests.format import BATCH, LAYER, RANK, load_clean, same_tensors
 from tests.tiny_models import logits, num_lowrank, tiny_llama
@@ -116,7 +117,7 @@ def test_another_head_on_the_same_body(llama, tmp_path):
 
 def test_training_form_survives_saving(tmp_path):
     model, ranks = tiny_llama(), {LAYER: RANK, "model.layers.1.mlp.up_proj": 4}
-    replace_with_lowrank(model, ranks, "usv")
+    replace_with_lowrank(model, Layout(ranks, form="usv"))
     torch.nn.init.normal_(model.get_submodule(LAYER).lowrank_s)
     attach_config(model, LowRankConfig(ranks=ranks, form="usv"))
     model.save_pretrained(tmp_path)

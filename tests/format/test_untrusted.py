@@ -29,7 +29,18 @@ from tests.tiny_models import logits, tiny_llama, token_batches
 LAYER = "model.layers.0.self_attn.q_proj"
 VALUES = [
     *(None, True, False, 0, 1, -1, 2, 3, 7, 33, 10**6, 10**9, 2**63, 10**30, 1.5, -0.5, 1e30),
-    *("", "lowrank", "factors", "cuda", "../../etc/passwd", "a/b", "\0", "x" * 10_000, "é\ud7ff"),
+    *(
+        "",
+        "lowrank",
+        "factors",
+        "cuda",
+        "../../etc/passwd",
+        "a/b",
+        "\0",
+        "x" * 10_000,
+        "é\ud7ff",
+        "\ud800",
+    ),
     *([], [1], [10**9], ["lowrank"], [[]], {}, {"": 1}, {"a": {"b": 10**12}}, float("inf")),
     *(float("nan"), "1", "F32", "float16", "LlamaModel", "GPT2LMHeadModel", "eager"),
 ]
@@ -330,3 +341,44 @@ def test_a_good_checkpoint_still_loads(folder: Path):
     assert loads_right(folder)
     model: Any = hf_lowrank.load(folder)
     assert torch.isfinite(logits(model, batch)).all()
+
+
+def test_a_rotary_base_is_no_count(folder: Path):
+    """Some models name it after their layers: layer_rope_theta."""
+    set_in_config(folder, layer_rope_theta=500_000.0)
+    assert loads_right(folder)
+
+
+def test_an_empty_tensor_bears_out_no_count(folder: Path):
+    tensors = load_file(folder / "model.safetensors")
+    tensors["empty"] = torch.zeros(0, 10**10)
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    set_in_config(folder, num_hidden_layers=10**9)
+    refused(folder, "config.json has num_hidden_layers 1000000000, more than")
+
+
+@pytest.mark.parametrize("value", ["\ud800", {"\ud800": 1}, ["a", ["\udfff"]]])
+def test_half_a_character_is_refused(folder: Path, value: Any):
+    set_in_config(folder, unknown=value)
+    refused(folder, r"no readable config\.json \(.*surrogates not allowed\)")
+
+
+@pytest.mark.parametrize("place", ["config", "narrowed", "architectures"])
+def test_nesting_beyond_any_config_is_refused(folder: Path, place: str):
+    nested: Any = "x"
+    for _ in range(400):
+        nested = [nested]
+
+    def nest(config: dict[str, Any]) -> None:
+        holder = config["quantization_config"] if place == "narrowed" else config
+        holder[place] = nested
+
+    edit_config(folder, nest)
+    refused(folder, r"no readable config\.json \(it is nested more than 64 deep\)")
+
+
+@pytest.mark.parametrize("text", ["[" * 900 + "]" * 900, '{"weight_map": {"a": "\\ud800"}}'])
+def test_a_deep_or_broken_index_is_refused(folder: Path, text: str):
+    (folder / "model.safetensors").rename(folder / "other.safetensors")
+    (folder / "model.safetensors.index.json").write_text(text, "utf-8")
+    refused(folder, "not a readable index of tensors")

@@ -18,7 +18,7 @@ from hf_lowrank.compression import recovery
 from hf_lowrank.compression.recovery import RecoverySettings, recover_
 from hf_lowrank.errors import ConfigError, TargetError
 from hf_lowrank.evaluation.perplexity import measure_loss
-from hf_lowrank.format.modeling_lowrank import factorized_layers, narrowed_layers
+from hf_lowrank.format.rebuild import factorized_layers, narrowed_layers
 from hf_lowrank.modeling import lora
 from tests.compression.test_recovery import compressed, factor_names
 from tests.scripts import word_tokenizer, written_text

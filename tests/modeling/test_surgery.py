@@ -9,7 +9,7 @@ from hf_lowrank import LowRankConfig, LowRankLinear, compress, merge
 from hf_lowrank.decomposition.metrics import QuadraticForm
 from hf_lowrank.decomposition.spectrum import decompose
 from hf_lowrank.errors import ConfigError, TargetError
-from hf_lowrank.format.modeling_lowrank import linear_shape, linear_weight
+from hf_lowrank.format.dense_linear import linear_shape, linear_weight
 from hf_lowrank.modeling.surgery import factorize_, factorized, lowrank_from_factors, restore_
 from hf_lowrank.modeling.targets import find_targets
 from hf_lowrank.ranks.plan import RankPlan

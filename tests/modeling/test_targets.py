@@ -7,7 +7,7 @@ from transformers.pytorch_utils import Conv1D
 
 from hf_lowrank import LowRankConfig, compress
 from hf_lowrank.errors import ConfigError, TargetError
-from hf_lowrank.format.modeling_lowrank import linear_weight
+from hf_lowrank.format.dense_linear import linear_weight
 from hf_lowrank.modeling.targets import find_targets, fixed_ranks, match_name, untouched_weights
 from tests.tiny_models import tiny_bert_classifier, tiny_gpt2, tiny_llama, tiny_mixtral
 

@@ -11,7 +11,8 @@ from transformers import default_data_collator
 import hf_lowrank
 from hf_lowrank import LowRankConfig
 from hf_lowrank.errors import CheckpointError, ConfigError, DataError
-from hf_lowrank.format.modeling_lowrank import LowRankLinear, factorized_layers
+from hf_lowrank.format.forms.factors import LowRankLinear
+from hf_lowrank.format.rebuild import factorized_layers
 from hf_lowrank.pruning.lpaf import STAGES, LpafSettings, lpaf_
 from tests.tiny_models import NUM_LABELS, logits, sentence_batches, tiny_bert_classifier
 from tests.training import sentence_rows

@@ -12,7 +12,9 @@ from transformers import BertForQuestionAnswering, BertForSequenceClassification
 
 import hf_lowrank
 from hf_lowrank.errors import ConfigError, TargetError
-from hf_lowrank.format.modeling_lowrank import LowRankLinear, factorized_layers, linear_weight
+from hf_lowrank.format.dense_linear import linear_weight
+from hf_lowrank.format.forms.factors import LowRankLinear
+from hf_lowrank.format.rebuild import factorized_layers
 from hf_lowrank.pruning.consistency import divergence
 from hf_lowrank.pruning.mixed_rank import draw_gates_, mix_, mixed_layers, unmix_
 from hf_lowrank.pruning.mixed_trainer import MixedRankTrainer

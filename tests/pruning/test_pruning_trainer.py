@@ -9,7 +9,7 @@ from torch import nn
 
 from hf_lowrank import LowRankConfig
 from hf_lowrank.errors import CheckpointError, ConfigError, NumericalError, TargetError
-from hf_lowrank.format.modeling_lowrank import linear_weight
+from hf_lowrank.format.dense_linear import linear_weight
 from hf_lowrank.modeling.targets import find_targets
 from hf_lowrank.pruning.masked import MaskedWeights
 from hf_lowrank.pruning.pruning_arguments import PruningArguments

@@ -9,10 +9,11 @@ import pytest
 from transformers import AutoModelForCausalLM
 
 import hf_lowrank
+from hf_lowrank.format.bundle import loading_code
 from tests.scripts import ROOT, Finished, InProcess, Inputs, Refusal, run_python
 
 SAVE_STEPS = [
-    ("hf_lowrank.format.modeling_lowrank.shutil.copyfile", "the loading code"),
+    ("hf_lowrank.format.marking.loading_code", "the loading code"),
     ("transformers.modeling_utils.safe_save_file", "the weights"),
     ("transformers.PreTrainedTokenizerFast.save_pretrained", "the tokenizer"),
     ("hf_lowrank.report.schema.Report.save", "the report"),
@@ -129,7 +130,7 @@ def test_a_process_that_may_not_write_large_files(inputs: Inputs, tmp_path: Path
     """The weights, some 70 kB, break off half-way; all other files fit."""
     resource = pytest.importorskip("resource")
     limit = 40_000
-    assert (ROOT / "hf_lowrank" / "modeling_lowrank.py").stat().st_size < limit
+    assert len(loading_code().encode()) < limit
     done = in_new_process(
         inputs,
         tmp_path / "output",

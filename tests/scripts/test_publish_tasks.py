@@ -10,7 +10,7 @@ from huggingface_hub import ModelCard, snapshot_download
 from transformers import AutoModelForQuestionAnswering, AutoModelForSequenceClassification
 
 import hf_lowrank
-from hf_lowrank.format.modeling_lowrank import factorized_layers
+from hf_lowrank.format.rebuild import factorized_layers
 from hf_lowrank.report.schema import Report
 from hf_lowrank.report.task_report import TaskReport, load_report
 from hf_lowrank.tasks import fine_tuning

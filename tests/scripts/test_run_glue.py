@@ -10,7 +10,7 @@ import torch
 from transformers import AutoModelForSequenceClassification, Trainer
 
 import hf_lowrank
-from hf_lowrank.format.modeling_lowrank import factorized_layers
+from hf_lowrank.format.rebuild import factorized_layers
 from hf_lowrank.pruning.pruned_ranks import mean_ranks, target_weights
 from hf_lowrank.report.card.card import model_card
 from hf_lowrank.tasks import fine_tuning

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import hf_lowrank
-from hf_lowrank.format.modeling_lowrank import factorized_layers
+from hf_lowrank.format.rebuild import factorized_layers
 from hf_lowrank.tasks.fine_tuning import dense_model
 from hf_lowrank.tasks.qa import QaArguments, load_qa_task
 from hf_lowrank.tasks.task import Task

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import hf_lowrank
-from hf_lowrank.format.modeling_lowrank import factorized_layers
+from hf_lowrank.format.rebuild import factorized_layers
 from tests.scripts import Finished, InProcess, Inputs
 
 

@@ -10,7 +10,8 @@ from torch import nn
 from transformers import TrainerCallback
 
 from hf_lowrank.decomposition.thin import thin_svd
-from hf_lowrank.format.modeling_lowrank import LowRankLinear, linear_shape
+from hf_lowrank.format.dense_linear import linear_shape
+from hf_lowrank.format.forms.factors import LowRankLinear
 from hf_lowrank.training.trainer import LowRankTrainer
 from hf_lowrank.training.training_arguments import LowRankTrainingArguments
 from tests.tiny_models import (

@@ -10,7 +10,7 @@ from transformers.pytorch_utils import Conv1D
 import hf_lowrank
 from hf_lowrank.config import LowRankConfig
 from hf_lowrank.errors import ConfigError, TargetError
-from hf_lowrank.format.modeling_lowrank import factorized_layers, narrowed_layers
+from hf_lowrank.format.rebuild import factorized_layers, narrowed_layers
 from hf_lowrank.modeling.marks import attach_config
 from hf_lowrank.training.form_changes import current_ranks, to_inference_form_, to_training_form_
 from hf_lowrank.training.truncation import get_factors, set_factors_

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from hf_lowrank.errors import ConfigError
-from hf_lowrank.format.modeling_lowrank import LowRankLinear
+from hf_lowrank.format.forms.factors import LowRankLinear
 from hf_lowrank.training.penalties import orthogonality_penalty, rank_penalty
 from tests.training import training_layer
 

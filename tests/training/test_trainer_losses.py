@@ -8,7 +8,7 @@ import torch
 
 from hf_lowrank.config import LowRankConfig
 from hf_lowrank.evaluation.perplexity import measure_loss
-from hf_lowrank.format.modeling_lowrank import factorized_layers
+from hf_lowrank.format.rebuild import factorized_layers
 from hf_lowrank.training.penalties import orthogonality_penalty, rank_penalty
 from tests.tiny_models import tiny_bert_classifier, tiny_llama
 from tests.training import sentence_rows, text_rows, trainer_for

@@ -9,7 +9,8 @@ from torch import nn
 from transformers import TrainerCallback
 
 from hf_lowrank.evaluation.perplexity import LossMeasurement, measure_loss
-from hf_lowrank.format.modeling_lowrank import factorized_layers, linear_shape
+from hf_lowrank.format.dense_linear import linear_shape
+from hf_lowrank.format.rebuild import factorized_layers
 from hf_lowrank.ranks.plan import RankPlan
 from tests.tiny_models import tiny_bert_classifier, tiny_llama
 from tests.training import (

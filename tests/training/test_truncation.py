@@ -6,7 +6,7 @@ from torch import nn
 
 from hf_lowrank.decomposition.spectrum import Factors
 from hf_lowrank.decomposition.thin import thin_svd
-from hf_lowrank.format.modeling_lowrank import LowRankLinear
+from hf_lowrank.format.forms.factors import LowRankLinear
 from hf_lowrank.training.truncation import (
     cut_factors,
     get_factors,

@@ -20,7 +20,7 @@ from hf_lowrank.compression.joint.first_order import (
 )
 from hf_lowrank.decomposition.spectrum import Factors
 from hf_lowrank.errors import NumericalError
-from hf_lowrank.format.modeling_lowrank import linear_weight
+from hf_lowrank.format.dense_linear import linear_weight
 from hf_lowrank.ranks.plan import RankPlan
 from hf_lowrank.ranks.rules import RULES
 from hf_lowrank.ranks.threshold import plan_for_scores, predicted_rise

@@ -11,8 +11,8 @@ from benchmarks.structured.sp3 import principal_channels, principal_narrowing
 from hf_lowrank import LowRankConfig
 from hf_lowrank.channels.narrowing import channel_weights, narrowed, selection
 from hf_lowrank.errors import ConfigError, TargetError
+from hf_lowrank.format.dense_linear import linear_weight
 from hf_lowrank.format.feed_forward import find_feed_forwards
-from hf_lowrank.format.modeling_lowrank import linear_weight
 from hf_lowrank.measuring.statistics import collect_moments
 from hf_lowrank.modeling.surgery import swapped
 from hf_lowrank.modeling.targets import find_targets

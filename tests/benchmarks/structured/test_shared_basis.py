@@ -13,7 +13,7 @@ from benchmarks.structured.shared_basis import (
 from hf_lowrank import LowRankConfig
 from hf_lowrank.decomposition.moments import SecondMoment
 from hf_lowrank.errors import ConfigError, TargetError
-from hf_lowrank.format.modeling_lowrank import linear_weight
+from hf_lowrank.format.dense_linear import linear_weight
 from hf_lowrank.modeling.targets import find_targets
 from tests.tiny_models import tiny_gpt2, tiny_llama, tiny_t5
 

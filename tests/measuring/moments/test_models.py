@@ -13,7 +13,7 @@ from transformers import (
     WhisperForConditionalGeneration,
 )
 
-from hf_lowrank.format.modeling_lowrank import linear_shape, linear_weight
+from hf_lowrank.format.dense_linear import linear_shape, linear_weight
 from hf_lowrank.measuring import losses
 from hf_lowrank.measuring.losses import IGNORED, item_losses
 from hf_lowrank.measuring.statistics import collect_moments

@@ -1,0 +1,89 @@
+"""Marks on a model: its config says that it is compressed, and saving adds what loading needs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import transformers
+from torch import nn
+from transformers.quantizers import HfQuantizer
+
+from hf_lowrank.format.bundle import loading_code
+from hf_lowrank.format.forms.stored_form import form_of
+from hf_lowrank.format.native_classes import REMOTE_MODULE, auto_map, foreign_entries
+from hf_lowrank.format.rebuild import compressed_layers
+
+
+def mark_as_lowrank(model: nn.Module, quantizer: HfQuantizer) -> None:
+    """Makes `model.save_pretrained` write a checkpoint that loads as low-rank.
+
+    Sets `config.quantization_config`, `config.auto_map` and `hf_quantizer`, and wraps the
+    instance's `save_pretrained` so that it also writes the loading code into the folder.
+    """
+    config: Any = model.config
+    config.quantization_config = quantizer.quantization_config
+    config.auto_map = auto_map(config) | foreign_entries(config)
+    model.hf_quantizer = quantizer  # type: ignore[assignment]
+    # transformers refuses .half() and .float() on models flagged as quantized; factors allow both.
+    model.is_quantized = False  # type: ignore[assignment]
+    model.save_pretrained = _SavePretrained(model)  # type: ignore[assignment]
+
+
+def unmark_as_lowrank(model: nn.Module) -> None:
+    """Undoes `mark_as_lowrank`, for a model whose layers are dense again."""
+    for owner, attribute in (
+        (model, "hf_quantizer"),
+        (model, "save_pretrained"),
+        (model, "quantization_method"),
+        (model, "is_quantized"),
+        (model.config, "quantization_config"),
+        (model.config, "_is_quantized"),
+    ):
+        if attribute in vars(owner):
+            delattr(owner, attribute)
+    own = foreign_entries(model.config)
+    if own:
+        model.config.auto_map = own  # type: ignore[union-attr]
+    elif "auto_map" in vars(model.config):
+        delattr(model.config, "auto_map")
+
+
+class _SavePretrained:
+    """`model.save_pretrained`, and the loading code beside the weights."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+
+    def __call__(
+        self, save_directory: str, is_main_process: bool = True, *args: Any, **kwargs: Any
+    ) -> None:
+        if is_main_process:
+            Path(save_directory).mkdir(parents=True, exist_ok=True)
+            code = Path(save_directory) / f"{REMOTE_MODULE}.py"
+            code.write_text(loading_code(), encoding="utf-8")
+        if _joins_layers(self.model):
+            kwargs.setdefault("save_original_format", False)
+        save = getattr(type(self.model), "save_pretrained")  # noqa: B009
+        save(self.model, save_directory, is_main_process, *args, **kwargs)
+
+
+def _joins_layers(model: Any) -> bool:  # noqa: ANN401
+    """Whether transformers would join a compressed layer with others, such as q, k and v, to save.
+
+    Layers of different ranks can't be joined, so such a model is saved under its modules' names.
+    """
+    try:
+        from transformers.conversion_mapping import get_model_conversion_mapping
+        from transformers.core_model_loading import WeightConverter
+    except ModuleNotFoundError:  # transformers 4 joins nothing
+        return False
+    is_native = isinstance(model, transformers.PreTrainedModel)
+    conversions = get_model_conversion_mapping(model) if is_native else []
+    saving = [each.reverse_transform() for each in conversions if isinstance(each, WeightConverter)]
+    return any(
+        each.rename_source_key(f"{name}.{tensor}")[1] is not None
+        for name, layer in compressed_layers(model).items()
+        for tensor in ("weight", *form_of(layer).tensors)
+        for each in saving
+    )

@@ -1,0 +1,98 @@
+"""How transformers rebuilds compressed layers: the quantization method "lowrank".
+
+Importing this module registers it with transformers, unless that is done already.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.quantizers import HfQuantizer
+from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from hf_lowrank.format.layout import FORMAT_VERSION, QUANT_METHOD, Layout
+from hf_lowrank.format.marking import mark_as_lowrank, unmark_as_lowrank
+from hf_lowrank.format.rebuild import compressed_layers, replace_with_lowrank
+
+
+class LowRankCheckpointConfig(QuantizationConfigMixin):
+    """What a checkpoint needs to be rebuilt; other fields are kept as they are.
+
+    Args:
+        ranks: Module name to rank, None for a layer that stayed dense.
+        form: "factors" or "usv", see `LowRankLinear`.
+        narrowed: Module name to [out_features, in_features], for layers that lost channels.
+        format_version: Version of the checkpoint layout.
+        **extra: Fields that only hf_lowrank reads.
+    """
+
+    def __init__(
+        self,
+        ranks: dict[str, int | None] | None = None,
+        form: str = "factors",
+        narrowed: dict[str, list[int]] | None = None,
+        format_version: int = FORMAT_VERSION,
+        **extra: Any,
+    ) -> None:
+        extra.pop("quant_method", None)
+        self.__dict__.update(extra)
+        self.quant_method = QUANT_METHOD  # type: ignore[assignment]
+        self.ranks = ranks
+        self.form = form
+        self.narrowed = narrowed
+        self.format_version = format_version
+
+
+class LowRankQuantizer(HfQuantizer):
+    """Rebuilds low-rank layers on the meta device before `from_pretrained` reads the weights."""
+
+    requires_calibration = True
+    quantization_config: LowRankCheckpointConfig
+
+    def _process_model_before_weight_loading(
+        self,
+        model: nn.Module,
+        **kwargs: Any,
+    ) -> None:
+        if self.pre_quantized:
+            replace_with_lowrank(model, Layout.from_settings(self.quantization_config.to_dict()))
+
+    def _process_model_after_weight_loading(
+        self,
+        model: nn.Module,
+        **kwargs: Any,
+    ) -> nn.Module:
+        mark_as_lowrank(model, self)
+        return model
+
+    def is_serializable(self, **kwargs: Any) -> bool:
+        """Low-rank models are saved like any other."""
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        """The factors are ordinary parameters."""
+        return True
+
+    @property
+    def is_qat_trainable(self) -> bool:
+        """Lets `Trainer` train the factors without an adapter on top."""
+        return True
+
+    @property
+    def is_compileable(self) -> bool:
+        """`torch.compile` works on the factors."""
+        return True
+
+    def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:  # noqa: ANN401
+        for name, layer in compressed_layers(model).items():
+            model.set_submodule(name, layer.to_dense())
+        unmark_as_lowrank(model)
+        return model
+
+
+AUTO_QUANTIZATION_CONFIG_MAPPING.setdefault(QUANT_METHOD, LowRankCheckpointConfig)
+AUTO_QUANTIZER_MAPPING.setdefault(QUANT_METHOD, LowRankQuantizer)
