@@ -25,7 +25,7 @@ from hf_lowrank.config import LowRankConfig, option
 from hf_lowrank.errors import ConfigError
 from hf_lowrank.inputs.sources import load_causal_lm
 from hf_lowrank.inputs.text import DEMO, token_batches
-from hf_lowrank.measuring.losses import Batch
+from hf_lowrank.measuring.items import Batch
 from hf_lowrank.ranks.plan import RankPlan
 
 _PARTS = {"gradient": (0.0, 0.75), "held_out": (0.75, 1.0)}

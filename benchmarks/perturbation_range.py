@@ -12,7 +12,7 @@ from torch import nn
 from hf_lowrank.compression.held_out import HeldOutLoss
 from hf_lowrank.decomposition.spectrum import Spectrum
 from hf_lowrank.format.modeling_lowrank import linear_weight
-from hf_lowrank.measuring.losses import Batch, LossFunction
+from hf_lowrank.measuring.items import Batch, LossFunction
 from hf_lowrank.modeling.surgery import reweighted
 from hf_lowrank.ranks.plan import RankPlan
 from hf_lowrank.ranks.threshold import predicted_rise

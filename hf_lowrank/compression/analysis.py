@@ -22,9 +22,9 @@ from hf_lowrank.decomposition.spectrum import Spectrum, decompose
 from hf_lowrank.errors import DataError, NumericalError
 from hf_lowrank.format.feed_forward import FeedForward, find_feed_forwards
 from hf_lowrank.format.modeling_lowrank import linear_shape, linear_weight
+from hf_lowrank.measuring.collection import collect_moments
 from hf_lowrank.measuring.distributed import ALONE, Processes
-from hf_lowrank.measuring.losses import Batch, LossFunction
-from hf_lowrank.measuring.statistics import collect_moments
+from hf_lowrank.measuring.items import Batch, LossFunction
 from hf_lowrank.modeling.targets import find_targets, fixed_ranks
 from hf_lowrank.ranks.plan import RankPlan
 from hf_lowrank.ranks.threshold import plan_for_budget, uniform_plan

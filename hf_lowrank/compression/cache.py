@@ -20,7 +20,7 @@ from hf_lowrank.decomposition.spectrum import Spectrum
 from hf_lowrank.errors import StorageError
 from hf_lowrank.files import atomic_file
 from hf_lowrank.format.feed_forward import FeedForward
-from hf_lowrank.measuring.losses import Batch, LossFunction
+from hf_lowrank.measuring.items import Batch, LossFunction
 
 # Which settings the cached results depend on, beside the model and the calibration data.
 _MOMENT_SETTINGS = ("label_source", "seed")

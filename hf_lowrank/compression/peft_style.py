@@ -10,7 +10,7 @@ from torch import nn
 
 from hf_lowrank.compression.verbs import compress
 from hf_lowrank.config import LowRankConfig
-from hf_lowrank.measuring.losses import Batch
+from hf_lowrank.measuring.items import Batch
 
 
 def get_lowrank_model(

@@ -35,7 +35,7 @@ from hf_lowrank.evaluation.size import compare, model_sizes, size_fields
 from hf_lowrank.evaluation.speed import speed_before_and_after
 from hf_lowrank.format.modeling_lowrank import linear_shape
 from hf_lowrank.measuring.distributed import current_processes
-from hf_lowrank.measuring.losses import Batch, LossFunction, is_causal_lm
+from hf_lowrank.measuring.items import Batch, LossFunction, is_causal_lm
 from hf_lowrank.modeling.marks import attach_config
 from hf_lowrank.modeling.surgery import factorize_, swapped
 from hf_lowrank.modeling.targets import find_targets, fixed_ranks, untouched_weights

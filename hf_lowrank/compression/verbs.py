@@ -11,7 +11,7 @@ from hf_lowrank.compression.run import CompressionRun, RunOptions, Texts, check_
 from hf_lowrank.compression.stages import check_stages, compress_in_stages
 from hf_lowrank.config import LowRankConfig
 from hf_lowrank.errors import ConfigError
-from hf_lowrank.measuring.losses import Batch
+from hf_lowrank.measuring.items import Batch
 from hf_lowrank.modeling.marks import attach_config
 from hf_lowrank.modeling.surgery import restore_
 from hf_lowrank.modeling.targets import find_targets

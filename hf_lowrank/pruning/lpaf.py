@@ -21,7 +21,7 @@ from hf_lowrank.config import LowRankConfig
 from hf_lowrank.decomposition.metrics import METRICS
 from hf_lowrank.errors import ConfigError, DataError
 from hf_lowrank.format.modeling_lowrank import factorized_layers, linear_shape, linear_weight
-from hf_lowrank.measuring.losses import Batch
+from hf_lowrank.measuring.items import Batch
 from hf_lowrank.modeling.targets import find_targets
 from hf_lowrank.pruning.mixed_trainer import MixedRankTrainer
 from hf_lowrank.pruning.pruned_ranks import mean_ranks

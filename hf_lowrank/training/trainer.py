@@ -20,7 +20,7 @@ from hf_lowrank.config import LowRankConfig
 from hf_lowrank.errors import ConfigError, DataError
 from hf_lowrank.evaluation.perplexity import ItemLoss, LossMeasurement, measure_loss
 from hf_lowrank.format.modeling_lowrank import LowRankLinear, factorized_layers, linear_shape
-from hf_lowrank.measuring.losses import Batch
+from hf_lowrank.measuring.items import Batch
 from hf_lowrank.modeling.marks import attach_config
 from hf_lowrank.modeling.surgery import empty_lowrank, replace_layer_
 from hf_lowrank.ranks.plan import RankPlan, useful_rank

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 import torch
 
 from hf_lowrank.errors import DataError
-from hf_lowrank.measuring.losses import Batch
+from hf_lowrank.measuring.items import Batch
 
 RUN = 64
 _NO_CONTENT = ("labels", "attention_mask", "token_type_ids", "position_ids")

@@ -12,8 +12,8 @@ from hf_lowrank.compression.joint.first_order import retruncation_form
 from hf_lowrank.config import LowRankConfig
 from hf_lowrank.decomposition.metrics import METRICS, QuadraticForm
 from hf_lowrank.decomposition.moments import Moments
-from hf_lowrank.measuring.losses import Batch
-from hf_lowrank.measuring.statistics import collect_moments
+from hf_lowrank.measuring.collection import collect_moments
+from hf_lowrank.measuring.items import Batch
 
 
 class GradientReader:

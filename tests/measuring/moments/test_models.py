@@ -14,9 +14,10 @@ from transformers import (
 )
 
 from hf_lowrank.format.modeling_lowrank import linear_shape, linear_weight
-from hf_lowrank.measuring import losses
-from hf_lowrank.measuring.losses import IGNORED, item_losses
-from hf_lowrank.measuring.statistics import collect_moments
+from hf_lowrank.measuring import items
+from hf_lowrank.measuring.collection import collect_moments
+from hf_lowrank.measuring.items import IGNORED
+from hf_lowrank.measuring.losses import item_losses
 from tests.measuring.moments import ALL, SECOND, assert_close, assert_equal_moments, linears, split
 from tests.tiny_models import (
     build,
@@ -45,7 +46,7 @@ def captured(model, layers, batch):
     if labels is None:
         labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, IGNORED)
     outputs = model(**{**batch, "labels": labels})
-    scored = labels[:, 1:] if losses.is_causal_lm(model) else labels
+    scored = labels[:, 1:] if items.is_causal_lm(model) else labels
     count = int((scored != IGNORED).sum())
     (outputs.loss * count).backward()
     model.zero_grad()
