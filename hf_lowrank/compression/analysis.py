@@ -22,6 +22,7 @@ from hf_lowrank.decomposition.spectrum import Spectrum, decompose
 from hf_lowrank.errors import DataError, NumericalError
 from hf_lowrank.format.feed_forward import FeedForward, find_feed_forwards
 from hf_lowrank.format.modeling_lowrank import linear_shape, linear_weight
+from hf_lowrank.measuring.batches import num_tokens
 from hf_lowrank.measuring.collection import collect_moments
 from hf_lowrank.measuring.distributed import ALONE, Processes
 from hf_lowrank.measuring.items import Batch, LossFunction
@@ -196,7 +197,7 @@ def analyze(
         result.failures |= cached[1]
         result.orders |= cached[2]
     result.fixed = fixed_ranks(targets, config) | dict.fromkeys(result.failures)
-    result.tokens = sum(_count_tokens(batch) for batch in calibration or [])
+    result.tokens = sum(num_tokens(batch) for batch in calibration or [])
     return result
 
 
@@ -317,13 +318,6 @@ def _moments(
     if cache:
         cache.write_moments(names, needs, moments, whole)
     return moments
-
-
-def _count_tokens(batch: Batch) -> int:
-    mask = batch.get("attention_mask")
-    if mask is not None:
-        return int(mask.sum())
-    return int(batch["input_ids"].numel()) if "input_ids" in batch else 0
 
 
 def _groups(

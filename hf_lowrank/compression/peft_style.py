@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from functools import partial
 from typing import Any
 
@@ -16,7 +16,7 @@ from hf_lowrank.measuring.items import Batch
 def get_lowrank_model(
     model: nn.Module,
     config: LowRankConfig,
-    calibration: Sequence[Batch] | None = None,
+    calibration: Iterable[Batch] | None = None,
     **kwargs: Any,
 ) -> nn.Module:
     """Compresses a model in place and returns it, ready to train.

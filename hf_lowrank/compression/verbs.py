@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from torch import nn
@@ -11,6 +11,7 @@ from hf_lowrank.compression.run import CompressionRun, RunOptions, Texts, check_
 from hf_lowrank.compression.stages import check_stages, compress_in_stages
 from hf_lowrank.config import LowRankConfig
 from hf_lowrank.errors import ConfigError
+from hf_lowrank.measuring.batches import checked_batches
 from hf_lowrank.measuring.items import Batch
 from hf_lowrank.modeling.marks import attach_config
 from hf_lowrank.modeling.surgery import restore_
@@ -21,10 +22,10 @@ from hf_lowrank.report.schema import Report
 def compress(
     model: nn.Module,
     config: LowRankConfig | None = None,
-    calibration: Sequence[Batch] | None = None,
-    evaluation: Sequence[Batch] | None = None,
+    calibration: Iterable[Batch] | None = None,
+    evaluation: Iterable[Batch] | None = None,
     *,
-    held_out: Sequence[Batch] | None = None,
+    held_out: Iterable[Batch] | None = None,
     **options: Any,
 ) -> Report:
     """Factorizes a model's linear layers in place, with ranks chosen by their effect on the loss.
@@ -38,7 +39,8 @@ def compress(
         model: The dense model; a transformers model, or any module with a `loss_function`.
         config: Goal, metric, rule and targets; by default a loss tolerance of 0.05 nats. If its
             `ranks` are filled, as in a checkpoint's config, they are replayed whatever the goal.
-        calibration: Batches of forward inputs (tensors by name) for the moments.
+        calibration: Batches of forward inputs (tensors by name) for the moments, as any iterable;
+            read once, see `checked_batches`.
         evaluation: Batches for the report's before and after; nothing else looks at them.
         held_out: Batches on which a loss tolerance is tested, ranks are searched for, prices are
             corrected and a recovery is judged. By default the last quarter of the calibration
@@ -53,7 +55,10 @@ def compress(
         NumericalError: A loss is NaN or infinite.
     """
     config, chosen = config or LowRankConfig(), RunOptions(**options)
-    texts = split_texts(config, Texts(calibration, held_out, evaluation), chosen.recover_steps)
+    texts = read_texts(
+        model, chosen, calibration=calibration, held_out=held_out, evaluation=evaluation
+    )
+    texts = split_texts(config, texts, chosen.recover_steps)
     check_stages(config, chosen.stages, chosen.recover_steps)
     if chosen.stages > 1:
         return compress_in_stages(model, config, texts, chosen)
@@ -61,14 +66,34 @@ def compress(
     return run.apply(*run.choose())
 
 
+def read_texts(model: nn.Module, options: RunOptions, **sets: Iterable[Batch] | None) -> Texts:
+    """Reads each set of batches once and checks it; see `checked_batches`.
+
+    Args:
+        model: The model that will read them.
+        options: A `loss_function` among them makes the model's usual inputs optional.
+        **sets: Batches by the name of their role in `Texts`.
+
+    Raises:
+        DataError: With the set and the batch.
+    """
+    is_own = options.loss_function is None
+    found = {
+        role: checked_batches(batches, role, model, own_loss=is_own)
+        for role, batches in sets.items()
+        if batches is not None
+    }
+    return Texts(**found)
+
+
 def sweep(
     model: nn.Module,
     config: LowRankConfig,
     param_ratios: Sequence[float],
-    calibration: Sequence[Batch] | None = None,
-    evaluation: Sequence[Batch] | None = None,
+    calibration: Iterable[Batch] | None = None,
+    evaluation: Iterable[Batch] | None = None,
     *,
-    held_out: Sequence[Batch] | None = None,
+    held_out: Iterable[Batch] | None = None,
     **options: Any,
 ) -> Iterator[Report]:
     """Compresses a model at several sizes from the same spectra.
@@ -102,7 +127,10 @@ def sweep(
     chosen = RunOptions(**options)
     if chosen.stages != 1:
         raise ConfigError("stages lead to one size; call compress for each.")
-    texts = split_texts(configs[0], Texts(calibration, held_out, evaluation), chosen.recover_steps)
+    texts = read_texts(
+        model, chosen, calibration=calibration, held_out=held_out, evaluation=evaluation
+    )
+    texts = split_texts(configs[0], texts, chosen.recover_steps)
     run = CompressionRun(model, configs[0], texts, chosen)
     for each in configs:
         run.use(each)

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from hf_lowrank.errors import ConfigError
+from hf_lowrank.measuring.batches import follows_from
 from hf_lowrank.measuring.items import (
     IGNORED,
     Batch,
@@ -24,6 +25,7 @@ from hf_lowrank.measuring.items import (
 )
 
 SLICE_TOKENS = 512
+_INPUTS = ("input_ids", "inputs_embeds")
 
 _HEAD_IS_LAST: weakref.WeakKeyDictionary[nn.Module, bool] = weakref.WeakKeyDictionary()
 
@@ -49,16 +51,12 @@ def causal_losses(model: nn.Module, batch: Batch, sample: bool) -> ItemLosses:
 def _next_tokens(batch: Batch) -> torch.Tensor:
     """Target of each position, shape (batch, length): the next label, IGNORED at the end."""
     labels = batch.get("labels")
-    if labels is None:
-        labels = batch["input_ids"]
-        mask = batch.get("attention_mask")
-        if mask is not None:
-            labels = labels.masked_fill(mask == 0, IGNORED)
-    targets = torch.full_like(labels, IGNORED)
-    targets[:, :-1] = labels[:, 1:]
-    if "labels" not in batch and "attention_mask" in batch:
-        # With padding on the left, the first token has nothing before it to be predicted from.
-        targets = targets.masked_fill(batch["attention_mask"] == 0, IGNORED)
+    targets = torch.full_like(batch["input_ids"] if labels is None else labels, IGNORED)
+    if labels is not None:
+        targets[:, :-1] = labels[:, 1:]
+        return targets
+    following, scored = batch["input_ids"][:, 1:], follows_from(batch)
+    targets[:, :-1] = following if scored is None else following.masked_fill(~scored, IGNORED)
     return targets
 
 
@@ -80,7 +78,7 @@ def head_is_last(model: nn.Module, batch: Batch) -> bool:
             known = False
         else:
             device = next(model.parameters()).device
-            probe = {"input_ids": batch["input_ids"][:1, :4].to(device)}
+            probe = {k: batch[k][:1, :4].to(device) for k in _INPUTS if k in batch}
             # Accelerate's mixed precision rounds the logits, compiled kernels do so differently.
             forward = getattr(model, "_original_forward", getattr(model, "_orig_mod", model))
             with eval_mode(model):

@@ -8,6 +8,7 @@ from torch import nn
 from transformers.models.auto.modeling_auto import MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES
 
 from hf_lowrank.errors import ConfigError, DataError
+from hf_lowrank.measuring.batches import token_mask
 from hf_lowrank.measuring.items import (
     IGNORED,
     Batch,
@@ -47,8 +48,9 @@ def head_losses(model: nn.Module, batch: Batch, sample: bool) -> ItemLosses:
         )
     if labels is None:
         labels = torch.zeros(logits.shape[:-1], dtype=torch.long, device=logits.device)
-        if logits.ndim == 3 and "attention_mask" in batch:
-            labels = labels.masked_fill(batch["attention_mask"] == 0, IGNORED)
+        counted = token_mask(batch)
+        if logits.ndim == 3 and counted is not None:
+            labels = labels.masked_fill(~counted, IGNORED)
     if logits.ndim == 3:
         losses = cross_entropy(logits.flatten(0, 1), labels.flatten(), sample)
         return ItemLosses(losses.view(labels.shape).sum(1), (labels != IGNORED).sum(1))

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from hf_lowrank.measuring.batches import token_mask, token_shape
 from hf_lowrank.measuring.items import IGNORED, Batch, is_encoder_decoder
 
 _DECODER_PADDING = {"labels": IGNORED, "decoder_input_ids": 0, "decoder_attention_mask": 0}
@@ -29,10 +30,11 @@ class BatchMasks:
     @classmethod
     def of(cls, batch: Batch, has_decoder: bool) -> BatchMasks:
         """The masks that a batch says or implies."""
-        masks = [batch["attention_mask"].bool()] if "attention_mask" in batch else []
+        mask, shape = token_mask(batch), token_shape(batch)
+        masks = [] if mask is None else [mask]
         if has_decoder and "labels" in batch:
-            if not masks and "input_ids" in batch:
-                masks.append(torch.ones_like(batch["input_ids"], dtype=torch.bool))
+            if mask is None and shape is not None:
+                masks.append(batch["labels"].new_ones(shape, dtype=torch.bool))
             masks.append(batch["labels"] != IGNORED)
         return cls(len(next(iter(batch.values()))), tuple(masks))
 
@@ -53,16 +55,15 @@ def separate_lengths(model: nn.Module, batch: dict[str, torch.Tensor]) -> dict[s
     differ. One more ignored label at the end separates them; where the decoder has no position
     left for it, the last label is dropped instead.
     """
-    labels, inputs = batch.get("labels"), batch.get("input_ids")
-    if not is_encoder_decoder(model) or labels is None or inputs is None:
-        return batch
-    if labels.shape != inputs.shape:
+    labels = batch.get("labels")
+    if not is_encoder_decoder(model) or labels is None or labels.shape != token_shape(batch):
         return batch
     config: Any = model.config
     limit = getattr(getattr(config, "decoder", config), "max_position_embeddings", None)
     limit = getattr(config, "max_decoder_position_embeddings", limit)  # LED's own name
     is_full = limit is not None and labels.shape[1] >= limit
-    mask = batch.get("attention_mask", torch.ones_like(inputs)).bool()
+    mask = token_mask(batch)
+    mask = torch.ones_like(labels, dtype=torch.bool) if mask is None else mask
     if is_full and torch.equal(mask, labels != IGNORED):
         return batch
     for name, value in _DECODER_PADDING.items():
