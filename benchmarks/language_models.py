@@ -20,7 +20,7 @@ from hf_lowrank.errors import ConfigError
 from hf_lowrank.files import write_text
 from hf_lowrank.inputs.sources import load_causal_lm
 from hf_lowrank.inputs.text import token_batches
-from hf_lowrank.measuring.losses import Batch
+from hf_lowrank.measuring.items import Batch
 
 
 @dataclass

@@ -15,8 +15,8 @@ from hf_lowrank.decomposition.metrics import METRICS
 from hf_lowrank.evaluation.perplexity import LossMeasurement, measure_loss
 from hf_lowrank.evaluation.size import compare
 from hf_lowrank.format.dense_linear import linear_shape
-from hf_lowrank.measuring.losses import Batch
-from hf_lowrank.measuring.statistics import collect_moments
+from hf_lowrank.measuring.collection import collect_moments
+from hf_lowrank.measuring.items import Batch
 from hf_lowrank.modeling.surgery import factorized
 from hf_lowrank.modeling.targets import find_targets
 from hf_lowrank.ranks.rules import RULES

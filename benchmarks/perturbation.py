@@ -25,7 +25,7 @@ from hf_lowrank.config import LowRankConfig, option
 from hf_lowrank.errors import ConfigError
 from hf_lowrank.inputs.sources import load_causal_lm
 from hf_lowrank.inputs.text import DEMO, token_batches
-from hf_lowrank.measuring.losses import Batch
+from hf_lowrank.measuring.items import Batch
 from hf_lowrank.modeling.targets import find_targets
 from hf_lowrank.ranks.plan import RankPlan
 

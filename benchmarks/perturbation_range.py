@@ -11,7 +11,7 @@ from torch import nn
 from hf_lowrank.compression.analysis import Analysis
 from hf_lowrank.compression.held_out import HeldOutLoss
 from hf_lowrank.format.dense_linear import linear_weight
-from hf_lowrank.measuring.losses import Batch, LossFunction
+from hf_lowrank.measuring.items import Batch, LossFunction
 from hf_lowrank.modeling.surgery import reweighted
 from hf_lowrank.ranks.plan import RankPlan
 

@@ -19,7 +19,7 @@ from hf_lowrank.compression.stages import check_stages, earlier_stages, stage_go
 from hf_lowrank.config import LowRankConfig
 from hf_lowrank.evaluation.perplexity import measure_loss
 from hf_lowrank.evaluation.size import model_sizes
-from hf_lowrank.measuring.losses import Batch
+from hf_lowrank.measuring.items import Batch
 from hf_lowrank.modeling.surgery import factorize_, factorized
 from hf_lowrank.modeling.targets import find_targets
 

@@ -29,8 +29,8 @@ from hf_lowrank.errors import LowRankError
 from hf_lowrank.evaluation.perplexity import LossMeasurement, measure_loss
 from hf_lowrank.evaluation.size import compare
 from hf_lowrank.format.dense_linear import linear_shape
-from hf_lowrank.measuring.losses import Batch
-from hf_lowrank.measuring.statistics import collect_moments
+from hf_lowrank.measuring.collection import collect_moments
+from hf_lowrank.measuring.items import Batch
 from hf_lowrank.modeling.marks import attach_config
 from hf_lowrank.modeling.surgery import factorize_, restore_, swapped
 from hf_lowrank.modeling.targets import find_targets

@@ -13,7 +13,7 @@ from hf_lowrank.evaluation.perplexity import measure_loss
 from hf_lowrank.evaluation.size import compare, model_sizes
 from hf_lowrank.evaluation.speed import SpeedSettings, measure_speed
 from hf_lowrank.inputs.sources import load_classifier
-from hf_lowrank.measuring.losses import Batch
+from hf_lowrank.measuring.items import Batch
 from hf_lowrank.report.text.table import align
 from hf_lowrank.tasks.glue import GlueArguments, load_glue_task
 from hf_lowrank.tasks.glue_data import TASKS

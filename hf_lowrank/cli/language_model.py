@@ -20,7 +20,7 @@ from hf_lowrank.evaluation.perplexity import measure_loss
 from hf_lowrank.evaluation.size import compare, model_sizes, size_fields
 from hf_lowrank.inputs.sources import check_windows, load_causal_lm
 from hf_lowrank.inputs.text import token_batches
-from hf_lowrank.measuring.losses import Batch
+from hf_lowrank.measuring.items import Batch
 from hf_lowrank.modeling.targets import find_targets, untouched_weights
 from hf_lowrank.ranks.plan import RankPlan
 from hf_lowrank.report.schema import Report, versions

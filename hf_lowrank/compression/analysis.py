@@ -23,8 +23,8 @@ from hf_lowrank.decomposition.spectrum import Factors, Spectrum, decompose
 from hf_lowrank.errors import DataError, NumericalError
 from hf_lowrank.format.dense_linear import linear_shape, linear_weight
 from hf_lowrank.format.feed_forward import FeedForward, find_feed_forwards
-from hf_lowrank.measuring.losses import Batch
-from hf_lowrank.measuring.statistics import collect_moments
+from hf_lowrank.measuring.batches import num_tokens
+from hf_lowrank.measuring.collection import collect_moments
 from hf_lowrank.modeling.targets import fixed_ranks
 from hf_lowrank.ranks.plan import RankPlan
 from hf_lowrank.ranks.threshold import plan_for_budget, uniform_plan
@@ -160,7 +160,7 @@ def analyze(
         group = Group(layers, [b for b in blocks if b.output in layers], needs)
         _analyze_group(model, group, cache, found, run, with_gradients)
     found.fixed = fixed_ranks(targets, config) | dict.fromkeys(found.failures)
-    found.tokens = sum(_count_tokens(batch) for batch in calibration or [])
+    found.tokens = sum(num_tokens(batch) for batch in calibration or [])
     return found
 
 
@@ -310,13 +310,6 @@ def _moments(
     if cache:
         cache.write_moments(names, needs, moments, group.whole)
     return moments
-
-
-def _count_tokens(batch: Batch) -> int:
-    mask = batch.get("attention_mask")
-    if mask is not None:
-        return int(mask.sum())
-    return int(batch["input_ids"].numel()) if "input_ids" in batch else 0
 
 
 def _groups(

@@ -23,7 +23,7 @@ from hf_lowrank.config import LowRankConfig
 from hf_lowrank.evaluation.perplexity import LossMeasurement, measure_loss
 from hf_lowrank.evaluation.size import compare, model_sizes, size_fields
 from hf_lowrank.evaluation.speed import speed_before_and_after
-from hf_lowrank.measuring.losses import Batch, is_causal_lm
+from hf_lowrank.measuring.items import Batch, is_causal_lm
 from hf_lowrank.modeling.marks import attach_config
 from hf_lowrank.modeling.surgery import factorize_, restore_
 from hf_lowrank.modeling.targets import untouched_weights

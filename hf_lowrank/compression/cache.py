@@ -20,7 +20,7 @@ from hf_lowrank.decomposition.spectrum import Factors, Spectrum
 from hf_lowrank.errors import StorageError
 from hf_lowrank.files import atomic_file
 from hf_lowrank.format.feed_forward import FeedForward
-from hf_lowrank.measuring.losses import Batch, LossFunction
+from hf_lowrank.measuring.items import Batch, LossFunction
 
 # Spectra, factors, and reasons of failures, by layer name.
 Decompositions = tuple[dict[str, Spectrum], dict[str, Factors], dict[str, str]]

@@ -11,8 +11,8 @@ from torch import nn
 from hf_lowrank.config import LowRankConfig
 from hf_lowrank.decomposition.metrics import METRICS, MetricSettings, QuadraticForm, Side
 from hf_lowrank.decomposition.moments import Moments
-from hf_lowrank.measuring.losses import Batch
-from hf_lowrank.measuring.statistics import collect_moments
+from hf_lowrank.measuring.collection import collect_moments
+from hf_lowrank.measuring.items import Batch
 
 
 @dataclass(frozen=True)

@@ -14,13 +14,8 @@ from hf_lowrank.channels.order import ChannelOrder
 from hf_lowrank.decomposition.spectrum import Factors
 from hf_lowrank.errors import ConfigError
 from hf_lowrank.evaluation.perplexity import LossMeasurement, iterate_losses, measure_loss
-from hf_lowrank.measuring.losses import (
-    Batch,
-    LossFunction,
-    distillation_losses,
-    eval_mode,
-    hidden_states,
-)
+from hf_lowrank.measuring.causal import distillation_losses, hidden_states
+from hf_lowrank.measuring.items import Batch, LossFunction, eval_mode
 from hf_lowrank.modeling.surgery import factorized
 from hf_lowrank.ranks.plan import RankPlan
 from hf_lowrank.ranks.tolerance import LossDifference, paired_difference

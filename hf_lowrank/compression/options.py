@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from torch import nn
+
 from hf_lowrank.config import LowRankConfig
 from hf_lowrank.errors import DataError
+from hf_lowrank.measuring.batches import checked_batches
 from hf_lowrank.measuring.distributed import ALONE, Processes
-from hf_lowrank.measuring.losses import Batch, LossFunction
+from hf_lowrank.measuring.items import Batch, LossFunction
 
 
 @dataclass(frozen=True)
@@ -98,6 +101,26 @@ class Run:
     def progress(self) -> bool:
         """Whether this process shows progress."""
         return self.options.progress and self.processes.is_main
+
+
+def read_texts(model: nn.Module, own_loss: bool, **sets: Iterable[Batch] | None) -> Texts:
+    """Reads each set of batches once and checks it; see `checked_batches`.
+
+    Args:
+        model: The model that will read them.
+        own_loss: Whether the model's own loss is taken.
+        **sets: Batches by their role in `Texts`.
+
+    Raises:
+        DataError: With the set and the batch.
+    """
+    return Texts(
+        **{
+            role: checked_batches(batches, role, model, own_loss=own_loss)
+            for role, batches in sets.items()
+            if batches is not None
+        }
+    )
 
 
 def split_texts(config: LowRankConfig, texts: Texts, recover_steps: int = 0) -> Texts:

@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from functools import partial
 
 from torch import nn
 
 from hf_lowrank.compression.verbs import compress
 from hf_lowrank.config import LowRankConfig
-from hf_lowrank.measuring.losses import Batch, LossFunction
+from hf_lowrank.measuring.items import Batch, LossFunction
 
 
 def get_lowrank_model(
     model: nn.Module,
     config: LowRankConfig,
-    calibration: Sequence[Batch] | None = None,
+    calibration: Iterable[Batch] | None = None,
     *,
-    held_out: Sequence[Batch] | None = None,
+    held_out: Iterable[Batch] | None = None,
     loss_function: LossFunction | None = None,
     progress: bool = True,
 ) -> nn.Module:

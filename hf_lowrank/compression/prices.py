@@ -19,7 +19,8 @@ from hf_lowrank.compression.analysis import Analysis
 from hf_lowrank.compression.held_out import HeldOutDivergence
 from hf_lowrank.errors import ConfigError, DataError, NumericalError
 from hf_lowrank.format.feed_forward import named_feed_forwards
-from hf_lowrank.measuring.losses import Batch, check_distillable, is_causal_lm
+from hf_lowrank.measuring.causal import check_distillable
+from hf_lowrank.measuring.items import Batch, is_causal_lm
 from hf_lowrank.modeling.surgery import factorized
 from hf_lowrank.ranks.plan import RankPlan
 from hf_lowrank.ranks.searches.problem import block_number

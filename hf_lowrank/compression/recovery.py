@@ -20,14 +20,8 @@ from tqdm.auto import tqdm
 from hf_lowrank.errors import ConfigError, DataError, NumericalError
 from hf_lowrank.evaluation.perplexity import measure_loss
 from hf_lowrank.format.rebuild import compressed_layers
-from hf_lowrank.measuring.losses import (
-    Batch,
-    check_distillable,
-    distillation_losses,
-    eval_mode,
-    hidden_states,
-    is_causal_lm,
-)
+from hf_lowrank.measuring.causal import check_distillable, distillation_losses, hidden_states
+from hf_lowrank.measuring.items import Batch, eval_mode, is_causal_lm
 from hf_lowrank.modeling.lora import check_peft, lora_on_factors
 from hf_lowrank.modeling.surgery import swapped
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from torch import nn
@@ -12,13 +12,13 @@ from hf_lowrank.compression.analysis import analyze
 from hf_lowrank.compression.application import apply, cut, make_dense_again, measure_dense
 from hf_lowrank.compression.decision import decide
 from hf_lowrank.compression.goals import check_goal
-from hf_lowrank.compression.options import Run, RunOptions, Stopwatch, Texts, split_texts
+from hf_lowrank.compression.options import Run, RunOptions, Stopwatch, read_texts, split_texts
 from hf_lowrank.compression.prices import check_measurable
 from hf_lowrank.compression.recovery import check_recoverable, recovery_settings
 from hf_lowrank.compression.stages import check_stages, compress_in_stages
 from hf_lowrank.config import LowRankConfig
 from hf_lowrank.measuring.distributed import current_processes
-from hf_lowrank.measuring.losses import Batch, LossFunction
+from hf_lowrank.measuring.items import Batch, LossFunction
 from hf_lowrank.modeling.targets import find_targets
 from hf_lowrank.report.schema import Report
 
@@ -26,10 +26,10 @@ from hf_lowrank.report.schema import Report
 def compress(
     model: nn.Module,
     config: LowRankConfig | None = None,
-    calibration: Sequence[Batch] | None = None,
-    evaluation: Sequence[Batch] | None = None,
+    calibration: Iterable[Batch] | None = None,
+    evaluation: Iterable[Batch] | None = None,
     *,
-    held_out: Sequence[Batch] | None = None,
+    held_out: Iterable[Batch] | None = None,
     loss_function: LossFunction | None = None,
     recover_steps: int = 0,
     recover: str | None = None,
@@ -50,7 +50,8 @@ def compress(
         model: The dense model; a transformers model, or any module with a `loss_function`.
         config: Goal, metric, rule and targets; by default a loss tolerance of 0.05 nats. If its
             `ranks` are filled, as in a checkpoint's config, they are replayed whatever the goal.
-        calibration: Batches of forward inputs (tensors by name) for the moments.
+        calibration: Batches of forward inputs (tensors by name) for the moments, as any iterable;
+            read once, see `checked_batches`.
         evaluation: Batches for the report's before and after; nothing else looks at them.
         held_out: Batches on which a loss tolerance is tested, ranks are searched for, prices are
             corrected and a recovery is judged. By default the last quarter of the calibration
@@ -83,7 +84,9 @@ def compress(
     )
     config = config or LowRankConfig()
     check_stages(config, stages, recover_steps)
-    run = start_run(config, Texts(calibration, held_out, evaluation), options)
+    run = start_run(
+        model, config, options, calibration=calibration, held_out=held_out, evaluation=evaluation
+    )
     targets = find_targets(model, config)
     check_run(model, targets, config, run)
     dense = measure_dense(model, targets, run)
@@ -96,10 +99,10 @@ def sweep(
     model: nn.Module,
     config: LowRankConfig,
     param_ratios: Sequence[float],
-    calibration: Sequence[Batch] | None = None,
-    evaluation: Sequence[Batch] | None = None,
+    calibration: Iterable[Batch] | None = None,
+    evaluation: Iterable[Batch] | None = None,
     *,
-    held_out: Sequence[Batch] | None = None,
+    held_out: Iterable[Batch] | None = None,
     loss_function: LossFunction | None = None,
     recover_steps: int = 0,
     recover: str | None = None,
@@ -148,7 +151,8 @@ def sweep(
     ]
     if not configs:
         return
-    run = start_run(configs[0], Texts(calibration, held_out, evaluation), options)
+    sets = {"calibration": calibration, "held_out": held_out, "evaluation": evaluation}
+    run = start_run(model, configs[0], options, **sets)
     targets = find_targets(model, configs[0])
     for each in configs:
         check_run(model, targets, each, run)
@@ -163,12 +167,25 @@ def sweep(
             make_dense_again(model, targets)
 
 
-def start_run(config: LowRankConfig, texts: Texts, options: RunOptions) -> Run:
-    """The run of a verb: its texts split, its processes joined.
+def start_run(
+    model: nn.Module,
+    config: LowRankConfig,
+    options: RunOptions,
+    **sets: Iterable[Batch] | None,
+) -> Run:
+    """The run of a verb: its batches read and checked, its texts split, its processes joined.
+
+    Args:
+        model: The model that will read the batches.
+        config: Says whether held-out text is needed.
+        options: A `loss_function` among them makes the model's usual inputs optional.
+        **sets: Batches by their role in `Texts`.
 
     Raises:
-        DataError: Held-out text is needed and there is too little calibration data.
+        DataError: With the set and the batch; or held-out text is needed and there is too little
+            calibration data.
     """
+    texts = read_texts(model, options.loss_function is None, **sets)
     split = split_texts(config, texts, options.recover_steps)
     return Run(split, options, processes=current_processes())
 

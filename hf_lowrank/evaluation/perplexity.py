@@ -11,7 +11,8 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from hf_lowrank.errors import DataError, NumericalError
-from hf_lowrank.measuring.losses import Batch, LossFunction, eval_mode, item_losses
+from hf_lowrank.measuring.items import Batch, LossFunction, eval_mode
+from hf_lowrank.measuring.losses import item_losses
 
 ItemLoss = tuple[float, int]
 

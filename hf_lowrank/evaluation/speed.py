@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from hf_lowrank.errors import ConfigError, DataError
-from hf_lowrank.measuring.losses import eval_mode, is_causal_lm
+from hf_lowrank.measuring.items import eval_mode, is_causal_lm
 from hf_lowrank.modeling.surgery import swapped
 from hf_lowrank.report.hardware import device_name
 

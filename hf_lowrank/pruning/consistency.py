@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from hf_lowrank.errors import ConfigError
-from hf_lowrank.measuring.losses import IGNORED, is_causal_lm, is_encoder_decoder, problem_type
+from hf_lowrank.measuring.heads import problem_type
+from hf_lowrank.measuring.items import IGNORED, is_causal_lm, is_encoder_decoder
 
 
 def check_comparable(model: nn.Module) -> None:

@@ -22,7 +22,7 @@ from hf_lowrank.decomposition.metrics import METRICS
 from hf_lowrank.errors import ConfigError, DataError
 from hf_lowrank.format.dense_linear import linear_shape, linear_weight
 from hf_lowrank.format.rebuild import factorized_layers
-from hf_lowrank.measuring.losses import Batch
+from hf_lowrank.measuring.items import Batch
 from hf_lowrank.modeling.targets import find_targets
 from hf_lowrank.pruning.mixed_trainer import MixedRankTrainer
 from hf_lowrank.pruning.pruned_ranks import mean_ranks

@@ -9,7 +9,7 @@ import torch
 from datasets import Dataset
 from torch import nn
 
-from hf_lowrank.measuring.losses import eval_mode
+from hf_lowrank.measuring.items import eval_mode
 from hf_lowrank.tasks.task import Collator
 
 _LABELS = {"labels", "start_positions", "end_positions"}

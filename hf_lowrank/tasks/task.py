@@ -10,7 +10,7 @@ import torch
 from datasets import Dataset
 from torch import nn
 
-from hf_lowrank.measuring.losses import Batch
+from hf_lowrank.measuring.items import Batch
 
 Collator = Callable[[list[dict[str, Any]]], dict[str, torch.Tensor]]
 

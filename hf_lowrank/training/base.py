@@ -9,7 +9,7 @@ from torch import nn
 from transformers import Trainer
 
 from hf_lowrank.errors import NumericalError
-from hf_lowrank.measuring.losses import is_causal_lm
+from hf_lowrank.measuring.items import is_causal_lm
 
 
 class CheckedTrainer(Trainer):

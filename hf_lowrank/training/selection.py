@@ -22,8 +22,8 @@ from hf_lowrank.errors import ConfigError
 from hf_lowrank.evaluation.perplexity import ItemLoss, iterate_losses
 from hf_lowrank.format.dense_linear import linear_shape
 from hf_lowrank.format.forms.factors import LowRankLinear
-from hf_lowrank.measuring.losses import Batch
-from hf_lowrank.measuring.statistics import collect_moments
+from hf_lowrank.measuring.collection import collect_moments
+from hf_lowrank.measuring.items import Batch
 from hf_lowrank.ranks.plan import RankPlan
 from hf_lowrank.ranks.threshold import (
     plan_for_budget,

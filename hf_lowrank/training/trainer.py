@@ -22,7 +22,7 @@ from hf_lowrank.evaluation.perplexity import ItemLoss, LossMeasurement, measure_
 from hf_lowrank.format.dense_linear import linear_shape
 from hf_lowrank.format.forms.factors import LowRankLinear
 from hf_lowrank.format.rebuild import factorized_layers
-from hf_lowrank.measuring.losses import Batch
+from hf_lowrank.measuring.items import Batch
 from hf_lowrank.modeling.marks import attach_config
 from hf_lowrank.modeling.surgery import empty_lowrank, replace_layer_
 from hf_lowrank.ranks.plan import RankPlan, useful_rank

@@ -17,8 +17,9 @@ from hf_lowrank.decomposition.metrics import METRICS
 from hf_lowrank.decomposition.moments import Moments, SecondMoment
 from hf_lowrank.decomposition.spectrum import Factors, Spectrum
 from hf_lowrank.errors import StorageError
-from hf_lowrank.measuring.losses import Batch, ItemLosses, item_losses
-from hf_lowrank.measuring.statistics import collect_moments
+from hf_lowrank.measuring.collection import collect_moments
+from hf_lowrank.measuring.items import Batch, ItemLosses
+from hf_lowrank.measuring.losses import item_losses
 from hf_lowrank.modeling.targets import find_targets
 from tests.tiny_models import equal_states, tiny_llama, token_batches
 

@@ -6,7 +6,7 @@ from torch import nn
 
 import hf_lowrank
 from hf_lowrank import LowRankConfig, LowRankLinear, compress, get_lowrank_model
-from hf_lowrank.measuring.losses import ItemLosses
+from hf_lowrank.measuring.items import ItemLosses
 from tests.compression import is_dense
 from tests.tiny_models import tiny_gpt2, tiny_llama
 

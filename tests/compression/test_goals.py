@@ -3,7 +3,8 @@
 import pytest
 
 from hf_lowrank import LowRankConfig, compress
-from hf_lowrank.measuring.losses import ItemLosses, item_losses
+from hf_lowrank.measuring.items import ItemLosses
+from hf_lowrank.measuring.losses import item_losses
 from tests.compression import is_dense, mean_loss
 from tests.tiny_models import HIDDEN, equal_states, snapshot, tiny_llama, token_batches
 

@@ -17,7 +17,7 @@ from hf_lowrank.config import LowRankConfig
 from hf_lowrank.errors import ConfigError, DataError, NumericalError
 from hf_lowrank.evaluation.perplexity import measure_loss
 from hf_lowrank.format.rebuild import factorized_layers
-from hf_lowrank.measuring.losses import distillation_losses, hidden_states
+from hf_lowrank.measuring.causal import distillation_losses, hidden_states
 from hf_lowrank.modeling.surgery import factorize_
 from tests.compression.analyzed import analyzed
 from tests.measuring.losses import tiny_gemma2

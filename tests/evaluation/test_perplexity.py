@@ -8,7 +8,8 @@ import torch.nn.functional as F
 
 from hf_lowrank.errors import DataError, NumericalError
 from hf_lowrank.evaluation.perplexity import LossMeasurement, iterate_losses, measure_loss
-from hf_lowrank.measuring.losses import IGNORED, ItemLosses, item_losses
+from hf_lowrank.measuring.items import IGNORED, ItemLosses
+from hf_lowrank.measuring.losses import item_losses
 from tests.tiny_models import sentence_batches, tiny_bert_classifier, tiny_llama, token_batches
 
 

@@ -11,7 +11,7 @@ from hf_lowrank.decomposition.metrics import METRICS, MetricSettings
 from hf_lowrank.decomposition.spectrum import decompose
 from hf_lowrank.errors import ConfigError
 from hf_lowrank.evaluation.perplexity import measure_loss
-from hf_lowrank.measuring.statistics import collect_moments
+from hf_lowrank.measuring.collection import collect_moments
 from hf_lowrank.training.form_changes import to_training_form_
 from hf_lowrank.training.selection import SelectionSettings, layer_spectra, select_ranks
 from hf_lowrank.training.truncation import get_factors

@@ -13,7 +13,7 @@ import hf_lowrank
 from hf_lowrank.config import LowRankConfig
 from hf_lowrank.errors import ConfigError, DataError, NumericalError
 from hf_lowrank.format.rebuild import factorized_layers
-from hf_lowrank.measuring.losses import hidden_states
+from hf_lowrank.measuring.causal import hidden_states
 from hf_lowrank.ranks.plan import break_even_rank
 from hf_lowrank.training.trainer import LowRankTrainer
 from tests.tiny_models import (

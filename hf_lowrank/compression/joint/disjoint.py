@@ -8,7 +8,8 @@ from collections.abc import Iterator, Sequence
 import torch
 
 from hf_lowrank.errors import DataError
-from hf_lowrank.measuring.losses import Batch
+from hf_lowrank.measuring.batches import token_mask
+from hf_lowrank.measuring.items import Batch
 
 RUN = 64
 _NO_CONTENT = ("labels", "attention_mask", "token_type_ids", "position_ids")
@@ -46,7 +47,9 @@ def check_disjoint(**sets: Sequence[Batch] | None) -> None:
 def _items(batches: Sequence[Batch]) -> Iterator[dict[str, torch.Tensor]]:
     for batch in batches:
         for row in range(len(next(iter(batch.values())))):
-            yield {name: tensor[row] for name, tensor in batch.items()}
+            item = {name: tensor[row] for name, tensor in batch.items()}
+            mask = token_mask(batch)
+            yield item if mask is None else item | {"attention_mask": mask[row]}
 
 
 def _fingerprints(item: dict[str, torch.Tensor]) -> Iterator[bytes]:
@@ -60,7 +63,7 @@ def _fingerprints(item: dict[str, torch.Tensor]) -> Iterator[bytes]:
         yield digest.digest()
         return
     if "attention_mask" in item:
-        tokens = tokens[item["attention_mask"].bool()]
+        tokens = tokens[item["attention_mask"]]
     width = 8
     data = tokens.detach().cpu().to(torch.int64).contiguous().numpy().tobytes()
     for start in range(max(1, len(tokens) - RUN + 1)):

@@ -7,7 +7,7 @@ Every candidate is judged by a forward pass on the acceptance set. The first can
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,11 +21,11 @@ from hf_lowrank.compression.goals import check_goal
 from hf_lowrank.compression.gradients import collect_gradients
 from hf_lowrank.compression.joint.candidates import Candidate, Candidates, JointSettings
 from hf_lowrank.compression.joint.disjoint import check_disjoint
-from hf_lowrank.compression.options import Run, RunOptions, Texts
+from hf_lowrank.compression.options import Run, RunOptions, read_texts
 from hf_lowrank.config import LowRankConfig
 from hf_lowrank.errors import ConfigError, DataError
 from hf_lowrank.measuring.distributed import current_processes
-from hf_lowrank.measuring.losses import Batch, LossFunction
+from hf_lowrank.measuring.items import Batch, LossFunction
 from hf_lowrank.modeling.targets import find_targets
 from hf_lowrank.ranks.tolerance import LossDifference, Probe
 from hf_lowrank.report.schema import Report
@@ -58,9 +58,9 @@ class JointResult:
 def compress_jointly(
     model: nn.Module,
     config: LowRankConfig,
-    gradient: Sequence[Batch],
-    acceptance: Sequence[Batch],
-    reported: Sequence[Batch] | None = None,
+    gradient: Iterable[Batch],
+    acceptance: Iterable[Batch],
+    reported: Iterable[Batch] | None = None,
     *,
     settings: JointSettings | None = None,
     loss_function: LossFunction | None = None,
@@ -97,9 +97,13 @@ def compress_jointly(
         DataError: Two of the sets share an item, or a needed one is empty.
     """
     _check(config)
-    if not gradient or not acceptance:
+    own_loss = loss_function is None
+    texts = read_texts(
+        model, own_loss, calibration=gradient, held_out=acceptance, evaluation=reported
+    )
+    if not texts.calibration or not texts.held_out:
         raise DataError("Joint compression needs batches for the gradient and for acceptance.")
-    check_disjoint(gradient=gradient, acceptance=acceptance, reported=reported)
+    check_disjoint(gradient=texts.calibration, acceptance=texts.held_out, reported=texts.evaluation)
     options = RunOptions(
         loss_function=loss_function,
         speed=speed,
@@ -107,16 +111,16 @@ def compress_jointly(
         moment_gib=moment_gib,
         progress=progress,
     )
-    run = Run(Texts(gradient, acceptance, reported), options)
+    run = Run(texts, options)
     targets = find_targets(model, config)
     check_goal(targets, config)
     dense = measure_dense(model, targets, run)
     # Gradients need the labels of the data; a loss of one's own has no other labels.
-    is_one_pass = config.label_source == "data" or loss_function is not None
+    is_one_pass = config.label_source == "data" or not own_loss
     analysis = analyze(model, targets, config, run, with_gradients=is_one_pass)
     if not is_one_pass:
         with run.stopwatch.phase("gradient"):
-            gradients = collect_gradients(model, targets, gradient, config)
+            gradients = collect_gradients(model, targets, texts.calibration, config)
             analysis = dataclasses.replace(analysis, gradients=gradients)
     candidates = Candidates(model, analysis, held_out_loss(model, run), settings or JointSettings())
     with run.stopwatch.phase("search"):

@@ -13,7 +13,7 @@ from hf_lowrank.channels.narrowing import channel_weights, narrowed, selection
 from hf_lowrank.errors import ConfigError, TargetError
 from hf_lowrank.format.dense_linear import linear_weight
 from hf_lowrank.format.feed_forward import find_feed_forwards
-from hf_lowrank.measuring.statistics import collect_moments
+from hf_lowrank.measuring.collection import collect_moments
 from hf_lowrank.modeling.surgery import swapped
 from hf_lowrank.modeling.targets import find_targets
 from tests.tiny_models import (

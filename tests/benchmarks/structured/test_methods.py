@@ -9,7 +9,7 @@ from hf_lowrank.channels.narrowing import channel_weights, narrowed, selection
 from hf_lowrank.evaluation.perplexity import measure_loss
 from hf_lowrank.format.dense_linear import linear_shape
 from hf_lowrank.format.feed_forward import find_feed_forwards
-from hf_lowrank.measuring.statistics import collect_moments
+from hf_lowrank.measuring.collection import collect_moments
 from hf_lowrank.modeling.surgery import swapped
 from hf_lowrank.modeling.targets import find_targets
 from tests.tiny_models import TINY_MODELS, batches_for, logits, tiny_llama, written_batches

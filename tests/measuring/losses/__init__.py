@@ -21,7 +21,7 @@ from transformers import (
     GraniteForCausalLM,
 )
 
-from hf_lowrank.measuring.losses import IGNORED
+from hf_lowrank.measuring.items import IGNORED
 from tests.tiny_models import (
     HIDDEN,
     LLAMA_LIKE,

@@ -5,15 +5,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from hf_lowrank.measuring import losses
-from hf_lowrank.measuring.losses import (
-    IGNORED,
-    forward_body,
-    is_causal_lm,
-    is_encoder_decoder,
-    item_losses,
-    prepare_losses,
-)
+from hf_lowrank.measuring import causal
+from hf_lowrank.measuring.items import IGNORED, is_causal_lm, is_encoder_decoder
+from hf_lowrank.measuring.losses import forward_body, item_losses, prepare_losses
 from tests.measuring.losses import (
     CHANGED_LOGITS,
     PLAIN_HEADS,
@@ -67,7 +61,7 @@ def test_causal_loss_and_gradient_are_the_models_own(name, kind):
 @pytest.mark.parametrize("kind", ["right padding", "labels"])
 @pytest.mark.parametrize("slice_tokens", [1, 5, 16, 47, 48, 49])
 def test_slices_add_up_to_the_whole(monkeypatch, name, kind, slice_tokens):
-    monkeypatch.setattr(losses, "SLICE_TOKENS", slice_tokens)
+    monkeypatch.setattr(causal, "SLICE_TOKENS", slice_tokens)
     model, batch = PLAIN_HEADS[name](), causal_batch(kind)
     wanted, _ = own_loss(model, batch)
     assert_same_loss_and_gradient(model, mean_of(item_losses(model, batch)), wanted)
@@ -75,14 +69,14 @@ def test_slices_add_up_to_the_whole(monkeypatch, name, kind, slice_tokens):
 
 def test_a_sequence_longer_than_a_slice():
     model = tiny_llama(max_position_embeddings=1024)
-    batch = token_batches(1, 1, losses.SLICE_TOKENS + 70)[0]
+    batch = token_batches(1, 1, causal.SLICE_TOKENS + 70)[0]
     wanted, _ = own_loss(model, batch)
     assert_same_loss_and_gradient(model, mean_of(item_losses(model, batch)), wanted)
 
 
 @pytest.mark.parametrize("grad", [True, False])
 def test_the_head_never_sees_more_than_one_slice(monkeypatch, grad):
-    monkeypatch.setattr(losses, "SLICE_TOKENS", 7)
+    monkeypatch.setattr(causal, "SLICE_TOKENS", 7)
     model, batch = tiny_llama(), causal_batch("no padding")
     prepare_losses(model, batch)
     sizes = []
@@ -94,7 +88,7 @@ def test_the_head_never_sees_more_than_one_slice(monkeypatch, grad):
 
 
 def test_slices_without_a_label_are_skipped(monkeypatch):
-    monkeypatch.setattr(losses, "SLICE_TOKENS", 4)
+    monkeypatch.setattr(causal, "SLICE_TOKENS", 4)
     model, batch = tiny_llama(), causal_batch("no padding")
     labels = torch.full_like(batch["input_ids"], IGNORED)
     labels[1, 6] = 9  # the target of position 16 + 5, in the sixth slice

@@ -5,8 +5,8 @@ import torch
 import torch.nn.functional as F
 
 from hf_lowrank.errors import ConfigError
-from hf_lowrank.measuring import losses
-from hf_lowrank.measuring.losses import distillation_losses, hidden_states
+from hf_lowrank.measuring import causal
+from hf_lowrank.measuring.causal import distillation_losses, hidden_states
 from tests.measuring.losses import (
     assert_same_loss_and_gradient,
     causal_batch,
@@ -19,7 +19,7 @@ from tests.tiny_models import HIDDEN, tiny_bert_classifier, tiny_llama
 @pytest.mark.parametrize("kl_weight", [0.0, 0.3, 1.0])
 @pytest.mark.parametrize("slice_tokens", [5, 512])
 def test_distillation_mixes_labels_and_teacher(monkeypatch, kl_weight, slice_tokens):
-    monkeypatch.setattr(losses, "SLICE_TOKENS", slice_tokens)
+    monkeypatch.setattr(causal, "SLICE_TOKENS", slice_tokens)
     model, batch = tiny_llama(), causal_batch("right padding")
     teacher = torch.randn(3, 16, HIDDEN, generator=generator())
     student_logs = model(**batch).logits[:, :-1].log_softmax(dim=-1)

@@ -14,7 +14,9 @@ from transformers import (
 )
 
 from hf_lowrank.errors import ConfigError
-from hf_lowrank.measuring.losses import hidden_states, is_causal_lm, item_losses
+from hf_lowrank.measuring.causal import hidden_states
+from hf_lowrank.measuring.items import is_causal_lm
+from hf_lowrank.measuring.losses import item_losses
 from hf_lowrank.training.base import CheckedTrainer
 from tests.measuring.losses import causal_batch, mean_of, sentences, tiny_bert, tiny_gemma2
 from tests.tiny_models import (

@@ -7,8 +7,8 @@ import torch.nn.functional as F
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from hf_lowrank.measuring.losses import ItemLosses
-from hf_lowrank.measuring.statistics import collect_moments
+from hf_lowrank.measuring.collection import collect_moments
+from hf_lowrank.measuring.items import ItemLosses
 
 ALL = frozenset({"input", "input_centred", "output", "input_abs", "gradient_rows", "gradient"})
 SECOND = frozenset({"input", "input_centred", "output"})

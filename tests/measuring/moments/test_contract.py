@@ -5,8 +5,8 @@ import torch
 from torch import nn
 
 from hf_lowrank.errors import DataError, NumericalError
-from hf_lowrank.measuring.losses import ItemLosses
-from hf_lowrank.measuring.statistics import collect_moments
+from hf_lowrank.measuring.collection import collect_moments
+from hf_lowrank.measuring.items import ItemLosses
 from tests.measuring.moments import (
     ALL,
     SECOND,

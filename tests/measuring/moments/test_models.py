@@ -15,8 +15,9 @@ from transformers import (
 
 from hf_lowrank.format.dense_linear import linear_shape, linear_weight
 from hf_lowrank.measuring import losses
-from hf_lowrank.measuring.losses import IGNORED, item_losses
-from hf_lowrank.measuring.statistics import collect_moments
+from hf_lowrank.measuring.collection import collect_moments
+from hf_lowrank.measuring.items import IGNORED
+from hf_lowrank.measuring.losses import item_losses
 from tests.measuring.moments import ALL, SECOND, assert_close, assert_equal_moments, linears, split
 from tests.tiny_models import (
     build,

@@ -8,7 +8,7 @@ from torch import nn
 
 from hf_lowrank.decomposition.metrics import METRICS, MetricSettings
 from hf_lowrank.decomposition.spectrum import decompose
-from hf_lowrank.measuring.statistics import collect_moments
+from hf_lowrank.measuring.collection import collect_moments
 from tests.measuring.moments import SECOND
 from tests.tiny_models import tiny_llama, written_batches
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from hf_lowrank.errors import DataError
-from hf_lowrank.measuring.statistics import collect_moments
+from hf_lowrank.measuring.collection import collect_moments
 from tests.measuring.moments import SECOND, linears
 from tests.tiny_models import tiny_bert_classifier, tiny_llama, token_batches
 

@@ -1,0 +1,164 @@
+"""Calibration: batches in, second moments of every target layer's inputs and gradients out.
+
+Hooks on the target layers sum up, over unmasked tokens only and in fp32,
+
+    C = sum x x^T,    G = sum g g^T,    g = d(summed loss)/d(layer output),
+
+where the larger side's vectors are replaced by their images under the weight, `W x` or `W^T g`
+(see decomposition/moments.py). Layers that read the same tensor (q, k and v; gate and up) share
+one C, which is collected once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
+
+import torch
+from torch import nn
+
+from hf_lowrank.decomposition.moments import Moments, SecondMoment
+from hf_lowrank.errors import DataError, NumericalError
+from hf_lowrank.format.dense_linear import linear_shape, linear_weight
+from hf_lowrank.measuring.distributed import ALONE, Processes, sum_moments
+from hf_lowrank.measuring.hooks import GRADIENT_FIELDS, INPUT_SIDES, Collector
+from hf_lowrank.measuring.items import Batch, LossFunction, eval_mode, is_encoder_decoder
+from hf_lowrank.measuring.losses import forward_body, item_losses, prepare_losses
+from hf_lowrank.measuring.masks import separate_lengths
+from hf_lowrank.measuring.token_sums import mirror_
+
+
+def collect_moments(
+    model: nn.Module,
+    targets: Mapping[str, nn.Module],
+    batches: Iterable[Batch],
+    needs: frozenset[str],
+    *,
+    loss_function: LossFunction | None = None,
+    whole: Collection[str] = (),
+    label_source: str = "data",
+    seed: int = 0,
+    on_batch: Callable[[], None] | None = None,
+    processes: Processes = ALONE,
+) -> dict[str, Moments]:
+    """Runs the calibration batches through the model and sums up what `needs` names.
+
+    The model is put into eval mode with all parameters frozen, and is left as it was, hooks
+    included, also after an exception.
+
+    Args:
+        model: Model with its task head.
+        targets: Layers by name.
+        batches: Forward inputs as tensors; `attention_mask` marks padding with 0.
+        needs: Names of `Moments` fields.
+        loss_function: Loss of a batch; by default the model's own task loss.
+        whole: Layers of which `input_whole` is collected in place of `input`, which follows from
+            it: that of the images is `W C W^T`.
+        label_source: See `item_losses`.
+        seed: Seed of sampled labels.
+        on_batch: Called after each batch, for a progress bar.
+        processes: Those that share the batches out among them; all get the sums over all batches.
+
+    Returns:
+        Moments by layer name.
+
+    Raises:
+        DataError: There is no batch, or a layer was never reached.
+        NumericalError: The loss of a batch is not finite.
+    """
+    collector = Collector(targets, needs, whole)
+    compute = loss_function or partial(item_losses, label_source=label_source)
+    device = next(model.parameters()).device
+    losses = 0
+    with _frozen(model), collector.installed(), torch.random.fork_rng():
+        for index, batch in enumerate(batches):
+            if not processes.owns(index):
+                continue
+            torch.manual_seed(seed + index)  # the same draws, whichever process has the batch
+            inputs = separate_lengths(model, {k: v.to(device) for k, v in batch.items()})
+            prepare_losses(model, inputs)
+            collector.start_batch(inputs, has_decoder=is_encoder_decoder(model))
+            if not needs & GRADIENT_FIELDS:
+                with torch.no_grad():
+                    forward_body(model, inputs)
+                losses += 1
+            else:
+                with torch.enable_grad():
+                    result = compute(model, inputs)
+                    total = result.sums.sum()
+                if not bool(torch.isfinite(total.detach())):
+                    value = float(total.detach())
+                    raise NumericalError(f"The calibration loss is {value}, not a number.")
+                total.backward()
+                losses += int(result.counts.sum())
+            collector.active = False
+            if on_batch is not None:
+                on_batch()
+    for moment in collector.moments.values():
+        moment.losses = losses
+    leaders = processes.merge(collector.shared.leaders)
+    moments = sum_moments(collector.moments, device, processes)
+    return _completed(moments, leaders, targets, whole if "input" in needs else ())
+
+
+def _completed(
+    moments: dict[str, Moments],
+    leaders: Mapping[tuple[str, str], str],
+    targets: Mapping[str, nn.Module],
+    whole: Collection[str],
+) -> dict[str, Moments]:
+    """Whole matrices for every layer, once each is known to have been reached.
+
+    Args:
+        moments: All processes' sums.
+        leaders: See `SharedInputs`.
+        targets: Layers by name.
+        whole: Those whose `input` follows from `input_whole`.
+    """
+    if not any(moment.losses for moment in moments.values()):
+        raise DataError("The calibration data holds no batch.")
+    unreached = sorted(name for name, moment in moments.items() if not moment.tokens)
+    if unreached:
+        raise DataError(
+            f"No calibration token reached {', '.join(unreached[:5])}; exclude these layers "
+            "or use data that reaches them."
+        )
+    for name, moment in moments.items():
+        for part in (*INPUT_SIDES, "input_abs"):
+            leader = leaders.get((part, name), name)
+            setattr(moment, part, getattr(moments[leader], part))
+        if moment.output is not None:
+            mirror_(moment.output.matrix)
+        for part in INPUT_SIDES:
+            found = getattr(moment, part)
+            if found is not None and leaders.get((part, name), name) == name:
+                mirror_(found.matrix)
+    for name in whole:
+        moments[name].input = _seen_by(targets[name], moments[name])
+    return moments
+
+
+def _seen_by(layer: nn.Module, moments: Moments) -> SecondMoment:
+    """`input` from `input_whole`: the same, or that of the images of a layer with more inputs."""
+    whole = moments.input_whole
+    assert whole is not None  # collected by name
+    rows_out, rows_in = linear_shape(layer)
+    if rows_in <= rows_out:
+        return whole
+    weight = linear_weight(layer).float()
+    return SecondMoment(weight @ whole.matrix @ weight.T, whole.squares, rows_in)
+
+
+@contextmanager
+def _frozen(model: nn.Module) -> Iterator[None]:
+    """Eval mode and no parameter gradients, for the time of the block."""
+    required = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    for parameter in required:
+        parameter.requires_grad_(False)
+    try:
+        with eval_mode(model):
+            yield
+    finally:
+        for parameter in required:
+            parameter.requires_grad_(True)
