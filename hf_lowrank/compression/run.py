@@ -7,7 +7,6 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from torch import nn
 
@@ -22,7 +21,6 @@ from hf_lowrank.compression.cache import RunCache
 from hf_lowrank.compression.held_out import HeldOutLoss, check_fixed_ranks
 from hf_lowrank.compression.prices import check_measurable, measure_parts, with_factors
 from hf_lowrank.compression.recovery import (
-    RecoveryResult,
     RecoverySettings,
     check_recoverable,
     recover_,
@@ -31,7 +29,7 @@ from hf_lowrank.compression.recovery import (
 from hf_lowrank.config import LowRankConfig
 from hf_lowrank.errors import ConfigError, DataError
 from hf_lowrank.evaluation.perplexity import LossMeasurement, measure_loss
-from hf_lowrank.evaluation.size import compare, model_sizes, size_fields
+from hf_lowrank.evaluation.size import compare, counts_left, model_sizes
 from hf_lowrank.evaluation.speed import speed_before_and_after
 from hf_lowrank.format.modeling_lowrank import linear_shape
 from hf_lowrank.measuring.distributed import current_processes
@@ -44,7 +42,9 @@ from hf_lowrank.ranks.rules import RULES
 from hf_lowrank.ranks.searches.search import SEARCHES, search_plan
 from hf_lowrank.ranks.threshold import check_budget, smallest_ratio
 from hf_lowrank.ranks.tolerance import LossDifference, Probe, search_tolerance
-from hf_lowrank.report.schema import Report, versions
+from hf_lowrank.report.provenance import commit, hardware, versions
+from hf_lowrank.report.schema import Report
+from hf_lowrank.report.sections import Data, MeasuredPart, Recovery, Settings, Speed
 from hf_lowrank.report.spectra import compact_spectra
 
 
@@ -172,7 +172,7 @@ class CompressionRun:
             reader=reader,
         )
         self._predicted = self.analysis  # with the prices as predicted
-        self.parts: list[dict[str, Any]] = []
+        self.parts: list[MeasuredPart] = []
         self.before: LossMeasurement | None = None
         if texts.evaluation is not None:
             with self.stopwatch.phase("evaluation"), swapped(model, self.dense):
@@ -231,28 +231,34 @@ class CompressionRun:
                 )
         speed = self._speed() if is_cut else None
         predicted = analysis.predicted_rise(plan)
+        parameters, size = counts_left(self.sizes, self.model, plan)
         return Report(
             model=str(getattr(getattr(self.model, "config", None), "_name_or_path", "") or "model"),
-            config={k: v for k, v in decided.to_dict().items() if k not in ("ranks", "narrowed")},
+            config=Settings.of(decided),
             seed=self.config.seed,
             versions=versions(),
-            **size_fields(self.sizes, self.model, plan),
+            commit=commit(),
+            hardware=hardware(),
+            parameters=parameters,
+            bytes=size,
+            ranks=dict(plan.ranks),
+            narrowed=dict(plan.narrowed),
             evaluation=evaluation,
             speed=speed,
             predicted_loss_difference=None if math.isnan(predicted) else predicted,
             seconds=dict(self.stopwatch.seconds),
-            probes=[dataclasses.asdict(probe) for probe in probes],
-            held_out=None if held_out is None else dataclasses.asdict(held_out),
-            recovery=None if recovery is None else dataclasses.asdict(recovery),
+            probes=probes,
+            held_out=held_out,
+            recovery=recovery,
             measured_prices=self.parts,
             failures=self.analysis.failures,
             untouched=self.untouched,
-            data={"calibration_tokens": self.analysis.tokens},
+            data=Data(calibration_tokens=self.analysis.tokens),
             architecture=type(self.model).__name__,
             spectra=compact_spectra(self.analysis.spectra),
         )
 
-    def _recover(self, settings: RecoverySettings) -> RecoveryResult:
+    def _recover(self, settings: RecoverySettings) -> Recovery:
         with self.stopwatch.phase("recovery"):
             return recover_(
                 self.model,
@@ -263,7 +269,7 @@ class CompressionRun:
                 self.options.progress,
             )
 
-    def _speed(self) -> dict[str, Any] | None:
+    def _speed(self) -> Speed | None:
         """Timed by the main process while the others wait, so that they do not disturb it."""
         if not (self.options.speed and is_causal_lm(self.model)):
             return None

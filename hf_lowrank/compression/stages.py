@@ -21,6 +21,7 @@ from hf_lowrank.modeling.marks import attach_config
 from hf_lowrank.modeling.surgery import merge_, restore_
 from hf_lowrank.modeling.targets import find_targets
 from hf_lowrank.report.schema import Report
+from hf_lowrank.report.sections import Stage
 
 
 def check_stages(config: LowRankConfig, stages: int, recover_steps: int) -> None:
@@ -87,13 +88,13 @@ def compress_in_stages(
         for phase, seconds in stage.seconds.items():
             report.seconds[phase] = report.seconds.get(phase, 0.0) + seconds
     report.stages = [
-        {
-            "param_ratio": stage.config["param_ratio"],
-            "predicted_loss_difference": stage.predicted_loss_difference,
-            "recovery": stage.recovery,
-            "measured_prices": stage.measured_prices,
-            "failures": stage.failures,
-        }
+        Stage(
+            param_ratio=stage.config.param_ratio or 1.0,
+            predicted_loss_difference=stage.predicted_loss_difference,
+            recovery=stage.recovery,
+            measured_prices=stage.measured_prices,
+            failures=stage.failures,
+        )
         for stage in [*earlier, report]
     ]
     report.predicted_loss_difference = None  # that of the last cut alone

@@ -13,13 +13,14 @@ from torch import nn
 import hf_lowrank
 from hf_lowrank.compression import recovery
 from hf_lowrank.compression.analysis import analyze
-from hf_lowrank.compression.recovery import RecoveryResult, RecoverySettings, recover_
+from hf_lowrank.compression.recovery import RecoverySettings, recover_
 from hf_lowrank.config import LowRankConfig
 from hf_lowrank.errors import ConfigError, DataError, NumericalError
 from hf_lowrank.evaluation.perplexity import measure_loss
 from hf_lowrank.format.modeling_lowrank import factorized_layers
 from hf_lowrank.measuring.losses import distillation_losses, hidden_states
 from hf_lowrank.modeling.surgery import factorize_
+from hf_lowrank.report.sections import Recovery
 from tests.measuring.losses import tiny_gemma2
 from tests.tiny_models import (
     Batch,
@@ -56,7 +57,7 @@ def factor_names(model: nn.Module) -> set[str]:
     }
 
 
-def recover(model: nn.Module, *rest: Any) -> RecoveryResult:
+def recover(model: nn.Module, *rest: Any) -> Recovery:
     return recover_(model, *rest, progress=False)
 
 

@@ -24,6 +24,7 @@ from hf_lowrank.measuring.losses import Batch
 from hf_lowrank.modeling.targets import find_targets
 from hf_lowrank.ranks.tolerance import LossDifference, Probe
 from hf_lowrank.report.schema import Report
+from hf_lowrank.report.sections import Joint, Trial
 from hf_lowrank.report.spectra import compact_spectra
 
 
@@ -47,7 +48,7 @@ class JointResult:
     method: str
     baseline: LossDifference
     baseline_ratio: float
-    trials: list[dict[str, Any]]
+    trials: list[Trial]
     decompositions: int
 
 
@@ -110,16 +111,16 @@ def compress_jointly(
     report.spectra = compact_spectra(plain.spectra)
     report.predicted_loss_difference = plain.predicted_rise(accepted.plan)
     trials = [
-        {"name": each.name, "param_ratio": each.param_ratio} | dataclasses.asdict(each.difference)
+        Trial(each.name, each.param_ratio, **vars(each.difference))
         for each in candidates.known.values()
     ]
-    report.joint = {
-        "method": accepted.name,
-        "baseline": dataclasses.asdict(baseline.difference),
-        "baseline_ratio": baseline.plan.param_ratio,
-        "trials": trials,
-        "decompositions": candidates.decompositions,
-    }
+    report.joint = Joint(
+        method=accepted.name,
+        baseline=baseline.difference,
+        baseline_ratio=baseline.plan.param_ratio,
+        trials=trials,
+        decompositions=candidates.decompositions,
+    )
     return JointResult(
         report,
         accepted.name,
