@@ -160,24 +160,16 @@ class Stage:
 
 
 @dataclass(frozen=True)
-class Trial:
-    """One candidate of joint compression, measured on the acceptance set.
+class Trial(LossDifference):
+    """One candidate of joint compression, and its loss difference on the acceptance set.
 
     Attributes:
         name: Of the candidate.
         param_ratio: Kept share of the targeted parameters.
-        mean: Rise of the mean loss, nats per scored position.
-        standard_error: Of that mean, over items.
-        items: Items read.
-        complete: Whether all items were read; False if it was clearly worse before.
     """
 
     name: str
     param_ratio: float
-    mean: float
-    standard_error: float
-    items: int
-    complete: bool
 
 
 @dataclass(frozen=True)
@@ -258,15 +250,9 @@ class Timing:
 
 @dataclass(frozen=True)
 class SpeedConditions:
-    """What was timed and where: the settings of `SpeedSettings`, and the place.
+    """What was timed, the fields of `SpeedSettings`, and where.
 
     Attributes:
-        batch_size: Sequences side by side.
-        prompt_tokens: Tokens of each that were read at once.
-        new_tokens: Tokens of each that were read one by one.
-        repeats: Rounds that were asked for.
-        seed: Seed of the tokens.
-        max_seconds: After so many no further round began.
         rounds: Rounds that were counted.
         device: torch's name of the device.
         hardware: The processor's or the accelerator's name.

@@ -14,9 +14,9 @@ def test_budget_is_never_exceeded_and_nearly_spent(text, metric, ratio):
     model = tiny_llama()
     config = LowRankConfig(param_ratio=ratio, metric=metric)
     sizes = compress(model, config, text[:4], progress=False).parameters
-    budget = ratio * sizes["targeted_dense"]
+    budget = ratio * sizes.targeted_dense
     largest_component = HIDDEN + 2 * HIDDEN
-    assert budget - largest_component < sizes["targeted_kept"] <= budget
+    assert budget - largest_component < sizes.targeted_kept <= budget
 
 
 def test_ratio_of_one_keeps_every_layer_dense(text):

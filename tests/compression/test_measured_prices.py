@@ -12,6 +12,7 @@ from hf_lowrank.compression.analysis import analyze
 from hf_lowrank.compression.held_out import HeldOutDivergence
 from hf_lowrank.compression.prices import measure_parts, model_parts, with_factors
 from hf_lowrank.errors import ConfigError, DataError
+from hf_lowrank.report.sections import MeasuredPart
 from hf_lowrank.report.text.table import comparison_rows, describe_run, format_report
 from tests.compression import mean_loss
 from tests.measuring.losses import tiny_gemma2
@@ -101,7 +102,7 @@ def test_a_part_that_costs_more_than_predicted_keeps_more(text, analysis):
 
     gains = []
     for layers in parts:
-        factors = [{"layers": layers, "factor": 5.0}]
+        factors = [MeasuredPart(tuple(layers), 1.0, 5.0, 5.0)]
         corrected = with_factors(analysis, factors).plan_for_ratio(0.5)
         gains.append(kept(corrected, layers) - kept(plan, layers))
         assert corrected.kept_parameters <= 0.5 * plan.dense_parameters

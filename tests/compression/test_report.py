@@ -16,7 +16,7 @@ def test_report_tells_what_was_done(text):
     config = LowRankConfig(param_ratio=0.6, seed=3)
     report = compress(model, config, text[:6], text[6:8], progress=False)
     assert report.config.param_ratio == 0.6
-    assert "ranks" not in report.config
+    assert "ranks" not in report.config.others
     assert report.seed == 3
     assert report.parameters.dense == sum(p.numel() for p in dense.parameters())
     assert report.parameters.kept == sum(p.numel() for p in model.parameters())

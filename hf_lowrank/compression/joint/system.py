@@ -111,7 +111,7 @@ def compress_jointly(
     report.spectra = compact_spectra(plain.spectra)
     report.predicted_loss_difference = plain.predicted_rise(accepted.plan)
     trials = [
-        Trial(each.name, each.param_ratio, **vars(each.difference))
+        Trial(**vars(each.difference), name=each.name, param_ratio=each.param_ratio)
         for each in candidates.known.values()
     ]
     report.joint = Joint(
