@@ -17,7 +17,6 @@ from torch import nn
 
 from benchmarks.glue import GlueTableArguments
 from benchmarks.table import main_score, part_of, run_row
-from hf_lowrank.cli.record import write_result
 from hf_lowrank.compression.analysis import analyze
 from hf_lowrank.compression.options import Run, RunOptions, Texts
 from hf_lowrank.config import LowRankConfig, option
@@ -25,6 +24,7 @@ from hf_lowrank.errors import ConfigError
 from hf_lowrank.modeling.surgery import factorized
 from hf_lowrank.modeling.targets import find_targets
 from hf_lowrank.ranks.threshold import smallest_ratio
+from hf_lowrank.report.provenance import write_result
 from hf_lowrank.tasks.fine_tuning import SPECTRA_FOLDER, dense_model
 from hf_lowrank.tasks.glue import GlueArguments, load_glue_task
 from hf_lowrank.tasks.task import Task

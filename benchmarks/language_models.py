@@ -13,7 +13,6 @@ from benchmarks.system_figure import draw_systems
 from benchmarks.system_rows import dense_row, read_rows
 from benchmarks.system_tables import format_report
 from benchmarks.systems import BenchmarkOptions, BenchmarkTexts, compare_systems
-from hf_lowrank.cli.record import write_result
 from hf_lowrank.compression.recovery import RECOVERIES, RecoverySettings
 from hf_lowrank.config import LowRankConfig, option
 from hf_lowrank.errors import ConfigError
@@ -21,6 +20,7 @@ from hf_lowrank.files import write_text
 from hf_lowrank.inputs.sources import load_causal_lm
 from hf_lowrank.inputs.text import token_batches
 from hf_lowrank.measuring.items import Batch
+from hf_lowrank.report.provenance import write_result
 
 
 @dataclass

@@ -17,7 +17,6 @@ from benchmarks.perturbation_range import (
     linear_range,
     measure_range,
 )
-from hf_lowrank.cli.record import write_result
 from hf_lowrank.compression.analysis import Analysis, analyze
 from hf_lowrank.compression.joint.disjoint import check_disjoint
 from hf_lowrank.compression.options import Run, Texts
@@ -28,6 +27,7 @@ from hf_lowrank.inputs.text import DEMO, token_batches
 from hf_lowrank.measuring.items import Batch
 from hf_lowrank.modeling.targets import find_targets
 from hf_lowrank.ranks.plan import RankPlan
+from hf_lowrank.report.provenance import write_result
 
 _PARTS = {"gradient": (0.0, 0.75), "held_out": (0.75, 1.0)}
 

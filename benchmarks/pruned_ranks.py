@@ -13,12 +13,12 @@ from torch import nn
 
 from benchmarks.figures import draw_spectra
 from benchmarks.table import part_of
-from hf_lowrank.cli.record import write_result
 from hf_lowrank.config import option
 from hf_lowrank.pruning.pruned_ranks import compare_ranks, mean_ranks, target_weights
 from hf_lowrank.pruning.pruning_arguments import PruningArguments
 from hf_lowrank.pruning.pruning_trainer import PruningTrainer
 from hf_lowrank.pruning.scores import CRITERIA
+from hf_lowrank.report.provenance import write_result
 from hf_lowrank.report.text.table import align
 from hf_lowrank.tasks.fine_tuning import dense_model, training_settings
 from hf_lowrank.tasks.glue import GlueArguments, load_glue_task

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from hf_lowrank.report.task_report import TaskReport
 from hf_lowrank.tasks.task_arguments import CUTS, LPAF_VARIANTS
+from hf_lowrank.tasks.task_report import TaskReport
 
 
 def known_costs(report: TaskReport) -> dict[str, Any]:
@@ -15,7 +15,7 @@ def known_costs(report: TaskReport) -> dict[str, Any]:
     if report.selections is not None:
         found["decompositions"] = sum(each["decompositions"] for each in report.selections)
     elif report.joint is not None:
-        found["decompositions"] = report.joint["decompositions"]
+        found["decompositions"] = report.joint.decompositions
     elif report.switch is not None:  # a profile takes the singular values of every target
         found["decompositions"] = (len(report.switch["profiles"]) + 1) * len(report.ranks)
     elif report.method in {*CUTS, *LPAF_VARIANTS}:

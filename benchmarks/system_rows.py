@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.catalogue import SYSTEMS
-from hf_lowrank.cli.record import write_result
 from hf_lowrank.errors import ConfigError, StorageError
+from hf_lowrank.report.provenance import write_result
 
 _SETTINGS = "settings.json"
 

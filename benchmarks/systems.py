@@ -17,7 +17,6 @@ from benchmarks.cost import Cost, counted
 from benchmarks.structured.methods import METHODS, Dense
 from benchmarks.system_rows import claim, read_row, row_path
 from benchmarks.system_tables import format_row
-from hf_lowrank.cli.record import write_result
 from hf_lowrank.compression.analysis import Analysis, analyze
 from hf_lowrank.compression.held_out import HeldOutLoss
 from hf_lowrank.compression.joint.disjoint import check_disjoint
@@ -36,6 +35,7 @@ from hf_lowrank.modeling.surgery import factorize_, restore_, swapped
 from hf_lowrank.modeling.targets import find_targets
 from hf_lowrank.ranks.plan import RankPlan
 from hf_lowrank.ranks.searches.search import search_plan
+from hf_lowrank.report.provenance import write_result
 
 Ranks = tuple[tuple[str, int | None], ...]
 # The sensitivity search cuts every layer at every size by itself; all held-out text takes hours.
@@ -204,7 +204,7 @@ class _Bench:
             )
             found = _cost_fields(cost) | {"search_seconds": cost.seconds - analysis_seconds}
             found |= {"decompositions": result.decompositions, "method": result.method}
-            found["trials"] = result.trials
+            found["trials"] = [dataclasses.asdict(each) for each in result.trials]
             return found | self._quality({n: linear_shape(m) for n, m in originals.items()})
         finally:
             restore_(self.model, originals)

@@ -20,9 +20,9 @@ from benchmarks.cost import counted_everywhere
 from benchmarks.figures import draw_ranks
 from benchmarks.glue_figure import draw_sizes
 from benchmarks.row_cost import format_costs, known_costs
-from hf_lowrank.cli.record import write_result
 from hf_lowrank.config import option
 from hf_lowrank.errors import ConfigError, LowRankError
+from hf_lowrank.report.provenance import write_result
 from hf_lowrank.tasks.fine_tuning import dense_model
 from hf_lowrank.tasks.task import Task
 from hf_lowrank.tasks.task_arguments import METHOD_NAMES, TaskArguments

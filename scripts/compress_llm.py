@@ -5,6 +5,7 @@ python scripts/compress_llm.py --model gpt2 --param_ratio 0.8 --output_dir gpt2-
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 from hf_lowrank import Report
@@ -56,7 +57,8 @@ def run(args: CompressionArguments, publishing: PublishingArguments) -> None:
         if not is_main:  # under accelerate launch all processes compress, one prints and saves
             continue
         name_models(report, args.model, publishing)
-        report.data |= {role: args.text_source(role) for role in ("calibration", "evaluation")}
+        calibration, evaluation = map(args.text_source, ("calibration", "evaluation"))
+        report.data = replace(report.data, calibration=calibration, evaluation=evaluation)
         written = continue_prompts(model, tokenizer, prompts)
         report.samples = side_by_side(prompts, dense, written)
         print(format_report(report), flush=True)

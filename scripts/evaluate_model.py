@@ -11,7 +11,7 @@ from pathlib import Path
 from hf_lowrank.cli.arguments import parse_arguments, user_errors
 from hf_lowrank.cli.evaluate import format_evaluation
 from hf_lowrank.cli.evaluation_command import EvaluationArguments, evaluate
-from hf_lowrank.cli.record import write_result
+from hf_lowrank.report.provenance import write_result
 
 
 def main() -> None:

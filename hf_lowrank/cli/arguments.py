@@ -17,6 +17,7 @@ from hf_lowrank.compression.recovery import RECOVERIES, recovery_settings
 from hf_lowrank.compression.stages import check_stages
 from hf_lowrank.config import SEARCH_NAMES, LowRankConfig, config_option, option
 from hf_lowrank.errors import ConfigError, DataError, LowRankError
+from hf_lowrank.report.provenance import commit
 
 Parsed = TypeVar("Parsed")
 _CONFIG_FIELDS = {f.name: f for f in dataclasses.fields(LowRankConfig)}
@@ -45,6 +46,7 @@ def parse_several(
         description: For `--help`.
         command_line: The words; by default those after the script's name.
     """
+    commit()  # read before the run: the working tree may change during it
     parser = HfArgumentParser(
         arguments,  # type: ignore[arg-type]
         description=description,

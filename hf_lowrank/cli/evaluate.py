@@ -69,12 +69,11 @@ def evaluate_models(
     if speed is not None:
         times = measure_speed(models, speed)
         for name, each in times.items():
-            found[name]["speed"] = asdict(each) | each.summary()
+            found[name]["speed"] = {"settings": asdict(speed)} | asdict(each)
         if "baseline" in times:
-            before, after = (times[name].summary() for name in ("baseline", "model"))
-            for phase in ("prefill", "decode"):
-                key = f"{phase}_seconds"
-                comparison[f"{phase}_speed_up"] = before[key] / after[key]
+            before, after = times["baseline"], times["model"]
+            comparison["prefill_speed_up"] = before.prefill_seconds / after.prefill_seconds
+            comparison["decode_speed_up"] = before.decode_seconds / after.decode_seconds
     return {"models": found, "comparison": comparison}
 
 

@@ -18,6 +18,7 @@ from hf_lowrank.files import check_cache_folder, check_output_folder
 from hf_lowrank.inputs.sources import check_hub_id, hub_id
 from hf_lowrank.inputs.text import DEMO, check_local_text
 from hf_lowrank.report.page.plots import can_draw
+from hf_lowrank.report.provenance import command_line
 from hf_lowrank.report.schema import Report
 
 
@@ -66,8 +67,9 @@ def check_publishing(
 
 
 def name_models(report: Report, model: str, publishing: PublishingArguments) -> None:
-    """Puts the dense model's name, and its Hub id if there is one, into a report."""
+    """Puts the dense model's name, its Hub id if there is one, and the command into a report."""
     report.model, report.base_model = model, publishing.base_model or hub_id(model)
+    report.command = command_line()
 
 
 def save_and_publish(

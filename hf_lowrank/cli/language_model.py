@@ -17,13 +17,15 @@ from hf_lowrank.compression.options import Stopwatch
 from hf_lowrank.config import LowRankConfig, config_option, option
 from hf_lowrank.errors import DataError
 from hf_lowrank.evaluation.perplexity import measure_loss
-from hf_lowrank.evaluation.size import compare, model_sizes, size_fields
+from hf_lowrank.evaluation.size import compare, counts_left, model_sizes
 from hf_lowrank.inputs.sources import check_windows, load_causal_lm
 from hf_lowrank.inputs.text import token_batches
 from hf_lowrank.measuring.items import Batch
 from hf_lowrank.modeling.targets import find_targets, untouched_weights
 from hf_lowrank.ranks.plan import RankPlan
-from hf_lowrank.report.schema import Report, versions
+from hf_lowrank.report.provenance import commit, hardware, versions
+from hf_lowrank.report.schema import Report
+from hf_lowrank.report.sections import Data, Settings
 from hf_lowrank.training.form_changes import current_ranks
 from hf_lowrank.training.trainer import LowRankTrainer
 from hf_lowrank.training.training_arguments import LowRankTrainingArguments
@@ -102,23 +104,28 @@ def train_language_model(
     with watch.phase("evaluation"):
         after = measure_loss(model, texts["evaluation"], progress="evaluate compressed")
     plan = RankPlan(current_ranks(model, trainer.lowrank_shapes), trainer.lowrank_shapes)
+    parameters, size = counts_left(dense_sizes, model, plan)
     report = Report(
         model=args.model,
-        config=config.to_dict(),
+        config=Settings.of(config),
         seed=training.seed,
         versions=versions(),
-        **size_fields(dense_sizes, model, plan),
+        commit=commit(),
+        hardware=hardware(),
+        parameters=parameters,
+        bytes=size,
+        ranks=dict(plan.ranks),
         evaluation=compare(before, after),
         seconds=watch.seconds,
         untouched=untouched,
         training=trainer.summary(),
         architecture=type(model).__name__,
-        data={
-            "train": args.train,
-            "train_tokens": sum(batch["input_ids"].numel() for batch in texts["train"]),
-            "evaluation": args.evaluation,
-            "selections": trainer.selections,
-        },
+        data=Data(
+            train=args.train,
+            train_tokens=sum(batch["input_ids"].numel() for batch in texts["train"]),
+            evaluation=args.evaluation,
+            selections=trainer.selections,
+        ),
     )
     return model, tokenizer, report
 

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
 from hf_lowrank.cli.arguments import PublishingArguments, parse_several, user_errors
 from hf_lowrank.cli.jobs import check_publishing, name_models, save_and_publish
-from hf_lowrank.cli.record import provenance
 from hf_lowrank.files import check_output_folder
-from hf_lowrank.report.card.task_card import format_loss
-from hf_lowrank.report.task_report import TaskReport
 from hf_lowrank.report.text.table import align
 from hf_lowrank.tasks.task import Task
 from hf_lowrank.tasks.task_arguments import TaskArguments
+from hf_lowrank.tasks.task_card import format_loss
+from hf_lowrank.tasks.task_report import TaskReport
 from hf_lowrank.tasks.task_run import run_task
 
 Arguments = TypeVar("Arguments", bound=TaskArguments)
@@ -41,8 +39,7 @@ def task_command(
             check_output_folder(folder, overwrite=False, cache=Path(args.cache_dir))
         repo_id = check_publishing(publishing, args.output_dir)[""]
         task = load_task(args)
-        model, found = run_task(task, args)
-        report = dataclasses.replace(found, **provenance())
+        model, report = run_task(task, args)
         name_models(report, args.model, publishing)
         print(format_scores(report))
         if folder:
@@ -59,14 +56,15 @@ def task_command(
 
 def format_scores(report: TaskReport) -> str:
     """The run's figures as a table."""
-    parameters = report.parameters
     rows = [["", *report.dense_metrics]]
-    for name in ("dense_metrics", "uncured_metrics", "metrics"):
-        found = getattr(report, name)
+    for name, found in (
+        ("dense_metrics", report.dense_metrics),
+        ("uncured_metrics", report.uncured_metrics),
+        ("metrics", report.metrics),
+    ):
         if found is not None:
             rows.append([name, *(f"{value:.4f}" for value in found.values())])
-    kept = parameters["targeted_kept"] / parameters["targeted_dense"]
-    return (
-        f"{align(rows)}\n{format_loss(report.development_loss)}\n"
-        f"kept {parameters['targeted_kept']:,} targeted parameters ({kept:.2%})"
-    )
+    loss = [format_loss(report.development_loss)] if report.development_loss else []
+    kept = report.parameters
+    last = f"kept {kept.targeted_kept:,} targeted parameters ({kept.targeted_share:.2%})"
+    return "\n".join([align(rows), *loss, last])

@@ -6,28 +6,28 @@ and the config are put back.
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 from torch import nn
 
 from hf_lowrank.compression.analysis import analyze
 from hf_lowrank.compression.decision import Decision, decide
 from hf_lowrank.compression.options import Run
-from hf_lowrank.compression.recovery import RecoveryResult, recover_, recovery_settings
+from hf_lowrank.compression.recovery import recover_, recovery_settings
 from hf_lowrank.config import LowRankConfig
 from hf_lowrank.evaluation.perplexity import LossMeasurement, measure_loss
-from hf_lowrank.evaluation.size import compare, model_sizes, size_fields
+from hf_lowrank.evaluation.size import compare, counts_left, model_sizes
 from hf_lowrank.evaluation.speed import speed_before_and_after
 from hf_lowrank.measuring.items import Batch, is_causal_lm
 from hf_lowrank.modeling.marks import attach_config
 from hf_lowrank.modeling.surgery import factorize_, restore_
 from hf_lowrank.modeling.targets import untouched_weights
-from hf_lowrank.report.schema import Report, versions
+from hf_lowrank.report.provenance import commit, hardware, versions
+from hf_lowrank.report.schema import Report
+from hf_lowrank.report.sections import Data, Recovery, Settings, Speed
 from hf_lowrank.report.spectra import compact_spectra
 
 
@@ -113,26 +113,32 @@ def apply(model: nn.Module, decision: Decision, dense: Dense, run: Run) -> Repor
                 evaluation = compare(dense.losses, after)
         speed = _speed(model, dense, run) if is_cut else None
         predicted = analysis.predicted_rise(plan)
+        parameters, size = counts_left(dense.sizes, model, plan)
         return Report(
             model=str(getattr(getattr(model, "config", None), "_name_or_path", "") or "model"),
-            config={k: v for k, v in decided.to_dict().items() if k not in ("ranks", "narrowed")},
+            config=Settings.of(decided),
             seed=config.seed,
             versions=versions(),
-            **size_fields(dense.sizes, model, plan),
+            commit=commit(),
+            hardware=hardware(),
+            parameters=parameters,
+            bytes=size,
+            ranks=dict(plan.ranks),
+            narrowed=dict(plan.narrowed),
             evaluation=evaluation,
             speed=speed,
             predicted_loss_difference=None if math.isnan(predicted) else predicted,
             seconds=dict(run.stopwatch.seconds),
-            probes=[dataclasses.asdict(probe) for probe in decision.probes],
-            held_out=None if decision.held_out is None else dataclasses.asdict(decision.held_out),
-            recovery=None if recovery is None else dataclasses.asdict(recovery),
-            measured_prices=[dict(part) for part in decision.parts],
+            probes=list(decision.probes),
+            held_out=decision.held_out,
+            recovery=recovery,
+            measured_prices=list(decision.parts),
             failures=dict(analysis.failures),
             untouched=dict(dense.untouched),
-            data={"calibration_tokens": analysis.tokens},
+            data=Data(calibration_tokens=analysis.tokens),
             architecture=type(model).__name__,
             spectra=compact_spectra(analysis.spectra),
-            joint=None if decision.joint is None else dict(decision.joint),
+            joint=decision.joint,
         )
 
 
@@ -147,9 +153,7 @@ def _measure(
     )
 
 
-def _recover(
-    model: nn.Module, config: LowRankConfig, dense: Dense, run: Run
-) -> RecoveryResult | None:
+def _recover(model: nn.Module, config: LowRankConfig, dense: Dense, run: Run) -> Recovery | None:
     """The training after the cut, None without steps."""
     settings = recovery_settings(run.options.recover, run.options.recover_steps, config.seed)
     if settings is None:
@@ -159,7 +163,7 @@ def _recover(
         return recover_(model, dense.layers, calibration, held_out, settings, run.options.progress)
 
 
-def _speed(model: nn.Module, dense: Dense, run: Run) -> dict[str, Any] | None:
+def _speed(model: nn.Module, dense: Dense, run: Run) -> Speed | None:
     """Timed by the main process while the others wait, so that they do not disturb it."""
     if not (run.options.speed and is_causal_lm(model)):
         return None

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from torch import nn
 
@@ -16,6 +15,7 @@ from hf_lowrank.compression.prices import measure_parts, scaled_prices
 from hf_lowrank.ranks.plan import RankPlan
 from hf_lowrank.ranks.searches.search import search_plan
 from hf_lowrank.ranks.tolerance import LossDifference, Probe, search_tolerance
+from hf_lowrank.report.sections import Joint, MeasuredPart
 
 
 @dataclass(frozen=True)
@@ -35,8 +35,8 @@ class Decision:
     plan: RankPlan
     probes: Sequence[Probe] = ()
     held_out: LossDifference | None = None
-    parts: Sequence[Mapping[str, Any]] = ()
-    joint: Mapping[str, Any] | None = None
+    parts: Sequence[MeasuredPart] = ()
+    joint: Joint | None = None
 
 
 def decide(model: nn.Module, analysis: Analysis, run: Run) -> Decision:
@@ -51,7 +51,7 @@ def decide(model: nn.Module, analysis: Analysis, run: Run) -> Decision:
         ConfigError: The goal can't be met.
         NumericalError: A loss is NaN or infinite.
     """
-    parts: Sequence[Mapping[str, Any]] = ()
+    parts: Sequence[MeasuredPart] = ()
     config = analysis.config
     if config.measured_prices and config.ranks is None:
         with run.stopwatch.phase("prices"):

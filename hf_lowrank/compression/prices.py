@@ -9,8 +9,7 @@ its measured divergence over its predicted rise.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Iterable, Sequence
 
 from torch import nn
 from tqdm.auto import tqdm
@@ -24,6 +23,7 @@ from hf_lowrank.measuring.items import Batch, is_causal_lm
 from hf_lowrank.modeling.surgery import factorized
 from hf_lowrank.ranks.plan import RankPlan
 from hf_lowrank.ranks.searches.problem import block_number
+from hf_lowrank.report.sections import MeasuredPart
 
 WINDOWS = 8
 DEPTHS = 10
@@ -53,7 +53,7 @@ def measure_parts(
     plan: RankPlan,
     batches: Sequence[Batch],
     progress: bool = True,
-) -> list[dict[str, Any]]:
+) -> list[MeasuredPart]:
     """Cuts each part of the model alone, as a plan says, and measures what that does.
 
     Args:
@@ -64,8 +64,7 @@ def measure_parts(
         progress: Whether to show a progress bar.
 
     Returns:
-        For each part that is cut: its `layers`, the `predicted` rise of the loss and the `measured`
-        divergence, nats per token, and their `factor`, at most 20 either way.
+        The parts that are cut; a factor is at most 20 either way.
 
     Raises:
         NumericalError: A divergence is not a number.
@@ -87,15 +86,13 @@ def measure_parts(
         if measured != measured:
             raise NumericalError(f"{layers[0]}: its cut makes the model's output NaN.")
         factor = min(max(measured / predicted, 1 / _LARGEST), _LARGEST)
-        found.append(
-            {"layers": layers, "predicted": predicted, "measured": measured, "factor": factor}
-        )
+        found.append(MeasuredPart(tuple(layers), predicted, measured, factor))
     return found
 
 
-def scaled_prices(analysis: Analysis, found: Iterable[Mapping[str, Any]]) -> Analysis:
+def scaled_prices(analysis: Analysis, found: Iterable[MeasuredPart]) -> Analysis:
     """The analysis with the prices of each part multiplied by the part's factor."""
-    factors = {name: part["factor"] for part in found for name in part["layers"]}
+    factors = {name: part.factor for part in found for name in part.layers}
     spectra = {
         name: spectrum
         if spectrum.price is None

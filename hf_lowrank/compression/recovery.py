@@ -24,6 +24,7 @@ from hf_lowrank.measuring.causal import check_distillable, distillation_losses, 
 from hf_lowrank.measuring.items import Batch, eval_mode, is_causal_lm
 from hf_lowrank.modeling.lora import check_peft, lora_on_factors
 from hf_lowrank.modeling.surgery import swapped
+from hf_lowrank.report.sections import Recovery
 
 # What is trained, and at which peak rate of AdamW.
 RECOVERIES = {"factors": 1e-4, "lora": 1e-3}
@@ -69,25 +70,6 @@ class RecoverySettings:
         return RECOVERIES[self.kind] if self.learning_rate is None else self.learning_rate
 
 
-@dataclass(frozen=True)
-class RecoveryResult:
-    """What recovery did.
-
-    Attributes:
-        loss_before: Held-out loss after the cut, nats per token.
-        loss_after: Held-out loss after the last step.
-        accepted: Whether the trained factors were kept.
-        steps: Steps taken.
-        kind: What was trained, "factors" or "lora".
-    """
-
-    loss_before: float
-    loss_after: float
-    accepted: bool
-    steps: int
-    kind: str = "factors"
-
-
 def recovery_settings(kind: str | None, steps: int, seed: int = 0) -> RecoverySettings | None:
     """The settings of a run's recovery, None without steps.
 
@@ -131,7 +113,7 @@ def recover_(
     held_out: Sequence[Batch],
     settings: RecoverySettings,
     progress: bool = True,
-) -> RecoveryResult:
+) -> Recovery:
     """Trains the factors, or LoRA on them, in place.
 
     The dense layers are put back for the teacher's forward pass of each batch, so there is one
@@ -154,7 +136,7 @@ def recover_(
     start = [parameter.detach().clone() for parameter in factors]
     before = measure_loss(model, held_out).mean
     if not factors:  # all layers stayed dense
-        return RecoveryResult(before, before, False, 0, settings.kind)
+        return Recovery(before, before, False, 0, settings.kind)
     try:
         with eval_mode(model):
             if settings.kind == "lora":
@@ -168,7 +150,7 @@ def recover_(
         raise
     if after >= before:
         _restore(factors, start)
-    return RecoveryResult(before, after, after < before, settings.steps, settings.kind)
+    return Recovery(before, after, after < before, settings.steps, settings.kind)
 
 
 def _train(

@@ -18,6 +18,7 @@ from hf_lowrank.format.rebuild import compressed_layers
 from hf_lowrank.modeling.surgery import merge_
 from hf_lowrank.modeling.targets import find_targets
 from hf_lowrank.report.schema import Report
+from hf_lowrank.report.sections import Stage
 
 
 def check_stages(config: LowRankConfig, stages: int, recover_steps: int) -> None:
@@ -76,13 +77,13 @@ def compress_in_stages(model: nn.Module, config: LowRankConfig, dense: Dense, ru
         last = dataclasses.replace(run, options=dataclasses.replace(options, recover_steps=steps))
         report = cut(model, find_targets(model, config), config, dense, last)
     stages = [
-        {
-            "param_ratio": stage.config["param_ratio"],
-            "predicted_loss_difference": stage.predicted_loss_difference,
-            "recovery": stage.recovery,
-            "measured_prices": stage.measured_prices,
-            "failures": stage.failures,
-        }
+        Stage(
+            param_ratio=stage.config.param_ratio or 1.0,
+            predicted_loss_difference=stage.predicted_loss_difference,
+            recovery=stage.recovery,
+            measured_prices=stage.measured_prices,
+            failures=stage.failures,
+        )
         for stage in [*earlier, report]
     ]
     # What was predicted is for the last cut alone.

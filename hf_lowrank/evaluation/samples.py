@@ -10,6 +10,7 @@ from torch import nn
 from transformers import GenerationConfig
 
 from hf_lowrank.errors import DataError
+from hf_lowrank.report.sections import Sample
 
 NEW_TOKENS = 40
 
@@ -57,9 +58,6 @@ def continue_prompts(
 
 def side_by_side(
     prompts: Sequence[str], dense: Sequence[str], compressed: Sequence[str]
-) -> list[dict[str, str]]:
-    """`Report.samples` from what the two models wrote."""
-    return [
-        {"prompt": prompt, "dense": before, "compressed": after}
-        for prompt, before, after in zip(prompts, dense, compressed, strict=True)
-    ]
+) -> list[Sample]:
+    """What the two models wrote, for the report."""
+    return [Sample(*texts) for texts in zip(prompts, dense, compressed, strict=True)]

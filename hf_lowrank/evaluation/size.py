@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from torch import nn
 
 from hf_lowrank.evaluation.int8 import num_bytes
 from hf_lowrank.evaluation.perplexity import LossMeasurement
 from hf_lowrank.ranks.plan import RankPlan
 from hf_lowrank.ranks.tolerance import paired_difference
-from hf_lowrank.report.schema import Evaluation
+from hf_lowrank.report.sections import Evaluation, Parameters, Sizes
 
 
 def compare(before: LossMeasurement, after: LossMeasurement) -> Evaluation:
@@ -27,8 +25,10 @@ def compare(before: LossMeasurement, after: LossMeasurement) -> Evaluation:
     )
 
 
-def size_fields(dense: tuple[int, int], model: nn.Module, plan: RankPlan) -> dict[str, Any]:
-    """The fields of `Report` that say how much of a model is left.
+def counts_left(
+    dense: tuple[int, int], model: nn.Module, plan: RankPlan
+) -> tuple[Parameters, Sizes]:
+    """How many parameters and bytes of a model are left.
 
     Args:
         dense: `model_sizes` of the dense model.
@@ -36,17 +36,8 @@ def size_fields(dense: tuple[int, int], model: nn.Module, plan: RankPlan) -> dic
         plan: Its ranks and narrowed layers.
     """
     parameters, size = model_sizes(model)
-    return {
-        "parameters": {
-            "dense": dense[0],
-            "kept": parameters,
-            "targeted_dense": plan.dense_parameters,
-            "targeted_kept": plan.kept_parameters,
-        },
-        "bytes": {"dense": dense[1], "kept": size},
-        "ranks": dict(plan.ranks),
-        "narrowed": {name: list(shape) for name, shape in plan.narrowed.items()},
-    }
+    counts = Parameters(dense[0], parameters, plan.dense_parameters, plan.kept_parameters)
+    return counts, Sizes(dense[1], size)
 
 
 def model_sizes(model: nn.Module) -> tuple[int, int]:

@@ -7,7 +7,7 @@ import math
 import statistics
 import time
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -19,7 +19,8 @@ from torch import nn
 from hf_lowrank.errors import ConfigError, DataError
 from hf_lowrank.measuring.items import eval_mode, is_causal_lm
 from hf_lowrank.modeling.surgery import swapped
-from hf_lowrank.report.hardware import device_name
+from hf_lowrank.report.provenance import device_name
+from hf_lowrank.report.sections import Speed, SpeedConditions, Timing
 
 REPORT_SECONDS = 20.0
 
@@ -54,36 +55,10 @@ class SpeedSettings:
                 raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}.")
 
 
-@dataclass(frozen=True)
-class Speed:
-    """Seconds of one model.
-
-    Attributes:
-        settings: What was timed.
-        prefill: Seconds to read the prompts, one of each round.
-        decode: Seconds to read the new tokens one by one, one of each round.
-    """
-
-    settings: SpeedSettings
-    prefill: tuple[float, ...]
-    decode: tuple[float, ...]
-
-    def summary(self) -> dict[str, float]:
-        """Median seconds, and tokens per second by the medians."""
-        prefill, decode = statistics.median(self.prefill), statistics.median(self.decode)
-        size = self.settings.batch_size
-        return {
-            "prefill_seconds": prefill,
-            "decode_seconds": decode,
-            "prefill_tokens_per_second": size * self.settings.prompt_tokens / prefill,
-            "decode_tokens_per_second": size * self.settings.new_tokens / decode,
-        }
-
-
 def measure_speed(
     models: Mapping[str, nn.Module | Callable[[], AbstractContextManager[nn.Module]]],
     settings: SpeedSettings | None = None,
-) -> dict[str, Speed]:
+) -> dict[str, Timing]:
     """Times causal language models on the same tokens.
 
     Every round times each model once, in an order that turns round by round; one round before
@@ -119,15 +94,25 @@ def measure_speed(
                 found = time_once(model, tokens, settings.prompt_tokens)
             if turn:
                 seconds[name].append(found)
-    return {
-        name: Speed(settings, tuple(p for p, _ in found), tuple(d for _, d in found))
-        for name, found in seconds.items()
-    }
+    return {name: _timing(settings, found) for name, found in seconds.items()}
+
+
+def _timing(settings: SpeedSettings, seconds: Sequence[tuple[float, float]]) -> Timing:
+    """The medians of seconds of prefill and decode, and tokens per second by them."""
+    prefill, decode = (statistics.median(phase) for phase in zip(*seconds, strict=True))
+    return Timing(
+        prefill=tuple(each for each, _ in seconds),
+        decode=tuple(each for _, each in seconds),
+        prefill_seconds=prefill,
+        decode_seconds=decode,
+        prefill_tokens_per_second=settings.batch_size * settings.prompt_tokens / prefill,
+        decode_tokens_per_second=settings.batch_size * settings.new_tokens / decode,
+    )
 
 
 def speed_before_and_after(
     model: nn.Module, originals: Mapping[str, nn.Module], settings: SpeedSettings | None = None
-) -> dict[str, Any] | None:
+) -> Speed | None:
     """Speed of a compressed causal language model and of its dense self, for a report.
 
     The dense layers are put back for each dense round and taken out after it: no second model is
@@ -140,9 +125,8 @@ def speed_before_and_after(
             and there are fewer tokens where the model reads fewer.
 
     Returns:
-        `dense` and `compressed`: `prefill` and `decode`, the seconds of each round, and the medians
-        of `Speed.summary`; `settings`: what was timed, the number of `rounds`, and where. None if
-        the model can't be timed; a warning says why.
+        The times of both, what was timed and where; None if the model can't be timed, then a
+        warning says why.
     """
     try:
         chosen = settings or _settings_for(model)
@@ -154,18 +138,15 @@ def speed_before_and_after(
         warnings.warn(f"The speed was not measured: {reason}", stacklevel=2)
         return None
     weight = next(model.parameters())
-    place = {
-        "rounds": len(found["dense"].prefill),
-        "device": str(weight.device),
-        "hardware": device_name(weight.device),
-        "threads": torch.get_num_threads(),
-        "dtype": str(weight.dtype).removeprefix("torch."),
-    }
-    timed = {
-        name: {"prefill": list(each.prefill), "decode": list(each.decode)} | each.summary()
-        for name, each in found.items()
-    }
-    return timed | {"settings": asdict(chosen) | place}
+    conditions = SpeedConditions(
+        **asdict(chosen),
+        rounds=len(found["dense"].prefill),
+        device=str(weight.device),
+        hardware=device_name(weight.device),
+        threads=torch.get_num_threads(),
+        dtype=str(weight.dtype).removeprefix("torch."),
+    )
+    return Speed(found["dense"], found["compressed"], conditions)
 
 
 def _settings_for(model: nn.Module) -> SpeedSettings:

@@ -42,9 +42,9 @@ def kept_shares(report: Report) -> dict[str, float]:
         if rank is None and name not in report.narrowed:
             shares[name] = 1.0
         elif name in report.spectra:
-            rows, columns = report.spectra[name]["shape"]
-            left = tuple(report.narrowed.get(name, (rows, columns)))
-            shares[name] = layer_cost((left[0], left[1]), rank) / (rows * columns)
+            dense = report.spectra[name].shape
+            left = report.narrowed.get(name, dense)
+            shares[name] = layer_cost(left, rank) / (dense[0] * dense[1])
     return shares
 
 
@@ -53,6 +53,6 @@ def channels_left(report: Report) -> dict[str, int]:
     found = {}
     for name, shape in report.narrowed.items():
         if name in report.spectra:
-            is_out_of_them = shape[0] == report.spectra[name]["shape"][0]
+            is_out_of_them = shape[0] == report.spectra[name].shape[0]
             found[name] = shape[1] if is_out_of_them else shape[0]
     return found

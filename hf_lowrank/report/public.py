@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+import shlex
 from typing import Any
 
-from hf_lowrank.report.card.card_parts import is_local, last_component
+from hf_lowrank.report.card.card_parts import is_local, last_component, without_folders
 from hf_lowrank.report.schema import report_text
 
 _WITH_SOURCES = ("model", "data", "arguments")
@@ -46,12 +47,16 @@ def _public(value: Any, shortened: dict[str, str]) -> Any:  # noqa: ANN401
 
 
 def _public_command(command: str, shortened: dict[str, str]) -> str:
-    """The command with the known paths shortened, which may hold spaces, and absolute ones."""
+    """The command with every path in it shortened; older ones quote no spaces in known paths."""
     for path in sorted(shortened, key=len, reverse=True):
+        command = command.replace(shlex.quote(path), shlex.quote(shortened[path]))
         command = command.replace(path, shortened[path])
-    words = []
-    for word in command.split(" "):
+    try:
+        words = shlex.split(command)
+    except ValueError:
+        words = command.split(" ")
+    public = []
+    for word in words:
         option, equals, value = word.rpartition("=")
-        is_absolute = value[:1] in ("/", "~") or value[1:3] == ":\\"
-        words.append(option + equals + (last_component(value) if is_absolute else value))
-    return " ".join(words)
+        public.append(option + equals + without_folders(value))
+    return shlex.join(public)

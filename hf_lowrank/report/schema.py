@@ -5,36 +5,35 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import platform
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from importlib import metadata
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 from hf_lowrank.errors import DataError
-from hf_lowrank.version import __version__
+from hf_lowrank.ranks.tolerance import LossDifference, Probe
+from hf_lowrank.report.reading import read_section
+from hf_lowrank.report.sections import (
+    Data,
+    Evaluation,
+    Hardware,
+    Joint,
+    LayerSpectrum,
+    MeasuredPart,
+    Parameters,
+    Recovery,
+    Sample,
+    Settings,
+    Sizes,
+    Speed,
+    Stage,
+    Training,
+)
 
 AnyReport = TypeVar("AnyReport", bound="Report")
-_VERSIONED = ("torch", "transformers", "accelerate", "datasets", "safetensors")
 # A list of numbers, one to a line; a string in JSON holds no line break.
 _NUMBERS = re.compile(r"\[\n\s+(-?\d[-+.\deE,\s]*?)\n\s+\]")
-
-
-@dataclass
-class Evaluation:
-    """Quality on text that was used neither for calibration nor for choosing ranks.
-
-    Losses are means in nats per scored token; the difference is paired over sequences.
-    """
-
-    perplexity_before: float
-    perplexity_after: float
-    loss_before: float
-    loss_after: float
-    loss_difference: float
-    standard_error: float
-    tokens: int
 
 
 @dataclass
@@ -43,76 +42,76 @@ class Report:
 
     Attributes:
         model: Name of the dense model.
-        config: The settings, see `LowRankConfig`.
+        config: The settings.
         seed: Seed of the run.
         versions: Versions of Python and the libraries.
-        parameters: `dense` and `kept` of the whole model (tied weights once), `targeted_dense`
-            and `targeted_kept` of the targeted layers' weights.
-        bytes: `dense` and `kept`: size of all parameters in their stored type.
+        parameters: Parameters, dense and kept.
+        bytes: Bytes, dense and kept.
         ranks: Rank by layer name, None for dense or narrowed.
-        narrowed: [out_features, in_features] of the layers that lost channels.
+        narrowed: (out_features, in_features) of the layers that lost channels.
         evaluation: Quality before and after, or None if there was no evaluation text.
         predicted_loss_difference: Sum of the dropped components' prices, nats, or None where the
             metric predicts nothing.
         seconds: Wall time by phase.
         probes: Steps of the search for a loss tolerance.
         held_out: The accepted loss difference on the search's own held-out text, or None.
-        recovery: Held-out loss before and after training the factors, and whether that was kept.
-        joint: What joint compression accepted (`method`), plain `price` on the same data
-            (`baseline`, `baseline_ratio`), every candidate measured (`trials`), and the number of
-            matrices decomposed (`decompositions`).
-        training: How low-rank training went: `epochs`, `learning_rate`, `rule`, the number of
-            `selections`, and their goal: `param_ratio`, or `tolerance` in nats.
-        measured_prices: What corrected the prices: for each part its `layers`, the `predicted`
-            rise, the `measured` divergence (nats per token) and their `factor`.
-        stages: Of a compression in stages, for each its `param_ratio`, the predicted rise of its
-            cut in nats (`predicted_loss_difference`), `recovery`, `measured_prices` and `failures`;
-            `spectra` and these fields of the report itself are the last stage's.
+        recovery: The training after the cut, or None.
+        joint: What joint compression did, or None.
+        training: How low-rank training went, or None.
+        measured_prices: What corrected the prices, part by part.
+        stages: Of a compression in stages; `spectra`, `recovery`, `measured_prices` and `failures`
+            of the report itself are the last stage's.
         failures: Reason by layer name, for layers kept dense because their decomposition failed.
         untouched: Parameters of matrices inside the blocks that were no targets, by name.
         data: Which text was used for what.
         architecture: Class of the model.
         base_model: Hub id of the dense model, or None where it has none.
-        spectra: By layer name: `shape` (out, in), `sigma` at a few components in the metric (see
-            `compact_spectra`), and `price_scale`: nats per squared sigma, or None.
-        speed: `dense` and `compressed`: seconds of each round of `prefill` and `decode`, their
-            medians and tokens per second; `settings`: what was timed, and on what. None where it
-            was not measured. See `speed_before_and_after`.
-        samples: What the dense and the compressed model wrote after a `prompt`: `dense`,
-            `compressed`.
+        spectra: A few components by layer name.
+        speed: Times of both models, None where they were not measured.
+        samples: What both models wrote after a few prompts.
+        command: The command line, quoted for a shell; None for a run from Python.
+        commit: Commit of hf_lowrank's own checkout, with "-dirty" if it was changed; None where it
+            is installed, then `versions` say which it was.
+        hardware: What it ran on; None in older reports.
     """
 
+    LOSS_UNIT: ClassVar[str] = "nats per token"
+
     model: str
-    config: dict[str, Any]
     seed: int
     versions: dict[str, str]
-    parameters: dict[str, int]
-    bytes: dict[str, int]
+    parameters: Parameters
+    bytes: Sizes
     ranks: dict[str, int | None]
+    config: Settings = field(default_factory=Settings)
     evaluation: Evaluation | None = None
     predicted_loss_difference: float | None = None
     seconds: dict[str, float] = field(default_factory=dict)
-    probes: list[dict[str, Any]] = field(default_factory=list)
-    held_out: dict[str, Any] | None = None
-    recovery: dict[str, Any] | None = None
-    joint: dict[str, Any] | None = None
-    training: dict[str, Any] | None = None
+    probes: list[Probe] = field(default_factory=list)
+    held_out: LossDifference | None = None
+    recovery: Recovery | None = None
+    joint: Joint | None = None
+    training: Training | None = None
     failures: dict[str, str] = field(default_factory=dict)
     untouched: dict[str, int] = field(default_factory=dict)
-    data: dict[str, Any] = field(default_factory=dict)
+    data: Data = field(default_factory=Data)
     architecture: str = ""
     base_model: str | None = None
-    spectra: dict[str, dict[str, Any]] = field(default_factory=dict, repr=False)
-    samples: list[dict[str, str]] = field(default_factory=list)
-    speed: dict[str, Any] | None = None
-    narrowed: dict[str, list[int]] = field(default_factory=dict)
-    measured_prices: list[dict[str, Any]] = field(default_factory=list)
-    stages: list[dict[str, Any]] = field(default_factory=list)
+    spectra: dict[str, LayerSpectrum] = field(default_factory=dict, repr=False)
+    samples: list[Sample] = field(default_factory=list)
+    speed: Speed | None = None
+    narrowed: dict[str, tuple[int, int]] = field(default_factory=dict)
+    measured_prices: list[MeasuredPart] = field(default_factory=list)
+    stages: list[Stage] = field(default_factory=list)
+    command: str | None = None
+    commit: str | None = None
+    hardware: Hardware | None = None
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, object]:
         """Plain JSON data; numbers that JSON can't hold become null."""
-        data: dict[str, Any] = jsonable(dataclasses.asdict(self))
-        return data
+        data: dict[str, object] = dataclasses.asdict(self)
+        data |= {"config": self.config.to_dict(), "data": self.data.to_dict()}
+        return {name: jsonable(value) for name, value in data.items()}
 
     def save(self, path: Path) -> None:
         """Writes the report as JSON, each list of numbers on one line."""
@@ -127,41 +126,21 @@ class Report:
         """
         path = path / "report.json" if path.is_dir() else path
         try:
-            data = json.loads(path.read_text("utf-8"))
-            values = {
-                each.name: data[each.name] for each in dataclasses.fields(cls) if each.name in data
-            }
-            if values.get("evaluation") is not None:
-                values["evaluation"] = Evaluation(**values["evaluation"])
-            report = cls(**values)
-            counts = [*report.parameters.values(), *report.bytes.values()]
-            fits = {"dense", "kept", "targeted_dense", "targeted_kept"} <= set(report.parameters)
+            report = read_section(cls, json.loads(path.read_text("utf-8")), "")
         except OSError as error:
             raise DataError(f"{path}: can't be read ({error.strerror or error}).") from error
-        except (ValueError, TypeError, AttributeError) as error:
+        except ValueError as error:
             raise DataError(f"{path}: is not a report of hf_lowrank ({error}).") from error
-        if not (fits and {"dense", "kept"} <= set(report.bytes)) or not all(
-            isinstance(count, int) and count > 0 for count in counts
-        ):
+        counts = dataclasses.astuple(report.parameters) + dataclasses.astuple(report.bytes)
+        if min(counts) <= 0:
             raise DataError(f"{path}: is not a report of hf_lowrank (its sizes are not counts).")
         return report
 
 
-def report_text(data: dict[str, Any]) -> str:
+def report_text(data: Mapping[str, object]) -> str:
     """The text of a `report.json`, each list of numbers on one line."""
     text = json.dumps(data, indent=2) + "\n"
     return _NUMBERS.sub(lambda match: f"[{' '.join(match[1].split())}]", text)
-
-
-def versions() -> dict[str, str]:
-    """Versions of Python and of the libraries that a result depends on."""
-    found = {"python": platform.python_version(), "hf-lowrank": __version__}
-    for name in _VERSIONED:
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
-    return found
 
 
 def jsonable(value: Any) -> Any:  # noqa: ANN401

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 from hf_lowrank.decomposition.spectrum import Spectrum
+from hf_lowrank.report.sections import LayerSpectrum
 
 MAX_POINTS = 48
 _DIGITS = 4
 
 
-def compact_spectra(spectra: Mapping[str, Spectrum]) -> dict[str, dict[str, Any]]:
+def compact_spectra(spectra: Mapping[str, Spectrum]) -> dict[str, LayerSpectrum]:
     """`Report.spectra`: shape, up to `MAX_POINTS` singular values and the price of their squares.
 
     The components are those of `shown_components`, so their numbers need not be stored.
@@ -23,11 +23,8 @@ def compact_spectra(spectra: Mapping[str, Spectrum]) -> dict[str, dict[str, Any]
         scale = None
         if spectrum.price is not None and largest > 0:
             scale = _rounded(float(spectrum.price[0]) / largest**2)
-        found[name] = {
-            "shape": list(spectrum.shape),
-            "sigma": [_rounded(sigma[i]) for i in shown_components(len(sigma))],
-            "price_scale": scale,
-        }
+        shown = tuple(_rounded(sigma[i]) for i in shown_components(len(sigma)))
+        found[name] = LayerSpectrum(spectrum.shape, shown, scale)
     return found
 
 

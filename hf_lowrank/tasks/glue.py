@@ -22,6 +22,7 @@ from hf_lowrank.tasks.models import load_tokenizer, new_model
 from hf_lowrank.tasks.prediction import predictions
 from hf_lowrank.tasks.task import Collator, Task
 from hf_lowrank.tasks.task_arguments import TaskArguments
+from hf_lowrank.tasks.task_report import TaskData
 
 
 @dataclass
@@ -83,15 +84,15 @@ def load_glue_task(args: GlueArguments) -> Task:
         ),
         model_class=AutoModelForSequenceClassification,
         score=partial(evaluate_glue, task=args.task, collator=collator),
-        data={
-            "name": f"GLUE {args.task}",
-            "dataset": HUB_DATASET,
-            "config": args.task,
-            "split": hub_split(args.task, "validation"),
-            "train_examples": len(train) - held_out,
-            "held_out_examples": held_out,
-            "evaluation_examples": len(validation),
-        },
+        data=TaskData(
+            name=f"GLUE {args.task}",
+            dataset=HUB_DATASET,
+            config=args.task,
+            split=hub_split(args.task, "validation"),
+            train_examples=len(train) - held_out,
+            held_out_examples=held_out,
+            evaluation_examples=len(validation),
+        ),
     )
 
 

@@ -21,6 +21,7 @@ from hf_lowrank.config import DEFAULT_LOSS_TOLERANCE, LowRankConfig
 from hf_lowrank.pruning.lpaf import STAGES, LpafSettings, lpaf_
 from hf_lowrank.pruning.pruned_ranks import mean_ranks, target_weights
 from hf_lowrank.report.schema import Report
+from hf_lowrank.report.sections import Settings
 from hf_lowrank.tasks.fine_tuning import SPECTRA_FOLDER, fine_tune, training_settings
 from hf_lowrank.tasks.task import Task
 from hf_lowrank.tasks.task_arguments import (
@@ -223,7 +224,11 @@ def prune_cut_train(
         work_dir=Path(args.cache_dir) / "lpaf",
         on_stage=on_stage,
     )
-    return {"config": config.to_dict(), "lpaf": found, "seconds": dict(found["seconds"])} | uncured
+    return {
+        "config": Settings.of(config),
+        "lpaf": found,
+        "seconds": dict(found["seconds"]),
+    } | uncured
 
 
 def _config(args: TaskArguments, metric: str, channels: bool = False) -> LowRankConfig:

@@ -25,6 +25,7 @@ from hf_lowrank.tasks.squad_data import load_squad, split_by_article, take_quest
 from hf_lowrank.tasks.squad_metric import SquadMetric, Window, best_answer
 from hf_lowrank.tasks.task import Collator, Task
 from hf_lowrank.tasks.task_arguments import TaskArguments
+from hf_lowrank.tasks.task_report import TaskData
 
 HELD_OUT_SHARE = 0.1
 _POSITIONS = ("start_positions", "end_positions")
@@ -100,13 +101,13 @@ def load_qa_task(args: QaArguments) -> Task:
         new_model=partial(new_model, args, AutoModelForQuestionAnswering),
         model_class=AutoModelForQuestionAnswering,
         score=partial(evaluate_qa, examples=concatenate_datasets(parts), collator=collator),
-        data={
-            "name": args.task,
-            "train_examples": len(train),
-            "held_out_examples": len(held_out),
-            "evaluation_examples": len(validation),
-            "files": [Path(name).name for name in (args.train_file, args.data_file) if name],
-        },
+        data=TaskData(
+            name=args.task,
+            train_examples=len(train),
+            held_out_examples=len(held_out),
+            evaluation_examples=len(validation),
+            files=[Path(name).name for name in (args.train_file, args.data_file) if name],
+        ),
         data_key=(_digest(questions), args.doc_stride),
     )
 

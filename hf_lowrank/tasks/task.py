@@ -11,6 +11,7 @@ from datasets import Dataset
 from torch import nn
 
 from hf_lowrank.measuring.items import Batch
+from hf_lowrank.tasks.task_report import TaskData
 
 Collator = Callable[[list[dict[str, Any]]], dict[str, torch.Tensor]]
 
@@ -29,7 +30,7 @@ class Task:
         new_model: The model before any fine-tuning, with a fresh head.
         model_class: Its auto class, which loads a fine-tuned copy.
         score: Metrics of a model on examples of the task; the first one is the main one.
-        data: What the report says of the examples, see `TaskReport`.
+        data: What the report says of the examples.
         data_key: What a dense model depends on besides the name and the arguments that all tasks
             share: anything that JSON can hold.
     """
@@ -43,7 +44,7 @@ class Task:
     new_model: Callable[[], nn.Module]
     model_class: Any
     score: Callable[[nn.Module, Dataset], dict[str, float]]
-    data: dict[str, Any] = field(default_factory=dict)
+    data: TaskData = field(default_factory=TaskData)
     data_key: tuple[object, ...] = ()
 
     def batches(self, split: Dataset, size: int, limit: int | None = None) -> Sequence[Batch]:

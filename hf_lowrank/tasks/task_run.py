@@ -10,19 +10,20 @@ from torch import nn
 
 from hf_lowrank.config import LowRankConfig
 from hf_lowrank.evaluation.perplexity import LossMeasurement, measure_loss
-from hf_lowrank.evaluation.size import model_sizes, size_fields
+from hf_lowrank.evaluation.size import counts_left, model_sizes
 from hf_lowrank.format.dense_linear import linear_shape
 from hf_lowrank.format.rebuild import narrowed_layers
 from hf_lowrank.inputs.sources import hub_id
 from hf_lowrank.modeling.targets import find_targets, untouched_weights
 from hf_lowrank.ranks.plan import RankPlan
 from hf_lowrank.ranks.tolerance import paired_difference
-from hf_lowrank.report.schema import versions
-from hf_lowrank.report.task_report import TaskReport
+from hf_lowrank.report.provenance import commit, hardware, today, versions
+from hf_lowrank.report.sections import Settings
 from hf_lowrank.tasks.fine_tuning import dense_model
 from hf_lowrank.tasks.methods import METHODS
 from hf_lowrank.tasks.task import Task
 from hf_lowrank.tasks.task_arguments import TaskArguments
+from hf_lowrank.tasks.task_report import DevelopmentLoss, TaskReport
 from hf_lowrank.training.form_changes import current_ranks
 
 
@@ -45,7 +46,7 @@ def run_task(task: Task, args: TaskArguments) -> tuple[nn.Module, TaskReport]:
         "dense_metrics": task.score(model, task.validation),
         "dense_held_out_metrics": task.score(model, task.held_out),
     }
-    found |= {"config": {}} | METHODS[args.method](model, task, args)
+    found |= {"config": Settings()} | METHODS[args.method](model, task, args)
     found["seconds"] = seconds | found["seconds"]
     narrowed = {name: linear_shape(layer) for name, layer in narrowed_layers(model).items()}
     plan = RankPlan(current_ranks(model, shapes), shapes, narrowed)
@@ -55,6 +56,7 @@ def run_task(task: Task, args: TaskArguments) -> tuple[nn.Module, TaskReport]:
     found["held_out_loss"] = measure_loss(model, held_out).mean
     # As it is saved: Trainer leaves the autocast of its training on the model.
     extract_model_from_parallel(model, keep_fp32_wrapper=False)
+    parameters, size = counts_left(dense_sizes, model, plan)
     return model, TaskReport(
         **found,
         model=args.model,
@@ -62,7 +64,13 @@ def run_task(task: Task, args: TaskArguments) -> tuple[nn.Module, TaskReport]:
         architecture=type(model).__name__,
         seed=args.seed,
         versions=versions(),
-        **size_fields(dense_sizes, model, plan),
+        commit=commit(),
+        hardware=hardware(),
+        date=today(),
+        parameters=parameters,
+        bytes=size,
+        ranks=dict(plan.ranks),
+        narrowed=dict(plan.narrowed),
         untouched=untouched,
         data=task.data,
         task=task.name,
@@ -72,11 +80,6 @@ def run_task(task: Task, args: TaskArguments) -> tuple[nn.Module, TaskReport]:
     )
 
 
-def _compared(before: LossMeasurement, after: LossMeasurement) -> dict[str, float]:
+def _compared(before: LossMeasurement, after: LossMeasurement) -> DevelopmentLoss:
     found = paired_difference(before.items, after.items)
-    return {
-        "dense": before.mean,
-        "compressed": after.mean,
-        "difference": found.mean,
-        "standard_error": found.standard_error,
-    }
+    return DevelopmentLoss(before.mean, after.mean, found.mean, found.standard_error)

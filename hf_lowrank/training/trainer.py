@@ -27,6 +27,7 @@ from hf_lowrank.modeling.marks import attach_config
 from hf_lowrank.modeling.surgery import empty_lowrank, replace_layer_
 from hf_lowrank.ranks.plan import RankPlan, useful_rank
 from hf_lowrank.ranks.threshold import check_budget
+from hf_lowrank.report.sections import Training
 from hf_lowrank.training.base import CheckedTrainer
 from hf_lowrank.training.form_changes import current_ranks, to_inference_form_, to_training_form_
 from hf_lowrank.training.penalties import orthogonality_penalty, rank_penalty
@@ -199,16 +200,16 @@ class LowRankTrainer(CheckedTrainer):
         }
         return RankPlan(useful, self.lowrank_shapes).param_ratio
 
-    def summary(self) -> dict[str, Any]:
-        """How the training went, as `Report.training` has it."""
-        return {
-            "epochs": self.args.num_train_epochs,
-            "learning_rate": self.args.learning_rate,
-            "rule": self.args.selection_rule,
-            "selections": len(self.selections),
-            "param_ratio": self.args.target_param_ratio,
-            "tolerance": self.args.selection_tolerance,
-        }
+    def summary(self) -> Training:
+        """How the training went, for the report."""
+        return Training(
+            epochs=self.args.num_train_epochs,
+            learning_rate=self.args.learning_rate,
+            rule=self.args.selection_rule,
+            selections=len(self.selections),
+            param_ratio=self.args.target_param_ratio,
+            tolerance=self.args.selection_tolerance,
+        )
 
     def _check_target(self) -> None:
         target = self.args.target_param_ratio

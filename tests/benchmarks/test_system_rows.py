@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from benchmarks.system_rows import claim, dense_row, read_rows, row_path
-from hf_lowrank.cli.record import write_result
 from hf_lowrank.errors import ConfigError, StorageError
+from hf_lowrank.report.provenance import write_result
 from tests.benchmarks.made_up_rows import DENSE, failed_row, made_up_row
 
 

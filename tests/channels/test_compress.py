@@ -56,13 +56,13 @@ def test_the_budget_is_met_by_what_the_model_holds(name):
     dense = sum(m * n for m, n in map(linear_shape, targets.values()))
     report = compress(model, CONFIG, batches, progress=False)
     weights = [p for n in targets for p in model.get_submodule(n).parameters() if p.ndim == 2]
-    assert sum(weight.numel() for weight in weights) == report.parameters["targeted_kept"]
-    assert 0.49 * dense < report.parameters["targeted_kept"] <= 0.5 * dense
-    assert report.parameters["targeted_dense"] == dense
+    assert sum(weight.numel() for weight in weights) == report.parameters.targeted_kept
+    assert 0.49 * dense < report.parameters.targeted_kept <= 0.5 * dense
+    assert report.parameters.targeted_dense == dense
     assert set(report.narrowed) == set(narrowed_layers(model))
     assert report.narrowed
     for layer_name, layer in narrowed_layers(model).items():
-        assert report.narrowed[layer_name] == list(layer.weight.shape)
+        assert report.narrowed[layer_name] == tuple(layer.weight.shape)
         assert report.ranks[layer_name] is None
     assert torch.isfinite(logits(model, batches[0])).all()
 
@@ -95,12 +95,12 @@ def test_a_tolerance_is_searched_over_channels_too(text):
     report = compress(model, config, text[:6], held_out=text[6:], progress=False)
     rise = mean_loss(model, text[6:]) - mean_loss(dense, text[6:])
     assert rise <= 0.01
-    assert report.held_out["mean"] == pytest.approx(rise, abs=1e-5)
+    assert report.held_out.mean == pytest.approx(rise, abs=1e-5)
     assert report.narrowed
     ranks_only = compress(
         repeating(), config.replace(channels=False), text[:6], held_out=text[6:], progress=False
     )
-    assert report.parameters["targeted_kept"] < 0.9 * ranks_only.parameters["targeted_kept"]
+    assert report.parameters.targeted_kept < 0.9 * ranks_only.parameters.targeted_kept
 
 
 def test_a_sweep_ends_dense(text):
@@ -108,7 +108,7 @@ def test_a_sweep_ends_dense(text):
     before = snapshot(model)
     kept = []
     for report in sweep(model, CONFIG, [0.7, 0.4], text[:2], progress=False):
-        kept.append(report.parameters["targeted_kept"] / report.parameters["targeted_dense"])
+        kept.append(report.parameters.targeted_kept / report.parameters.targeted_dense)
         assert narrowed_layers(model)
     assert kept == [pytest.approx(0.7, abs=0.02), pytest.approx(0.4, abs=0.02)]
     assert not narrowed_layers(model)
@@ -217,8 +217,8 @@ def test_recovery_trains_the_narrowed_layers(text, kind):
         return model, found.recovery
 
     (model, recovery), (cut, _) = run(20), run(0)
-    assert recovery["accepted"]
-    assert recovery["loss_after"] < recovery["loss_before"]
+    assert recovery.accepted
+    assert recovery.loss_after < recovery.loss_before
     before, after = narrowed_layers(cut), narrowed_layers(model)
     assert all(type(layer) is NarrowedLinear for layer in after.values())
     assert all(not torch.equal(after[name].weight, before[name].weight) for name in before)
@@ -257,10 +257,9 @@ def test_reports_show_channels(text):
     report = compress(tiny_llama(), CONFIG, text[:2], text[2:3], progress=False)
     shares = kept_shares(report)
     kept = sum(
-        shares[name] * m * n
-        for name, (m, n) in ((k, v["shape"]) for k, v in report.spectra.items())
+        shares[name] * m * n for name, (m, n) in ((k, v.shape) for k, v in report.spectra.items())
     )
-    assert kept == pytest.approx(report.parameters["targeted_kept"])
+    assert kept == pytest.approx(report.parameters.targeted_kept)
     header, *rows = rank_rows(report)
     assert header[-4:] == ["narrowed", "fewest channels", "mean channels", "most channels"]
     found = {row[0]: row for row in rows}

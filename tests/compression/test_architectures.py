@@ -135,8 +135,8 @@ def test_kept_parameters_fit_the_budget(run):
         if not part.endswith("bias")
     )
     dense = sum(run.dense.get_submodule(layer).weight.numel() for layer in linear_layers(run.name))
-    assert run.report.parameters["targeted_kept"] == kept
-    assert run.report.parameters["targeted_dense"] == dense
+    assert run.report.parameters.targeted_kept == kept
+    assert run.report.parameters.targeted_dense == dense
     assert 0.95 * RATIO * dense < kept <= RATIO * dense
 
 
@@ -171,8 +171,8 @@ def test_embeddings_are_tied_as_before(run):
 
 
 def test_whole_model_is_counted_with_tied_weights_once(run):
-    assert run.report.parameters["dense"] == sum(p.numel() for p in run.dense.parameters())
-    assert run.report.parameters["kept"] == sum(p.numel() for p in run.loaded.parameters())
+    assert run.report.parameters.dense == sum(p.numel() for p in run.dense.parameters())
+    assert run.report.parameters.kept == sum(p.numel() for p in run.loaded.parameters())
 
 
 def test_experts_are_reported_as_untouched(run):
@@ -225,8 +225,8 @@ def test_gpt2_at_its_real_size(tmp_path):
     config = LowRankConfig(param_ratio=0.6, metric="whitened")
     report = compress(model, config, batches[:1], batches[1:], progress=False)
     # 12 blocks of 768 x (2304 + 768 + 3072 + 3072) weights.
-    assert report.parameters["targeted_dense"] == 12 * 768 * 9216
-    assert 0.59 < report.parameters["targeted_kept"] / (12 * 768 * 9216) <= 0.6
+    assert report.parameters.targeted_dense == 12 * 768 * 9216
+    assert 0.59 < report.parameters.targeted_kept / (12 * 768 * 9216) <= 0.6
     assert len(report.ranks) == 48
     assert report.failures == {}
     assert report.evaluation is not None

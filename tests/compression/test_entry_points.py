@@ -50,7 +50,7 @@ def test_a_module_from_outside_transformers_is_compressed_with_its_own_loss():
     assert set(report.ranks) == {"0", "2"}
     assert isinstance(model[0], LowRankLinear)
     assert isinstance(model[3], nn.Linear)
-    assert report.parameters["targeted_kept"] <= 0.5 * 2 * 24 * 32
+    assert report.parameters.targeted_kept <= 0.5 * 2 * 24 * 32
     assert report.evaluation.tokens == 32
     assert hf_lowrank.merge(model) is model
     assert is_dense(model)

@@ -15,9 +15,9 @@ def test_budget_is_never_exceeded_and_nearly_spent(text, metric, ratio):
     model = tiny_llama()
     config = LowRankConfig(param_ratio=ratio, metric=metric)
     sizes = compress(model, config, text[:4], progress=False).parameters
-    budget = ratio * sizes["targeted_dense"]
+    budget = ratio * sizes.targeted_dense
     largest_component = HIDDEN + 2 * HIDDEN
-    assert budget - largest_component < sizes["targeted_kept"] <= budget
+    assert budget - largest_component < sizes.targeted_kept <= budget
 
 
 def test_ratio_of_one_keeps_every_layer_dense(text):
@@ -34,9 +34,9 @@ def test_loss_tolerance_holds_on_the_held_out_text(text, tolerance):
     report = compress(model, config, text[:6], held_out=text[6:10], progress=False)
     rise = mean_loss(model, text[6:10]) - mean_loss(dense, text[6:10])
     assert rise <= tolerance
-    assert report.held_out["mean"] == pytest.approx(rise, abs=1e-5)
-    assert report.held_out["complete"]
-    assert report.held_out["items"] == 16
+    assert report.held_out.mean == pytest.approx(rise, abs=1e-5)
+    assert report.held_out.complete
+    assert report.held_out.items == 16
     assert not is_dense(model)
     assert "search" in report.seconds
 
@@ -44,12 +44,12 @@ def test_loss_tolerance_holds_on_the_held_out_text(text, tolerance):
 def test_search_ends_beside_a_size_that_is_too_small(text):
     config = LowRankConfig(loss_tolerance=0.1)
     report = compress(tiny_llama(), config, text[:6], held_out=text[6:10], progress=False)
-    kept = report.parameters["targeted_kept"] / report.parameters["targeted_dense"]
-    feasible = [probe["param_ratio"] for probe in report.probes if probe["feasible"]]
-    refused = [probe["param_ratio"] for probe in report.probes if not probe["feasible"]]
+    kept = report.parameters.targeted_kept / report.parameters.targeted_dense
+    feasible = [probe.param_ratio for probe in report.probes if probe.feasible]
+    refused = [probe.param_ratio for probe in report.probes if not probe.feasible]
     assert kept == min(feasible)
     assert 0 < kept - max(refused) < 0.02
-    assert all(probe["measured"] > 0.1 for probe in report.probes if not probe["feasible"])
+    assert all(probe.measured > 0.1 for probe in report.probes if not probe.feasible)
 
 
 def test_larger_tolerance_gives_a_smaller_model(text):
@@ -60,7 +60,7 @@ def test_larger_tolerance_gives_a_smaller_model(text):
             text[:6],
             held_out=text[6:10],
             progress=False,
-        ).parameters["kept"]
+        ).parameters.kept
         for tolerance in (0.02, 0.1, 0.4)
     ]
     assert kept[0] > kept[1] > kept[2]
@@ -70,7 +70,7 @@ def test_held_out_text_is_taken_off_the_calibration_text(text):
     config = LowRankConfig(loss_tolerance=0.2)
     report = compress(tiny_llama(), config, text[:8], progress=False)
     explicit = compress(tiny_llama(), config, text[:6], held_out=text[6:8], progress=False)
-    assert report.data["calibration_tokens"] == 6 * 4 * 16
+    assert report.data.calibration_tokens == 6 * 4 * 16
     assert report.held_out == explicit.held_out
     assert report.ranks == explicit.ranks
 
@@ -90,7 +90,7 @@ def test_a_tolerance_that_nothing_meets_gives_the_dense_model(text):
         progress=False,
     )
     assert set(report.ranks.values()) == {None}
-    assert report.held_out["mean"] == 0
+    assert report.held_out.mean == 0
     assert equal_states(snapshot(model), snapshot(tiny_llama()))
 
 

@@ -11,6 +11,7 @@ from hf_lowrank.cli.arguments import CompressionArguments
 from hf_lowrank.compression.held_out import HeldOutDivergence
 from hf_lowrank.compression.prices import measure_parts, model_parts, scaled_prices
 from hf_lowrank.errors import ConfigError, DataError
+from hf_lowrank.report.sections import MeasuredPart
 from hf_lowrank.report.text.table import comparison_rows, describe_run, format_report
 from tests.compression import mean_loss
 from tests.compression.analyzed import analyzed
@@ -77,11 +78,11 @@ def test_factors_are_measured_over_predicted_and_the_model_is_dense_again(text, 
     assert equal_states(snapshot(model), before)
     assert num_lowrank(model) == 0
     cut = {n for n, rank in plan.ranks.items() if rank is not None} | set(plan.narrowed)
-    assert cut <= {name for part in found for name in part["layers"]}
+    assert cut <= {name for part in found for name in part.layers}
     for part in found:
-        assert part["factor"] == pytest.approx(part["measured"] / part["predicted"])
+        assert part.factor == pytest.approx(part.measured / part.predicted)
     corrected = scaled_prices(analysis, found)
-    total = sum(part["measured"] for part in found)
+    total = sum(part.measured for part in found)
     assert corrected.predicted_rise(plan) == pytest.approx(total)
     assert corrected.spectra.keys() == analysis.spectra.keys()
 
@@ -101,7 +102,7 @@ def test_a_part_that_costs_more_than_predicted_keeps_more(text, analysis):
 
     gains = []
     for layers in parts:
-        factors = [{"layers": layers, "factor": 5.0}]
+        factors = [MeasuredPart(tuple(layers), 1.0, 5.0, 5.0)]
         corrected = scaled_prices(analysis, factors).plan_for_ratio(0.5)
         gains.append(kept(corrected, layers) - kept(plan, layers))
         assert corrected.kept_parameters <= 0.5 * plan.dense_parameters
@@ -113,7 +114,7 @@ def test_a_run_reports_what_corrected_its_prices(text):
     model, held_out = tiny_llama(), text[6:]
     report = compress(model, CONFIG, text[:6], text[8:], held_out=held_out, progress=False)
     assert report.measured_prices
-    total = sum(part["measured"] for part in report.measured_prices)
+    total = sum(part.measured for part in report.measured_prices)
     assert report.predicted_loss_difference == pytest.approx(total, rel=0.5)
     assert report.seconds["prices"] > 0
     assert "parts corrected by measurement: factors" in format_report(report)
@@ -135,7 +136,7 @@ def test_a_tolerance_is_searched_with_corrected_prices(text):
 
 def test_held_out_text_is_taken_from_the_calibration_text_or_asked_for(text):
     report = compress(tiny_llama(), CONFIG, text[:8], progress=False)
-    assert report.data["calibration_tokens"] == sum(b["input_ids"].numel() for b in text[:6])
+    assert report.data.calibration_tokens == sum(b["input_ids"].numel() for b in text[:6])
     with pytest.raises(DataError, match="prices are corrected"):
         compress(tiny_llama(), CONFIG, text[:1], progress=False)
     roles = CompressionArguments(param_ratio=[0.5], measured_prices=True).text_roles()
@@ -172,4 +173,4 @@ def test_factors_stay_within_bounds(text, analysis):
     low = dataclasses.replace(analysis, spectra=tiny, orders={})
     plan = low.plan_for_ratio(0.5)
     found = measure_parts(tiny_llama(), low, plan, text[6:], progress=False)
-    assert {part["factor"] for part in found} == {20.0}
+    assert {part.factor for part in found} == {20.0}

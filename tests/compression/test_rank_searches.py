@@ -8,6 +8,7 @@ from hf_lowrank.config import SEARCH_NAMES
 from hf_lowrank.errors import ConfigError, DataError
 from hf_lowrank.evaluation.perplexity import measure_loss
 from hf_lowrank.measuring.losses import item_losses
+from hf_lowrank.report.sections import Data
 from tests.tiny_models import sentence_batches, tiny_bert_classifier, tiny_llama, written_batches
 
 QUIET = {"progress": False}
@@ -24,9 +25,9 @@ def test_a_search_keeps_the_budget_and_is_saved_with_the_ranks(text, rule):
     model = tiny_llama()
     config = LowRankConfig(param_ratio=0.5, rule=rule, search_trials=4)
     report = compress(model, config, text[:4], held_out=text[4:], **QUIET)
-    assert 0.45 < report.parameters["targeted_kept"] / report.parameters["targeted_dense"] <= 0.5
+    assert 0.45 < report.parameters.targeted_kept / report.parameters.targeted_dense <= 0.5
     assert model.config.quantization_config.ranks == report.ranks
-    assert report.config["rule"] == rule
+    assert report.config.rule == rule
 
 
 def test_the_search_measures_the_held_out_batches_alone(text):
@@ -57,7 +58,7 @@ def test_more_trials_never_do_worse_where_they_are_judged(text):
 def test_held_out_batches_are_taken_off_the_calibration_batches(text):
     config = LowRankConfig(param_ratio=0.5, rule="sensitivity")
     report = compress(tiny_llama(), config, text[:4], **QUIET)
-    assert report.data == {"calibration_tokens": 3 * 4 * 16}
+    assert report.data == Data(calibration_tokens=3 * 4 * 16)
     with pytest.raises(DataError, match="ranks are searched"):
         compress(tiny_llama(), config, text[:1], **QUIET)
 
@@ -73,7 +74,7 @@ def test_a_sweep_searches_at_every_size():
     config = LowRankConfig(param_ratio=0.5, rule="cross-entropy", search_trials=3)
     reports = list(sweep(tiny_bert_classifier(), config, [0.7, 0.3], batches, **QUIET))
     for report, ratio in zip(reports, (0.7, 0.3), strict=True):
-        assert report.parameters["targeted_kept"] <= ratio * report.parameters["targeted_dense"]
+        assert report.parameters.targeted_kept <= ratio * report.parameters.targeted_dense
 
 
 @pytest.mark.parametrize("trials", [0, 1.5, True])

@@ -12,13 +12,14 @@ from torch import nn
 
 import hf_lowrank
 from hf_lowrank.compression import recovery
-from hf_lowrank.compression.recovery import RecoveryResult, RecoverySettings, recover_
+from hf_lowrank.compression.recovery import RecoverySettings, recover_
 from hf_lowrank.config import LowRankConfig
 from hf_lowrank.errors import ConfigError, DataError, NumericalError
 from hf_lowrank.evaluation.perplexity import measure_loss
 from hf_lowrank.format.rebuild import factorized_layers
 from hf_lowrank.measuring.causal import distillation_losses, hidden_states
 from hf_lowrank.modeling.surgery import factorize_
+from hf_lowrank.report.sections import Recovery
 from tests.compression.analyzed import analyzed
 from tests.measuring.losses import tiny_gemma2
 from tests.tiny_models import (
@@ -44,7 +45,7 @@ def compressed(
     model = build()
     batches, held_out = written_batches(model, 8), written_batches(model, 4, seed=1)
     analysis = analyzed(model, LowRankConfig(param_ratio=0.4, metric="plain"))
-    originals = factorize_(model, analysis.spectra, analysis.plan_for_ratio(0.4))
+    originals = factorize_(model, analysis.factors, analysis.plan_for_ratio(0.4))
     return model, originals, batches, held_out
 
 
@@ -56,7 +57,7 @@ def factor_names(model: nn.Module) -> set[str]:
     }
 
 
-def recover(model: nn.Module, *rest: Any) -> RecoveryResult:
+def recover(model: nn.Module, *rest: Any) -> Recovery:
     return recover_(model, *rest, progress=False)
 
 

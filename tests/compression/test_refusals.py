@@ -66,7 +66,7 @@ def test_a_layer_with_nan_stays_dense_and_is_named():
     assert report.ranks[NAN_LAYER] is None
     assert isinstance(model.get_submodule(NAN_LAYER), nn.Linear)
     assert sum(rank is not None for rank in report.ranks.values()) == 13
-    assert report.parameters["targeted_kept"] <= 0.7 * report.parameters["targeted_dense"]
+    assert report.parameters.targeted_kept <= 0.7 * report.parameters.targeted_dense
 
 
 def test_a_model_whose_loss_is_nan_is_refused_untouched(text):

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from hf_lowrank import LowRankConfig, LowRankLinear, compress
+from hf_lowrank.report.sections import Data, Sizes
 from tests.compression import mean_loss
 from tests.tiny_models import equal_states, snapshot, tiny_llama, written_batches
 
@@ -14,15 +15,15 @@ def test_report_tells_what_was_done(text):
     model, dense = tiny_llama(), tiny_llama()
     config = LowRankConfig(param_ratio=0.6, seed=3)
     report = compress(model, config, text[:6], text[6:8], progress=False)
-    assert report.config["param_ratio"] == 0.6
-    assert "ranks" not in report.config
+    assert report.config.param_ratio == 0.6
+    assert "ranks" not in report.config.others
     assert report.seed == 3
-    assert report.parameters["dense"] == sum(p.numel() for p in dense.parameters())
-    assert report.parameters["kept"] == sum(p.numel() for p in model.parameters())
-    assert report.bytes == {k: 4 * report.parameters[k] for k in ("dense", "kept")}
-    saved = report.parameters["targeted_dense"] - report.parameters["targeted_kept"]
-    assert report.parameters["dense"] - report.parameters["kept"] == saved > 0
-    assert report.data == {"calibration_tokens": 6 * 4 * 16}
+    assert report.parameters.dense == sum(p.numel() for p in dense.parameters())
+    assert report.parameters.kept == sum(p.numel() for p in model.parameters())
+    assert report.bytes == Sizes(4 * report.parameters.dense, 4 * report.parameters.kept)
+    saved = report.parameters.targeted_dense - report.parameters.targeted_kept
+    assert report.parameters.dense - report.parameters.kept == saved > 0
+    assert report.data == Data(calibration_tokens=6 * 4 * 16)
     assert set(report.seconds) >= {"statistics", "decomposition", "ranks", "surgery", "evaluation"}
     assert (report.failures, report.untouched, report.probes) == ({}, {}, [])
     assert report.held_out is None

@@ -43,8 +43,8 @@ def test_a_run_is_timed_only_where_it_was_asked_for():
     assert found[False][0].speed is None
     assert "speed" not in found[False][0].seconds
     report = found[True][0]
-    assert report.speed["compressed"]["decode_tokens_per_second"] > 0
-    assert report.seconds["speed"] >= sum(report.speed["dense"]["decode"])
+    assert report.speed.compressed.decode_tokens_per_second > 0
+    assert report.seconds["speed"] >= sum(report.speed.dense.decode)
     assert equal_states(found[False][1], found[True][1])
 
 
@@ -56,7 +56,7 @@ def test_recovered_factors_are_what_is_timed(timed, text):
     ((state, originals),) = timed
     cut = tiny_llama()
     compress(cut, PLAIN, progress=False)
-    assert report.recovery["accepted"]
+    assert report.recovery.accepted
     assert equal_states(state, snapshot(model))
     assert not equal_states(state, snapshot(cut))
     for name, layer in originals.items():

@@ -2,6 +2,7 @@
 
 import gc
 import weakref
+from dataclasses import replace
 
 import pytest
 import torch
@@ -68,7 +69,7 @@ def test_other_layers_and_lora_are_staged_alike(text):
     assert equal_states(
         model.state_dict(), compress_twice(tiny_gpt2(), text, kind="lora").state_dict()
     )
-    assert [stage["recovery"]["kind"] for stage in report.stages] == ["lora", "lora"]
+    assert [stage.recovery.kind for stage in report.stages] == ["lora", "lora"]
 
 
 def test_speed_is_compared_with_the_dense_layers(text, monkeypatch):
@@ -104,14 +105,14 @@ def test_stages_are_cuts_with_training_and_new_moments_in_between(text):
     report = compress(model, CONFIG, text[:6], text[9:], held_out=text[6:9], **OPTIONS)
     assert equal_states(model.state_dict(), compress_twice(tiny_llama(), text).state_dict())
     parameters, found = report.parameters, report.evaluation
-    assert parameters["targeted_kept"] <= 0.5 * parameters["targeted_dense"]
-    assert parameters["dense"] == sum(p.numel() for p in tiny_llama().parameters())
+    assert parameters.targeted_kept <= 0.5 * parameters.targeted_dense
+    assert parameters.dense == sum(p.numel() for p in tiny_llama().parameters())
     assert found.loss_before == pytest.approx(mean_loss(tiny_llama(), text[9:]), rel=1e-5)
     assert found.loss_after == pytest.approx(mean_loss(model, text[9:]), rel=1e-5)
-    assert [stage["param_ratio"] for stage in report.stages] == [0.75, 0.5]
-    assert [stage["recovery"]["steps"] for stage in report.stages] == [2, 4]
-    assert report.stages[-1]["recovery"] == report.recovery
-    assert all(stage["predicted_loss_difference"] > 0 for stage in report.stages)
+    assert [stage.param_ratio for stage in report.stages] == [0.75, 0.5]
+    assert [stage.recovery.steps for stage in report.stages] == [2, 4]
+    assert report.stages[-1].recovery == report.recovery
+    assert all(stage.predicted_loss_difference > 0 for stage in report.stages)
     assert report.predicted_loss_difference is None
     assert describe_run(report).startswith(
         "Goal: at most 50.0% of the targeted layers' weights kept, in 2 stages."
@@ -119,7 +120,7 @@ def test_stages_are_cuts_with_training_and_new_moments_in_between(text):
     assert "After each cut 2 and 4 steps of training" in describe_run(report)
     assert comparison_rows({"a": report})[1][8].endswith("6 steps of recovery, 2 stages")
     assert "was also trained on the calibration text" in " ".join(_limits(report))
-    assert all(stage["measured_prices"] for stage in report.stages)
+    assert all(stage.measured_prices for stage in report.stages)
     assert "recovery at 0.75, 2 steps: held-out loss" in format_report(report)
     assert "recovery at 0.5, 4 steps: held-out loss" in format_report(report)
 
@@ -138,13 +139,17 @@ def test_the_checkpoint_loads_and_the_report_is_read_again(text, tmp_path):
         assert equal_states(cached.state_dict(), model.state_dict())
 
 
+def judged(stage, accepted):
+    return replace(stage, recovery=replace(stage.recovery, accepted=accepted))
+
+
 def test_a_training_that_was_not_kept_is_not_claimed(text):
     report = compress(tiny_llama(), CONFIG, text[:6], held_out=text[6:9], **OPTIONS)
-    report.stages[0]["recovery"]["accepted"] = False
-    report.stages[1]["recovery"]["accepted"] = True
+    stages = report.stages
+    report.stages = [judged(stages[0], False), judged(stages[1], True)]
     assert "After each cut 0 and 4 steps of training" in describe_run(report)
     assert "was also trained" in " ".join(_limits(report))
-    report.stages[1]["recovery"]["accepted"] = False
+    report.stages = [judged(stage, False) for stage in stages]
     assert "steps of" not in describe_run(report) + comparison_rows({"a": report})[1][8]
     assert "was also trained" not in " ".join(_limits(report))
 
@@ -171,7 +176,7 @@ def test_the_whole_budget_leaves_every_layer_dense(text):
     config = LowRankConfig(param_ratio=1.0)
     report = compress(model, config, text[:6], held_out=text[6:9], **OPTIONS)
     assert set(report.ranks.values()) == {None}
-    assert [stage["recovery"]["steps"] for stage in report.stages] == [0, 0]
+    assert [stage.recovery.steps for stage in report.stages] == [0, 0]
     assert equal_states(model.state_dict(), before)
 
 

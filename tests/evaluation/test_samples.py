@@ -5,6 +5,7 @@ import torch
 
 from hf_lowrank.errors import DataError
 from hf_lowrank.evaluation.samples import continue_prompts, side_by_side
+from hf_lowrank.report.sections import Sample
 from tests.scripts import word_tokenizer
 from tests.tiny_models import tiny_llama
 
@@ -38,4 +39,4 @@ def test_a_prompt_without_tokens():
 
 
 def test_samples_lie_side_by_side():
-    assert side_by_side(["p"], ["d"], ["c"]) == [{"prompt": "p", "dense": "d", "compressed": "c"}]
+    assert side_by_side(["p"], ["d"], ["c"]) == [Sample("p", "d", "c")]

@@ -11,7 +11,6 @@ from hf_lowrank.errors import ConfigError, DataError
 from hf_lowrank.evaluation import assisted, speed
 from hf_lowrank.evaluation.assisted import Assisted, generate, measure_assisted
 from hf_lowrank.evaluation.speed import (
-    Speed,
     SpeedSettings,
     measure_speed,
     speed_before_and_after,
@@ -56,11 +55,12 @@ def test_models_are_timed_in_turn_and_the_first_round_is_not_counted(
 
 
 def test_the_summary_is_made_of_medians():
-    found = Speed(SHORT, prefill=(4.0, 1.0, 100.0), decode=(2.0, 3.0, 0.1)).summary()
-    assert found["prefill_seconds"] == 4.0
-    assert found["decode_seconds"] == 2.0
-    assert found["prefill_tokens_per_second"] == 2 * 8 / 4.0
-    assert found["decode_tokens_per_second"] == 2 * 3 / 2.0
+    found = speed._timing(SHORT, [(4.0, 2.0), (1.0, 3.0), (100.0, 0.1)])
+    assert (found.prefill, found.decode) == ((4.0, 1.0, 100.0), (2.0, 3.0, 0.1))
+    assert found.prefill_seconds == 4.0
+    assert found.decode_seconds == 2.0
+    assert found.prefill_tokens_per_second == 2 * 8 / 4.0
+    assert found.decode_tokens_per_second == 2 * 3 / 2.0
 
 
 @pytest.mark.parametrize("build", [tiny_llama, tiny_gpt2, tiny_opt, compressed])
@@ -126,11 +126,10 @@ def test_dense_and_compressed_rounds_alternate_in_one_model(monkeypatch: pytest.
     assert "".join(rounds) == "dccddccd"
     assert dict(model.named_modules()) == modules
     assert found is not None
-    assert set(found) == {"dense", "compressed", "settings"}
-    assert found["dense"]["prefill"] == [2.0, 2.0, 2.0]
-    assert found["dense"]["prefill_tokens_per_second"] == 2 * 8 / 2.0
-    assert found["compressed"]["decode"] == [16.0, 16.0, 16.0]
-    assert found["compressed"]["decode_tokens_per_second"] == 2 * 3 / 16.0
+    assert found.dense.prefill == (2.0, 2.0, 2.0)
+    assert found.dense.prefill_tokens_per_second == 2 * 8 / 2.0
+    assert found.compressed.decode == (16.0, 16.0, 16.0)
+    assert found.compressed.decode_tokens_per_second == 2 * 3 / 16.0
 
 
 @pytest.mark.parametrize("fail_at", [1, 2, 4, 5])
@@ -172,12 +171,12 @@ def test_the_default_settings_fit_the_model_and_say_where_it_ran():
     model, originals = cut_model()
     found = speed_before_and_after(model, originals)
     assert found is not None
-    settings = found["settings"]
-    assert settings["prompt_tokens"] + settings["new_tokens"] == MAX_LENGTH
-    assert settings["rounds"] == len(found["dense"]["prefill"]) == settings["repeats"] == 5
-    assert settings["threads"] == torch.get_num_threads()
-    assert (settings["device"], settings["dtype"]) == ("cpu", "float32")
-    assert settings["hardware"]
+    settings = found.settings
+    assert settings.prompt_tokens + settings.new_tokens == MAX_LENGTH
+    assert settings.rounds == len(found.dense.prefill) == settings.repeats == 5
+    assert settings.threads == torch.get_num_threads()
+    assert (settings.device, settings.dtype) == ("cpu", "float32")
+    assert settings.hardware
     large = speed._settings_for(tiny_llama(max_position_embeddings=4096))
     assert (large.prompt_tokens, large.new_tokens) == (128, 32)
 
@@ -189,7 +188,7 @@ def test_no_round_begins_after_the_time_is_up(monkeypatch: pytest.MonkeyPatch):
     found = speed_before_and_after(model, originals, short)
     assert "".join(rounds) == "dccd"
     assert found is not None
-    assert found["settings"]["rounds"] == 1
+    assert found.settings.rounds == 1
 
 
 def test_what_cannot_be_timed_is_refused():

@@ -163,8 +163,8 @@ def test_compress_recovers_with_lora_and_saves(tmp_path: Path):
     options = {"recover": "lora", "recover_steps": 20, "progress": False}
     report = hf_lowrank.compress(model, PLAIN, text, evaluation, **options)
     assert report.recovery is not None
-    assert report.recovery["kind"] == "lora"
-    assert report.recovery["accepted"]
+    assert report.recovery.kind == "lora"
+    assert report.recovery.accepted
     model.save_pretrained(tmp_path)
     assert torch.equal(logits(hf_lowrank.load(tmp_path), text[0]), logits(model, text[0]))
 

@@ -181,7 +181,7 @@ def test_rank_pattern_fixes_ranks_and_counts_towards_the_budget():
     assert report.ranks["model.layers.1.self_attn.q_proj"] == 3
     assert report.ranks["model.layers.1.mlp.down_proj"] is None
     assert isinstance(model.model.layers[1].mlp.down_proj, nn.Linear)
-    assert report.parameters["targeted_kept"] <= 0.7 * report.parameters["targeted_dense"]
+    assert report.parameters.targeted_kept <= 0.7 * report.parameters.targeted_dense
 
 
 def test_one_rank_for_all_leaves_layers_dense_where_it_saves_nothing():

@@ -10,15 +10,16 @@ import pytest
 from huggingface_hub import ModelCard
 
 from hf_lowrank.report.card.card import TAGS, model_card
+from hf_lowrank.report.sections import Data
 from tests.report.test_report import report
 
 CARDS = Path(__file__).resolve().parents[2] / "model_cards"
 HUB = {"base_model": "acme/dense", "model": "acme/dense", "architecture": "LlamaForCausalLM"}
-TEXTS = {
-    "calibration": "Salesforce/wikitext:wikitext-2-raw-v1",
-    "evaluation": "Salesforce/wikitext:wikitext-2-raw-v1:test",
-    "calibration_tokens": 16384,
-}
+TEXTS = Data(
+    calibration="Salesforce/wikitext:wikitext-2-raw-v1",
+    evaluation="Salesforce/wikitext:wikitext-2-raw-v1:test",
+    calibration_tokens=16384,
+)
 
 
 def metadata(**changes: Any) -> dict[str, Any]:
@@ -108,7 +109,7 @@ def test_folders_of_the_machine_stay_on_the_machine():
     card = model_card(
         report(
             model="/home/ada/models/tiny",
-            data={"calibration": "../texts/a.txt", "evaluation": "/home/ada/b.raw"},
+            data=Data(calibration="../texts/a.txt", evaluation="/home/ada/b.raw"),
         ),
         "small",
     )

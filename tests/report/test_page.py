@@ -3,6 +3,7 @@
 import base64
 import math
 import sys
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,15 @@ import pytest
 from hf_lowrank import Report
 from hf_lowrank.errors import ConfigError
 from hf_lowrank.report.page.page import comparison_page, report_page
+from hf_lowrank.report.sections import (
+    Data,
+    LayerSpectrum,
+    Recovery,
+    Sample,
+    Settings,
+    Sizes,
+    Stage,
+)
 from tests.report.test_report import probe, report
 from tests.scripts import InProcess
 
@@ -61,19 +71,15 @@ class Page(HTMLParser):
 def full_report(**changes: Any) -> Report:
     """A report with everything that a page can show."""
     spectra = {
-        name: {
-            "shape": list(shape),
-            "sigma": [2.0 ** -(i + place) for i in range(20)],
-            "price_scale": 0.01,
-        }
+        name: LayerSpectrum(shape, tuple(2.0 ** -(i + place) for i in range(20)), 0.01)
         for place, (name, shape) in enumerate(SHAPES.items())
     }
     values = {
         "spectra": spectra,
-        "config": {"metric": "kfac", "loss_tolerance": 0.05},
+        "config": Settings(metric="kfac", loss_tolerance=0.05),
         "probes": [probe(), probe(param_ratio=0.8, predicted=math.nan, complete=False)],
-        "samples": [{"prompt": "Once", "dense": " upon a time", "compressed": " more"}],
-        "data": {"evaluation": "text.txt"},
+        "samples": [Sample("Once", " upon a time", " more")],
+        "data": Data(evaluation="text.txt"),
     }
     return report(**(values | changes))
 
@@ -112,11 +118,9 @@ def test_a_page_shows_what_the_report_holds():
 
 
 def test_stages_are_a_table_of_cuts_and_training():
-    trained = {"loss_before": 4.5, "loss_after": 4.25, "accepted": True, "steps": 20}
-    refused = {"loss_before": 4.75, "loss_after": 4.875, "accepted": False, "steps": 40}
     stages = [
-        {"param_ratio": 0.75, "predicted_loss_difference": 0.0625, "recovery": trained},
-        {"param_ratio": 0.5, "predicted_loss_difference": None, "recovery": refused},
+        Stage(0.75, 0.0625, Recovery(4.5, 4.25, True, 20)),
+        Stage(0.5, None, Recovery(4.75, 4.875, False, 40)),
     ]
     for page in (report_page, lambda each: comparison_page({"one": each, "two": full_report()})):
         words = Page(page(full_report(stages=stages))).words
@@ -154,8 +158,9 @@ def test_each_layer_type_has_a_figure_with_a_dot_on_each_layer_that_is_cut():
 
 def test_a_metric_without_prices_shows_singular_values():
     original = full_report(probes=[])
-    for found in original.spectra.values():
-        found["price_scale"] = None
+    original.spectra = {
+        name: replace(found, price_scale=None) for name, found in original.spectra.items()
+    }
     texts = set().union(*(svg_text(figure) for figure in Page(report_page(original)).figures))
     assert "up: singular value" in texts
     assert not any("price" in text for text in texts)
@@ -179,8 +184,8 @@ def test_text_from_outside_stays_text():
     attack = "<script>alert(1)</script>\"'&"
     nasty = full_report(
         model=attack,
-        samples=[{"prompt": attack, "dense": attack, "compressed": attack}],
-        data={"evaluation": attack},
+        samples=[Sample(attack, attack, attack)],
+        data=Data(evaluation=attack),
         failures={attack: attack},
         ranks={f"a.0.{attack}": 1} | full_report().ranks,
     )
@@ -195,7 +200,7 @@ def test_text_from_outside_stays_text():
 )
 def test_numbers_that_are_none_still_make_a_page(flaw: float, shown: str, shown_signed: str):
     original = full_report(probes=[probe(measured=flaw)])
-    original.evaluation.perplexity_after = flaw
+    original.evaluation = replace(original.evaluation, perplexity_after=flaw)
     page = Page(report_page(original))
     after = page.words.index("perplexity") + 2
     assert page.words[after - 1 : after + 1] == ["10.50", shown]
@@ -216,7 +221,7 @@ def test_without_matplotlib_one_sentence_says_so(monkeypatch: pytest.MonkeyPatch
 
 
 def test_runs_lie_side_by_side_on_one_size_quality_curve():
-    small = full_report(bytes={"dense": 4_000_000, "kept": 2_000_000})
+    small = full_report(bytes=Sizes(4_000_000, 2_000_000))
     page = Page(comparison_page({"large": full_report(), "small": small}))
     assert {"large", "small"} <= set(page.words)
     curve = next(texts for texts in map(svg_text, page.figures) if "size (MB)" in texts)
@@ -225,7 +230,7 @@ def test_runs_lie_side_by_side_on_one_size_quality_curve():
 
 
 def test_runs_that_can_not_be_compared_are_marked():
-    other = full_report(model="other", data={"evaluation": "another.txt"})
+    other = full_report(model="other", data=Data(evaluation="another.txt"))
     words = Page(comparison_page({"a": full_report(), "b": other})).words
     assert "Not comparable at sight: different dense models (other, tiny)." in words
     assert any("different evaluation texts (another.txt, text.txt)" in word for word in words)
@@ -242,7 +247,7 @@ def compare(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str])
 def test_the_script_prints_a_table_and_writes_a_page(compare: InProcess, tmp_path: Path):
     (tmp_path / "a").mkdir()
     full_report().save(tmp_path / "a" / "report.json")
-    full_report(bytes={"dense": 4_000_000, "kept": 2_000_000}).save(tmp_path / "b.json")
+    full_report(bytes=Sizes(4_000_000, 2_000_000)).save(tmp_path / "b.json")
     done = compare(tmp_path / "a", tmp_path / "b.json", "--output", tmp_path / "out" / "page.html")
     assert done.code == 0
     lines = [line.split() for line in done.out.splitlines()]

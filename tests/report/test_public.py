@@ -1,6 +1,7 @@
 """A report for readers elsewhere names no folder of the machine that it was made on."""
 
 import json
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import pytest
 from hf_lowrank.report.card.card import model_card
 from hf_lowrank.report.page.page import report_page
 from hf_lowrank.report.public import public_report
+from hf_lowrank.report.sections import Data
 from tests.report.test_page import full_report
 
 
@@ -65,6 +67,24 @@ def test_arguments_and_the_command_of_a_task_are_shortened_too():
     assert found["samples"] == [{"prompt": "/home is a folder"}]
 
 
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["run.py", "--model", "/home/ada/my models/bert"], ["run.py", "--model", "bert"]),
+        (["/home/ada/a b/run.py", "--text=../ada's texts/b.txt"], ["run.py", "--text=b.txt"]),
+        (["run.py", "--cache_dir", "~/x y/z z"], ["run.py", "--cache_dir", "z z"]),
+        (["run.py", "C:\\Users\\ada\\out", "a/b/c"], ["run.py", "out", "c"]),
+        (
+            ["run.py", "--model", "acme/dense", "--sample_prompt", 'He said "no"', "0.8"],
+            ["run.py", "--model", "acme/dense", "--sample_prompt", 'He said "no"', "0.8"],
+        ),
+    ],
+)
+def test_a_command_keeps_its_words_and_loses_its_folders(words: list[str], expected: list[str]):
+    found = public(model="acme/dense", command=shlex.join(["python", *words]))
+    assert found["command"] == shlex.join(["python", *expected])
+
+
 @pytest.mark.parametrize("text", ["[1, 2]\n", "no report", ""])
 def test_what_is_no_report_stays_as_it_is(text: str):
     assert public_report(text) == text
@@ -73,7 +93,7 @@ def test_what_is_no_report_stays_as_it_is(text: str):
 def test_page_and_card_name_no_folder():
     local = full_report(
         model="/home/ada/models/tiny",
-        data={"calibration": "/home/ada/a.txt", "evaluation": "texts/b.txt", "tokens": 7},
+        data=Data(calibration="/home/ada/a.txt", evaluation="texts/b.txt", train_tokens=7),
     )
     for text in (report_page(local), str(model_card(local, "ada/small"))):
         assert "/home" not in text

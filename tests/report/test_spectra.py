@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from hf_lowrank import LowRankConfig, Report
 from hf_lowrank.decomposition.spectrum import Spectrum
 from hf_lowrank.errors import DataError
 from hf_lowrank.report.layers import by_type, kept_shares, short_block_names, split_name
+from hf_lowrank.report.sections import LayerSpectrum, Sample
 from hf_lowrank.report.spectra import MAX_POINTS, compact_spectra, shown_components
 from tests.report.test_report import report
 from tests.tiny_models import tiny_llama
@@ -40,15 +42,15 @@ def test_the_first_components_are_shown_more_densely():
 def test_singular_values_and_prices_are_those_of_the_spectrum(scale: float | None):
     original = spectrum(500, scale)
     found = compact_spectra({"a": original})["a"]
-    assert found["shape"] == [502, 500]
+    assert found.shape == (502, 500)
     expected = original.sigma[shown_components(500)]
-    assert torch.allclose(torch.tensor(found["sigma"]).double(), expected, rtol=5e-4, atol=0)
-    assert found["price_scale"] == (None if scale is None else pytest.approx(scale, rel=1e-3))
+    assert torch.allclose(torch.tensor(found.sigma).double(), expected, rtol=5e-4, atol=0)
+    assert found.price_scale == (None if scale is None else pytest.approx(scale, rel=1e-3))
 
 
 def test_a_weight_of_zeros_has_no_price():
     nothing = Spectrum((4, 3), torch.zeros(3).double(), torch.zeros(3))
-    assert compact_spectra({"a": nothing})["a"]["price_scale"] is None
+    assert compact_spectra({"a": nothing})["a"].price_scale is None
 
 
 def test_a_run_reports_the_spectra_of_all_targets_and_the_class(tmp_path: Path):
@@ -61,9 +63,9 @@ def test_a_run_reports_the_spectra_of_all_targets_and_the_class(tmp_path: Path):
     shares = kept_shares(found)
     total = sum(
         share * rows * columns
-        for share, (rows, columns) in ((shares[n], s["shape"]) for n, s in found.spectra.items())
+        for share, (rows, columns) in ((shares[n], s.shape) for n, s in found.spectra.items())
     )
-    assert total == pytest.approx(found.parameters["targeted_kept"])
+    assert total == pytest.approx(found.parameters.targeted_kept)
     found.save(tmp_path / "report.json")
     text = (tmp_path / "report.json").read_text("utf-8")
     assert text.count("\n") < 40 * len(found.ranks)
@@ -73,10 +75,14 @@ def test_a_run_reports_the_spectra_of_all_targets_and_the_class(tmp_path: Path):
 # Reading a report
 
 
+def changed(**fields: Any) -> str:
+    return json.dumps(report().to_dict() | fields)
+
+
 def test_lists_of_numbers_stand_on_one_line_and_text_stays_as_it_is(tmp_path: Path):
     tricky = "[\n 1,\n 2 ] [ 3,  4 ]"
-    spectra = {"a": {"shape": [3, 2], "sigma": [1.5, 2e-07], "price_scale": None}}
-    original = report(spectra=spectra, samples=[{"prompt": tricky, "dense": "", "compressed": ""}])
+    spectra = {"a": LayerSpectrum((3, 2), (1.5, 2e-07), None)}
+    original = report(spectra=spectra, samples=[Sample(tricky, "", "")])
     original.save(tmp_path / "report.json")
     text = (tmp_path / "report.json").read_text("utf-8")
     assert '"sigma": [1.5, 2e-07]' in text
@@ -96,8 +102,13 @@ def test_fields_of_a_later_version_are_left_out(tmp_path: Path):
         ("{", "is not a report of hf_lowrank"),
         ("[]", "is not a report of hf_lowrank"),
         ('{"model": "tiny"}', "is not a report of hf_lowrank"),
-        (json.dumps(report().to_dict() | {"parameters": {"dense": 1}}), "sizes are not counts"),
-        (json.dumps(report().to_dict() | {"evaluation": {"loss": 1}}), "is not a report"),
+        (changed(parameters={"dense": 1}), r"\(parameters.kept is missing\)"),
+        (changed(bytes={"dense": 1, "kept": 0}), r"\(its sizes are not counts\)"),
+        (changed(bytes={"dense": 1, "kept": True}), r"\(bytes.kept can't be 'True'\)"),
+        (changed(evaluation={"loss": 1}), r"\(evaluation.perplexity_before is missing\)"),
+        (changed(evaluation=[1]), r"\(evaluation is no object\)"),
+        (changed(narrowed={"a": [1, 2, 3]}), r"\(narrowed.a can't be '\[1, 2, 3\]'\)"),
+        (changed(config={"metric": 5}), r"\(config.metric can't be '5'\)"),
     ],
 )
 def test_what_is_no_report(tmp_path: Path, text: str | None, reason: str):

@@ -1,5 +1,6 @@
 """The speed in tables, pages and cards; reports with and without it side by side."""
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -7,39 +8,34 @@ from typing import Any
 from hf_lowrank import Report
 from hf_lowrank.report.card.card import model_card
 from hf_lowrank.report.page.page import comparison_page, report_page
+from hf_lowrank.report.sections import Speed, SpeedConditions, Timing
 from hf_lowrank.report.text.speed_table import speed_columns, speed_conditions, speed_notes
 from hf_lowrank.report.text.table import differences, format_comparison, format_report, format_sweep
 from tests.report.test_page import Page, full_report
 from tests.report.test_report import lines_of, report
 
+CONDITIONS = SpeedConditions(
+    batch_size=3,
+    prompt_tokens=100,
+    new_tokens=20,
+    repeats=2,
+    seed=0,
+    max_seconds=None,
+    rounds=2,
+    device="cpu",
+    hardware="Abacus 9",
+    threads=7,
+    dtype="bfloat16",
+)
 
-def speed(**settings: Any) -> dict[str, Any]:
+
+def speed(**settings: Any) -> Speed:
     """Two rounds: prefill 2 and 1.5 times as fast, decode slower."""
-    return {
-        "dense": {
-            "prefill": [2.0, 3.0],
-            "decode": [4.0, 4.0],
-            "prefill_tokens_per_second": 51.25,
-            "decode_tokens_per_second": 8.0,
-        },
-        "compressed": {
-            "prefill": [1.0, 2.0],
-            "decode": [5.0, 4.5],
-            "prefill_tokens_per_second": 82.0,
-            "decode_tokens_per_second": 6.75,
-        },
-        "settings": {
-            "batch_size": 3,
-            "prompt_tokens": 100,
-            "new_tokens": 20,
-            "rounds": 2,
-            "device": "cpu",
-            "hardware": "Abacus 9",
-            "threads": 7,
-            "dtype": "bfloat16",
-        }
-        | settings,
-    }
+    return Speed(
+        Timing((2.0, 3.0), (4.0, 4.0), 2.5, 4.0, 51.25, 8.0),
+        Timing((1.0, 2.0), (5.0, 4.5), 1.5, 4.75, 82.0, 6.75),
+        dataclasses.replace(CONDITIONS, **settings),
+    )
 
 
 FACTS = (

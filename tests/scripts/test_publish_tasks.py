@@ -12,8 +12,8 @@ from transformers import AutoModelForQuestionAnswering, AutoModelForSequenceClas
 import hf_lowrank
 from hf_lowrank.format.rebuild import factorized_layers
 from hf_lowrank.report.schema import Report
-from hf_lowrank.report.task_report import TaskReport, load_report
 from hf_lowrank.tasks import fine_tuning
+from hf_lowrank.tasks.task_report import TaskReport, load_report
 from tests.fake_hub import FakeHub, acting_as_the_hub, published
 from tests.scripts import Finished, InProcess, Inputs, save_encoder
 from tests.scripts.test_run_glue import pairs

@@ -179,8 +179,8 @@ def test_cuttlefish_trains_at_full_rank_then_the_factors(
     _, report = run_task(task, args)
     assert states == [(4, 9), (5, 5)]
     config = report.config
-    assert (config["metric"], config["rule"]) == (metric, "stable-rank")
-    assert (config["label_source"], config["param_ratio"]) == ("model", 0.5)
+    assert (config.metric, config.rule) == (metric, "stable-rank")
+    assert (config.others["label_source"], config.param_ratio) == ("model", 0.5)
     found = report.switch or {}
     assert (found["step"], found["epoch"], found["settled"]) == (4, pytest.approx(4 / 3), False)
     assert [profile["step"] for profile in found["profiles"]] == [0, 1, 2, 3, 4]
@@ -207,7 +207,7 @@ def test_joint_sets_share_no_text(place: Path, tmp_path: Path):
         **settings(tmp_path, method="joint", param_ratio=0.5, epochs=0, model=str(place / "model"))
     )
     _, report = run_task(load_glue_task(args), args)
-    assert report.parameters["targeted_kept"] <= 0.5 * report.parameters["targeted_dense"]
+    assert report.parameters.targeted_kept <= 0.5 * report.parameters.targeted_dense
 
 
 def test_the_dense_model_is_trained_once_for_all_methods(

@@ -10,7 +10,6 @@ import dataclasses
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from torch import nn
 
@@ -29,6 +28,7 @@ from hf_lowrank.measuring.items import Batch, LossFunction
 from hf_lowrank.modeling.targets import find_targets
 from hf_lowrank.ranks.tolerance import LossDifference, Probe
 from hf_lowrank.report.schema import Report
+from hf_lowrank.report.sections import Joint, Trial
 
 
 @dataclass
@@ -51,7 +51,7 @@ class JointResult:
     method: str
     baseline: LossDifference
     baseline_ratio: float
-    trials: list[dict[str, Any]]
+    trials: list[Trial]
     decompositions: int
 
 
@@ -149,20 +149,20 @@ def _decision(
     probes: Sequence[Probe],
 ) -> Decision:
     """The accepted candidate, which keeps the prices of the plain spectra."""
-    joint = {
-        "method": accepted.name,
-        "baseline": dataclasses.asdict(baseline.difference),
-        "baseline_ratio": baseline.plan.param_ratio,
-        "trials": _trials(candidates),
-        "decompositions": candidates.decompositions,
-    }
+    joint = Joint(
+        method=accepted.name,
+        baseline=baseline.difference,
+        baseline_ratio=baseline.plan.param_ratio,
+        trials=_trials(candidates),
+        decompositions=candidates.decompositions,
+    )
     chosen = dataclasses.replace(analysis, factors=dict(accepted.factors))
     return Decision(chosen, accepted.plan, probes, accepted.difference, joint=joint)
 
 
-def _trials(candidates: Candidates) -> list[dict[str, Any]]:
+def _trials(candidates: Candidates) -> list[Trial]:
     return [
-        {"name": each.name, "param_ratio": each.param_ratio} | dataclasses.asdict(each.difference)
+        Trial(**vars(each.difference), name=each.name, param_ratio=each.param_ratio)
         for each in candidates.known.values()
     ]
 

@@ -10,14 +10,11 @@ from huggingface_hub import ModelCard, ModelCardData
 from hf_lowrank.report.card.card_parts import (
     CardParts,
     is_factorized,
-    kept_share,
     markdown_table,
     model_kind,
 )
-from hf_lowrank.report.card.task_card import task_card_parts
-from hf_lowrank.report.card.text_card import text_card_parts
+from hf_lowrank.report.card.text_card import card_parts
 from hf_lowrank.report.schema import Report
-from hf_lowrank.report.task_report import TaskReport
 from hf_lowrank.report.text.table import rank_rows
 
 TAGS = ["hf-lowrank", "low-rank", "compression", "svd"]
@@ -32,9 +29,9 @@ def model_card(report: Report, repo_id: str, page: bool = False) -> ModelCard:
         page: Whether a `report.html` lies beside it.
     """
     template = resources.files("hf_lowrank.report.card").joinpath("card_template.md")
-    parts = _parts(report)
+    parts = card_parts(report)
     card: ModelCard = ModelCard.from_template(
-        card_data(report),
+        _card_data(report, parts),
         template_str=template.read_text("utf-8"),
         title=parts.title,
         intro=parts.intro,
@@ -52,23 +49,18 @@ def model_card(report: Report, repo_id: str, page: bool = False) -> ModelCard:
     return card
 
 
-def card_data(report: Report) -> ModelCardData:
+def _card_data(report: Report, parts: CardParts) -> ModelCardData:
     """The card's metadata; what the report does not know is left out."""
-    parts = _parts(report)
-    values = {
-        "library_name": "transformers",
-        "tags": TAGS if is_factorized(report) else TAGS[:1],
-        "pipeline_tag": model_kind(report).tag,
-        "base_model": report.base_model,
-        **parts.metadata,
-    }
-    if "eval_results" in values:
-        values["model_name"] = parts.title
-    return ModelCardData(**values)
-
-
-def _parts(report: Report) -> CardParts:
-    return task_card_parts(report) if isinstance(report, TaskReport) else text_card_parts(report)
+    return ModelCardData(
+        library_name="transformers",
+        tags=TAGS if is_factorized(report) else TAGS[:1],
+        pipeline_tag=model_kind(report).tag,
+        base_model=report.base_model,
+        datasets=parts.datasets,
+        metrics=parts.metrics,
+        eval_results=parts.results,
+        model_name=None if parts.results is None else parts.title,
+    )
 
 
 def _size_rows(report: Report) -> list[list[str]]:
@@ -77,14 +69,14 @@ def _size_rows(report: Report) -> list[list[str]]:
         ["", "dense", "compressed" if is_factorized(report) else "this model", "kept"],
         [
             "parameters",
-            f"{parameters['dense']:,}",
-            f"{parameters['kept']:,}",
-            f"{kept_share(report):.1%}",
+            f"{parameters.dense:,}",
+            f"{parameters.kept:,}",
+            f"{parameters.share:.1%}",
         ],
         [
             "megabytes",
-            f"{size['dense'] / 1e6:.1f}",
-            f"{size['kept'] / 1e6:.1f}",
-            f"{size['kept'] / size['dense']:.1%}",
+            f"{size.dense / 1e6:.1f}",
+            f"{size.kept / 1e6:.1f}",
+            f"{size.share:.1%}",
         ],
     ]

@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from pathlib import PurePath
-from typing import Any, NamedTuple
+from typing import NamedTuple
+
+from huggingface_hub import EvalResult
 
 from hf_lowrank.report.schema import Report
 
@@ -35,7 +37,9 @@ class CardParts:
         made: How it was made.
         measured: How it was measured.
         limits: What a reader must know.
-        metadata: Fields of `ModelCardData`: `datasets`, and `metrics` with `eval_results`.
+        datasets: Hub ids of the data sets that it was made with, or None.
+        metrics: Names of the metrics in `results`, or None.
+        results: What was measured, or None if nothing was.
     """
 
     title: str
@@ -44,7 +48,9 @@ class CardParts:
     made: str
     measured: str
     limits: list[str]
-    metadata: dict[str, Any]
+    datasets: list[str] | None
+    metrics: list[str] | None
+    results: list[EvalResult] | None
 
 
 _KINDS = {
@@ -87,7 +93,7 @@ def channel_note(report: Report) -> str:
 
 def kept_share(report: Report) -> float:
     """Share of all parameters that is left."""
-    return report.parameters["kept"] / report.parameters["dense"]
+    return report.parameters.share
 
 
 def base_name(report: Report) -> str:

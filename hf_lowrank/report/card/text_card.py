@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from functools import singledispatch
 
 from huggingface_hub import EvalResult
 
@@ -22,8 +22,14 @@ from hf_lowrank.report.text.speed_table import speed_notes, speed_rows
 from hf_lowrank.report.text.table import describe_run, kept_steps, number, warnings
 
 
-def text_card_parts(report: Report) -> CardParts:
-    """The parts of the card of a model whose quality is a loss on text."""
+@singledispatch
+def card_parts(report: Report) -> CardParts:
+    """What the card of a report says: here of a model whose quality is a loss on text.
+
+    A kind of report with another quality registers its own parts with `card_parts.register`.
+    """
+    read = _hub_dataset(report.data.calibration or report.data.train)
+    metrics = _metrics(report)
     return CardParts(
         title=_title(report),
         intro=(
@@ -35,7 +41,15 @@ def text_card_parts(report: Report) -> CardParts:
         made=describe_run(report),
         measured=_measured(report),
         limits=_limits(report),
-        metadata=_metadata(report),
+        datasets=[read] if read else None,
+        metrics=list(metrics) if metrics else None,
+        results=[
+            _result(report, name, value)
+            for name, value in metrics.items()
+            if number(value, "") != "-"
+        ]
+        if metrics
+        else None,
     )
 
 
@@ -43,25 +57,16 @@ def _title(report: Report) -> str:
     return f"{base_name(report)}, low-rank, {kept_share(report):.1%} of the parameters"
 
 
-def _metadata(report: Report) -> dict[str, Any]:
-    read = _hub_dataset(report.data.get("calibration") or report.data.get("train"))
-    values: dict[str, Any] = {"datasets": [read] if read else None}
+def _metrics(report: Report) -> dict[str, float]:
     found = report.evaluation
-    if found is not None:
-        metrics = {"loss": found.loss_after}
-        if model_kind(report).is_text:
-            metrics = {"perplexity": found.perplexity_after} | metrics
-        values["metrics"] = list(metrics)
-        values["eval_results"] = [
-            _result(report, name, value)
-            for name, value in metrics.items()
-            if number(value, "") != "-"
-        ]
-    return values
+    if found is None:
+        return {}
+    perplexity = {"perplexity": found.perplexity_after} if model_kind(report).is_text else {}
+    return perplexity | {"loss": found.loss_after}
 
 
 def _result(report: Report, metric: str, value: float) -> EvalResult:
-    text = str(report.data.get("evaluation") or "")
+    text = report.data.evaluation or ""
     dataset = _hub_dataset(text)
     parts = text.split(":") if dataset else []
     return EvalResult(
@@ -76,16 +81,16 @@ def _result(report: Report, metric: str, value: float) -> EvalResult:
     )
 
 
-def _hub_dataset(source: Any) -> str | None:  # noqa: ANN401
+def _hub_dataset(source: str | None) -> str | None:
     """`namespace/name` of a text source on the Hub, None for files and the demo text."""
-    name = str(source or "").split(":")[0]
+    name = (source or "").split(":")[0]
     return name if name.count("/") == 1 and without_folders(name) == name else None
 
 
-def _described(source: str) -> str:
+def _described(source: str | None) -> str:
     if source == "demo":
         return "the demo text of hf_lowrank (Python's own help, split by topic)"
-    return without_folders(source) or "text whose source was not recorded"
+    return without_folders(source or "") or "text whose source was not recorded"
 
 
 def _quality(report: Report) -> list[list[str]]:
@@ -101,16 +106,18 @@ def _quality(report: Report) -> list[list[str]]:
 
 def _measured(report: Report) -> str:
     lines = []
-    for name, role in (("Calibration", "calibration"), ("Training", "train")):
-        tokens = report.data.get(f"{role}_tokens")
+    data = report.data
+    for role, tokens, source in (
+        ("Calibration", data.calibration_tokens, data.calibration),
+        ("Training", data.train_tokens, data.train),
+    ):
         if tokens:
-            text = _described(str(report.data.get(role) or ""))
-            lines.append(f"{name}: {tokens:,} tokens of {text}.")
+            lines.append(f"{role}: {tokens:,} tokens of {_described(source)}.")
     speed = sentences(speed_notes(report))
     found = report.evaluation
     if found is None:
         return "\n".join([*lines, "Quality: not measured.", *speed])
-    text = _described(str(report.data.get("evaluation") or ""))
+    text = _described(report.data.evaluation)
     rise, error = number(found.loss_difference, "+.4f"), number(found.standard_error, ".4f")
     lines += [
         f"Evaluation: {found.tokens:,} scored tokens of {text}, used for these figures alone.",

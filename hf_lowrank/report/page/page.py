@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from html import escape
-from typing import Any
 
 from hf_lowrank.report.card.card_parts import sentences, without_folders
 from hf_lowrank.report.layers import kept_shares, short_block_names, split_name
@@ -51,9 +50,8 @@ def report_page(report: Report) -> str:
         ConfigError: matplotlib is not installed.
     """
     require_matplotlib()
-    kept = report.parameters["kept"] / report.parameters["dense"]
     name = report.base_model or without_folders(report.model)
-    title = f"{name}, compressed to {kept:.1%} of its parameters"
+    title = f"{name}, compressed to {report.parameters.share:.1%} of its parameters"
     return document(
         title,
         [
@@ -108,14 +106,14 @@ def _speeds(reports: Mapping[str, Report]) -> list[str]:
 def _before_and_after(report: Report) -> list[str]:
     rows = []
     counted = [
-        ("parameters", report.parameters["dense"], report.parameters["kept"], "{:,}"),
+        ("parameters", report.parameters.dense, report.parameters.kept, "{:,}"),
         (
             "in targeted layers",
-            report.parameters["targeted_dense"],
-            report.parameters["targeted_kept"],
+            report.parameters.targeted_dense,
+            report.parameters.targeted_kept,
             "{:,}",
         ),
-        ("megabytes", report.bytes["dense"] / 1e6, report.bytes["kept"] / 1e6, "{:.1f}"),
+        ("megabytes", report.bytes.dense / 1e6, report.bytes.kept / 1e6, "{:.1f}"),
     ]
     for name, dense, kept, spec in counted:
         texts = [name, spec.format(dense), spec.format(kept), f"{kept / dense:.1%}"]
@@ -131,7 +129,7 @@ def _before_and_after(report: Report) -> list[str]:
             texts = [name, number(before, spec), number(after, spec), ""]
             rows.append([*map(cell, texts), bare])
         rise, error = number(found.loss_difference, "+.4f"), number(found.standard_error, ".4f")
-        source = without_folders(str(report.data.get("evaluation", "source not recorded")))
+        source = without_folders(report.data.evaluation or "source not recorded")
         parts.append(
             paragraph(
                 f"The loss differs by {rise} ± {error} nats per token over {found.tokens:,} tokens "
@@ -235,10 +233,10 @@ def _samples(reports: Mapping[str, Report]) -> list[str]:
     texts: dict[str, dict[str, str]] = {}
     for name, report in reports.items():
         for sample in report.samples:
-            found = texts.setdefault(sample["prompt"], {"dense": sample["dense"]})
-            if found["dense"] != sample["dense"]:
-                found[f"dense, {name}"] = sample["dense"]
-            found[name] = sample["compressed"]
+            found = texts.setdefault(sample.prompt, {"dense": sample.dense})
+            if found["dense"] != sample.dense:
+                found[f"dense, {name}"] = sample.dense
+            found[name] = sample.compressed
     parts = []
     for prompt, written in texts.items():
         boxes = "".join(
@@ -251,9 +249,9 @@ def _samples(reports: Mapping[str, Report]) -> list[str]:
 
 
 def _settings(report: Report) -> list[str]:
-    config = {k: v for k, v in report.config.items() if v not in (None, {}, [])}
-    groups = {
-        "setting": config | {f"text: {k}": _public(v) for k, v in report.data.items()},
+    config = {k: v for k, v in report.config.to_dict().items() if v not in (None, {}, [])}
+    groups: dict[str, Mapping[str, object]] = {
+        "setting": config | {f"text: {k}": _public(v) for k, v in report.data.to_dict().items()},
         "seconds": {name: f"{value:.1f}" for name, value in report.seconds.items()},
         "version": report.versions,
     }
@@ -265,7 +263,7 @@ def _settings(report: Report) -> list[str]:
     return [f'<div class="figures">{"".join(tables)}</div>']
 
 
-def _public(value: Any) -> Any:  # noqa: ANN401
+def _public(value: object) -> object:
     return without_folders(value) if isinstance(value, str) else value
 
 
@@ -274,8 +272,8 @@ def _size_quality(reports: Mapping[str, Report]) -> str:
     for name, report in reports.items():
         found = report.evaluation
         if found is not None and found.perplexity_after and found.perplexity_before:
-            dense = (report.bytes["dense"] / 1e6, found.perplexity_before)
-            point = (name, report.bytes["kept"] / 1e6, found.perplexity_after)
+            dense = (report.bytes.dense / 1e6, found.perplexity_before)
+            point = (name, report.bytes.kept / 1e6, found.perplexity_after)
             curves.setdefault(dense, []).append(point)
     if not curves:
         return ""

@@ -97,12 +97,12 @@ def _draw(draw: Any, *arguments: Any, size: tuple[float, float]) -> str:  # noqa
 
 
 def _draw_spectra(axes: Any, report: Report, names: Sequence[str], kind: str) -> None:  # noqa: ANN401
-    has_prices = all(report.spectra[name].get("price_scale") for name in names)
+    has_prices = all(report.spectra[name].price_scale for name in names)
     for place, name in enumerate(names):
         found = report.spectra[name]
-        components = shown_components(min(found["shape"]))
-        scale = found["price_scale"] if has_prices else None
-        values = [s if scale is None else s * s * scale for s in found["sigma"]]
+        components = shown_components(min(found.shape))
+        scale = found.price_scale if has_prices else None
+        values = [s if scale is None else s * s * scale for s in found.sigma]
         depth = place / max(1, len(names) - 1)
         shade = str(round(0.72 * (1 - depth), 3))
         axes.plot([c + 1 for c in components], values, color=shade, linewidth=0.9)
@@ -135,13 +135,13 @@ def _is_finite(value: float | None) -> bool:
 
 
 def _draw_probes(axes: Any, report: Report) -> None:  # noqa: ANN401
-    probes = [probe for probe in report.probes if _is_finite(probe["measured"])]
-    probes.sort(key=lambda probe: probe["param_ratio"])
-    shares = [100 * probe["param_ratio"] for probe in probes]
-    errors = [e if _is_finite(e := probe["standard_error"]) else 0.0 for probe in probes]
+    probes = [probe for probe in report.probes if _is_finite(probe.measured)]
+    probes.sort(key=lambda probe: probe.param_ratio)
+    shares = [100 * probe.param_ratio for probe in probes]
+    errors = [e if _is_finite(e := probe.standard_error) else 0.0 for probe in probes]
     axes.errorbar(
         shares,
-        [probe["measured"] for probe in probes],
+        [probe.measured for probe in probes],
         yerr=errors,
         color=_INK,
         marker="o",
@@ -150,9 +150,9 @@ def _draw_probes(axes: Any, report: Report) -> None:  # noqa: ANN401
         label="measured",
     )
     predicted = [
-        (share, probe["predicted"])
+        (share, probe.predicted)
         for share, probe in zip(shares, probes, strict=True)
-        if _is_finite(probe["predicted"])
+        if _is_finite(probe.predicted)
     ]
     if predicted:
         axes.plot(
@@ -164,7 +164,7 @@ def _draw_probes(axes: Any, report: Report) -> None:  # noqa: ANN401
             linewidth=1.2,
             label="predicted",
         )
-    tolerance = report.config.get("loss_tolerance")
+    tolerance = report.config.loss_tolerance
     if tolerance is not None:
         axes.axhline(tolerance, color="black", linewidth=0.9, linestyle=":", label="tolerance")
     axes.set_xlabel("kept share of the targeted parameters (%)")

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 from hf_lowrank.report.schema import Report
+from hf_lowrank.report.sections import SpeedConditions
 
 _PHASES = ("prefill", "decode")
 
@@ -14,31 +14,35 @@ def speed_rows(report: Report) -> list[list[str]]:
     """A row for prefill and one for decode: what, dense, compressed, speed-up; none without it."""
     if report.speed is None:
         return []
-    rows = []
-    for phase in _PHASES:
-        key = f"{phase}_tokens_per_second"
-        dense, compressed = report.speed["dense"][key], report.speed["compressed"][key]
-        label = f"{phase} (tokens/s)"
-        rows.append([label, f"{dense:,.1f}", f"{compressed:,.1f}", f"{compressed / dense:.2f}x"])
-    return rows
+    before, after = report.speed.dense, report.speed.compressed
+    return [
+        [f"{phase} (tokens/s)", f"{dense:,.1f}", f"{compressed:,.1f}", f"{compressed / dense:.2f}x"]
+        for phase, dense, compressed in (
+            ("prefill", before.prefill_tokens_per_second, after.prefill_tokens_per_second),
+            ("decode", before.decode_tokens_per_second, after.decode_tokens_per_second),
+        )
+    ]
 
 
 def speed_notes(report: Report) -> list[str]:
     """Where and how the speed was measured, and how far its rounds differ; none without it."""
     if report.speed is None:
         return []
-    settings = report.speed["settings"]
+    settings = report.speed.settings
+    before, after = report.speed.dense, report.speed.compressed
     ranges = []
-    for phase in _PHASES:
-        pairs = zip(report.speed["dense"][phase], report.speed["compressed"][phase], strict=True)
-        ups = [dense / compressed for dense, compressed in pairs]
+    for phase, dense, compressed in (
+        ("prefill", before.prefill, after.prefill),
+        ("decode", before.decode, after.decode),
+    ):
+        ups = [old / new for old, new in zip(dense, compressed, strict=True)]
         ranges.append(f"{phase} {min(ups):.2f}x to {max(ups):.2f}x")
     place = f"speed on the machine of this run alone: {_machine(settings)}"
-    if settings["rounds"] == 1:
+    if settings.rounds == 1:
         return [place, f"timed: {_work(settings)}; one round only, so its noise is not known"]
     return [
         place,
-        f"timed: {_work(settings)}; medians of {settings['rounds']} rounds, both models in turn",
+        f"timed: {_work(settings)}; medians of {settings.rounds} rounds, both models in turn",
         f"speed-up from round to round: {', '.join(ranges)}",
     ]
 
@@ -47,19 +51,19 @@ def speed_conditions(report: Report) -> str:
     """Machine and work of a speed, the same for speeds that may be compared; "" without it."""
     if report.speed is None:
         return ""
-    settings = report.speed["settings"]
+    settings = report.speed.settings
     return f"{_machine(settings)}, {_work(settings)}"
 
 
-def _machine(settings: Mapping[str, Any]) -> str:
-    threads = f"{settings['threads']} CPU thread{'' if settings['threads'] == 1 else 's'}"
-    return f"{settings['hardware']}, device {settings['device']}, {threads}, {settings['dtype']}"
+def _machine(settings: SpeedConditions) -> str:
+    threads = f"{settings.threads} CPU thread{'' if settings.threads == 1 else 's'}"
+    return f"{settings.hardware}, device {settings.device}, {threads}, {settings.dtype}"
 
 
-def _work(settings: Mapping[str, Any]) -> str:
+def _work(settings: SpeedConditions) -> str:
     return (
-        f"batch size {settings['batch_size']}, {settings['prompt_tokens']} tokens read at once "
-        f"(prefill), then {settings['new_tokens']} one by one (decode)"
+        f"batch size {settings.batch_size}, {settings.prompt_tokens} tokens read at once "
+        f"(prefill), then {settings.new_tokens} one by one (decode)"
     )
 
 

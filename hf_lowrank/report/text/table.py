@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 from hf_lowrank.report.layers import channels_left
-from hf_lowrank.report.schema import Evaluation, Report
-from hf_lowrank.report.task_report import TaskReport
+from hf_lowrank.report.schema import Report
+from hf_lowrank.report.sections import Evaluation, Recovery, Settings, Training
 from hf_lowrank.report.text.speed_table import (
     speed_columns,
     speed_comparison,
@@ -23,14 +22,14 @@ def format_report(report: Report) -> str:
     parameters, size = report.parameters, report.bytes
     rows = [
         ["", "dense", "compressed", "kept"],
-        ["parameters", f"{parameters['dense']:,}", f"{parameters['kept']:,}", _share(parameters)],
+        ["parameters", f"{parameters.dense:,}", f"{parameters.kept:,}", f"{parameters.share:.2%}"],
         [
             "  in targeted layers",
-            f"{parameters['targeted_dense']:,}",
-            f"{parameters['targeted_kept']:,}",
-            f"{parameters['targeted_kept'] / parameters['targeted_dense']:.2%}",
+            f"{parameters.targeted_dense:,}",
+            f"{parameters.targeted_kept:,}",
+            f"{parameters.targeted_share:.2%}",
         ],
-        ["megabytes", f"{size['dense'] / 1e6:.1f}", f"{size['kept'] / 1e6:.1f}", _share(size)],
+        ["megabytes", f"{size.dense / 1e6:.1f}", f"{size.kept / 1e6:.1f}", f"{size.share:.2%}"],
     ]
     lines = []
     if report.evaluation is not None:
@@ -46,27 +45,22 @@ def format_report(report: Report) -> str:
     if report.predicted_loss_difference is not None:
         lines.append(f"predicted by the prices: {report.predicted_loss_difference:+.4f}")
     if report.measured_prices:
-        factors = [part["factor"] for part in report.measured_prices]
+        factors = [part.factor for part in report.measured_prices]
         lines.append(
             f"prices of {len(factors)} parts corrected by measurement: factors "
             f"{min(factors):.2f} to {max(factors):.2f}"
         )
-    for stage in report.stages or [{"recovery": report.recovery}]:
-        recovery = stage["recovery"]
-        if recovery is None:
-            continue
-        place = f" at {stage['param_ratio']:g}" if report.stages else ""
+    for place, recovery in _recoveries(report):
+        by = " by LoRA" if recovery.kind == "lora" else ""
         lines.append(
-            f"recovery{' by LoRA' if recovery.get('kind') == 'lora' else ''}{place}, "
-            f"{recovery['steps']} steps: held-out loss {recovery['loss_before']:.4f} -> "
-            f"{recovery['loss_after']:.4f}, {'kept' if recovery['accepted'] else 'not kept'}"
+            f"recovery{by}{place}, {recovery.steps} steps: held-out loss "
+            f"{recovery.loss_before:.4f} -> {recovery.loss_after:.4f}, {_outcome(recovery)}"
         )
     if report.joint is not None:
-        baseline, accepted = report.joint["baseline"], report.held_out or {"mean": float("nan")}
+        joint, accepted = report.joint, math.nan if not report.held_out else report.held_out.mean
         lines.append(
-            f"joint: accepted {report.joint['method']!r} at {accepted['mean']:+.4f} on the "
-            f"acceptance set; price alone {baseline['mean']:+.4f}, keeping "
-            f"{report.joint['baseline_ratio']:.2%}"
+            f"joint: accepted {joint.method!r} at {accepted:+.4f} on the acceptance set; price "
+            f"alone {joint.baseline.mean:+.4f}, keeping {joint.baseline_ratio:.2%}"
         )
     rows += speed_rows(report)
     lines += speed_notes(report)
@@ -81,11 +75,11 @@ def format_sweep(reports: Sequence[Report]) -> str:
     """Several sizes side by side, one line each."""
     rows = [["param_ratio", "kept parameters", "perplexity", "loss difference", "standard error"]]
     for report in reports:
-        kept, found = report.parameters["targeted_kept"], report.evaluation
+        parameters, found = report.parameters, report.evaluation
         rows.append(
             [
-                f"{kept / report.parameters['targeted_dense']:.4f}",
-                f"{report.parameters['kept']:,}",
+                f"{parameters.targeted_share:.4f}",
+                f"{parameters.kept:,}",
                 "-" if found is None else f"{found.perplexity_after:.2f}",
                 "-" if found is None else f"{found.loss_difference:+.4f}",
                 "-" if found is None else f"{found.standard_error:.4f}",
@@ -103,28 +97,38 @@ def comparison_rows(reports: Mapping[str, Report]) -> list[list[str]]:
     header = ["run", "MB", "perplexity", "loss difference", "+-", "param_ratio"]
     rows = [[*header, "MB dense", "perplexity dense", "ranks by", "seconds"]]
     for name, report in reports.items():
-        parameters, found, config = report.parameters, report.evaluation, report.config
+        found, config = report.evaluation, report.config
         before, after = ("-", ["-"] * 3) if found is None else _quality(found)
-        kept = parameters["targeted_kept"] / parameters["targeted_dense"]
-        sizes = {side: f"{count / 1e6:.1f}" for side, count in report.bytes.items()}
-        words = [str(config[key]) for key in ("metric", "rule") if config.get(key)]
-        words += [word for word in ("channels", "measured_prices") if config.get(word)]
+        kept = f"{report.parameters.targeted_share:.4f}"
+        dense, compressed = (f"{n / 1e6:.1f}" for n in (report.bytes.dense, report.bytes.kept))
+        words = [word for word in (config.metric, config.rule) if word]
+        words += ["channels"] if config.channels else []
+        words += ["measured_prices"] if config.measured_prices else []
         if any(kept_steps(report)):
             words.append(f"{sum(kept_steps(report))} steps of recovery")
         if report.stages:
             words.append(f"{len(report.stages)} stages")
         how = ", ".join(words)
         seconds = f"{sum(report.seconds.values()):.1f}"
-        rows.append(
-            [name, sizes["kept"], *after, f"{kept:.4f}", sizes["dense"], before, how, seconds]
-        )
+        rows.append([name, compressed, *after, kept, dense, before, how, seconds])
     return rows
 
 
 def kept_steps(report: Report) -> list[int]:
     """Steps of training after each cut, 0 where held-out text rejected what they gave."""
-    recoveries = [stage["recovery"] for stage in report.stages] or [report.recovery]
-    return [each["steps"] if each["accepted"] else 0 for each in recoveries if each]
+    return [found.steps if found.accepted else 0 for _, found in _recoveries(report)]
+
+
+def _recoveries(report: Report) -> list[tuple[str, Recovery]]:
+    """The trainings after the cuts, each with " at" its size where there are stages."""
+    if not report.stages:
+        return [("", report.recovery)] if report.recovery else []
+    stages = report.stages
+    return [(f" at {each.param_ratio:g}", each.recovery) for each in stages if each.recovery]
+
+
+def _outcome(recovery: Recovery) -> str:
+    return "kept" if recovery.accepted else "not kept"
 
 
 def _quality(found: Evaluation) -> tuple[str, list[str]]:
@@ -141,7 +145,7 @@ def differences(reports: Mapping[str, Report]) -> list[str]:
     found = []
     for what, values in (
         ("dense models", {report.model for report in reports.values()}),
-        ("evaluation texts", {str(report.data.get("evaluation")) for report in reports.values()}),
+        ("evaluation texts", {str(report.data.evaluation) for report in reports.values()}),
         (
             "numbers of evaluation tokens",
             {str(r.evaluation and r.evaluation.tokens) for r in reports.values()},
@@ -170,23 +174,11 @@ def describe_run(report: Report) -> str:
     if report.training is not None:
         return f"{_describe_training(report.training)}; seed {report.seed}."
     config = report.config
-    goals = {
-        "param_ratio": "at most {:.1%} of the targeted layers' weights kept",
-        "loss_tolerance": "the smallest model within {} nats per token of the dense one",
-        "rank": "rank {} everywhere",
-    }
-    if isinstance(report, TaskReport):
-        goals["loss_tolerance"] = "the smallest model within {} nats of the dense one"
-    found = [
-        text.format(config[name]) for name, text in goals.items() if config.get(name) is not None
-    ]
-    rule = config.get("rule")
-    how = f"metric {config.get('metric')}" + (f", rule {rule}" if rule else "")
-    how += ", prices measured part by part" if config.get("measured_prices") else ""
-    what = "Ranks, and channels of feed-forwards," if config.get("channels") else "Ranks"
-    goal = found[0] if found else "a loss tolerance"
+    how = f"metric {config.metric}" + (f", rule {config.rule}" if config.rule else "")
+    how += ", prices measured part by part" if config.measured_prices else ""
+    what = "Ranks, and channels of feed-forwards," if config.channels else "Ranks"
     stages = f", in {len(report.stages)} stages" if report.stages else ""
-    said = f"Goal: {goal}{stages}. {what} by {how}; seed {report.seed}."
+    said = f"Goal: {_goal(config, report.LOSS_UNIT)}{stages}. {what} by {how}; seed {report.seed}."
     if not any(kept_steps(report)):
         return said
     after = "each cut" if report.stages else "the cut"
@@ -194,18 +186,26 @@ def describe_run(report: Report) -> str:
     return f"{said} After {after} {steps} steps of training towards the dense model."
 
 
-def _describe_training(training: Mapping[str, Any]) -> str:
-    ratio = training["param_ratio"]
+def _goal(config: Settings, unit: str) -> str:
+    if config.param_ratio is not None:
+        return f"at most {config.param_ratio:.1%} of the targeted layers' weights kept"
+    if config.loss_tolerance is not None:
+        return f"the smallest model within {config.loss_tolerance} {unit} of the dense one"
+    return "a loss tolerance" if config.rank is None else f"rank {config.rank} everywhere"
+
+
+def _describe_training(training: Training) -> str:
+    ratio = training.param_ratio
     goal = (
-        f"each raising the loss by at most {training['tolerance']:g} nats"
+        f"each raising the loss by at most {training.tolerance:g} nats"
         if ratio is None
         else f"down to {ratio:.1%} of the targeted layers' weights"
     )
-    epochs = counted(training["epochs"], "epoch")
-    selections = counted(training["selections"], "selection")
+    epochs = counted(training.epochs, "epoch")
+    selections = counted(training.selections, "selection")
     return (
-        f"Trained for {epochs} (learning rate {training['learning_rate']:g}) from full rank, with "
-        f"{selections} of ranks by rule {training['rule']}, {goal}"
+        f"Trained for {epochs} (learning rate {training.learning_rate:g}) from full rank, with "
+        f"{selections} of ranks by rule {training.rule}, {goal}"
     )
 
 
@@ -225,19 +225,15 @@ def align(rows: Sequence[Sequence[str]]) -> str:
     )
 
 
-def _share(counts: dict[str, int]) -> str:
-    return f"{counts['kept'] / counts['dense']:.2%}"
-
-
 def _search_lines(report: Report) -> list[str]:
     if not report.probes:
         return []
-    accepted = report.held_out or {"mean": 0.0, "standard_error": 0.0}
+    found = report.held_out
+    mean, error = (0.0, 0.0) if found is None else (found.mean, found.standard_error)
     return [
         "",
         align(probe_rows(report)),
-        f"accepted: {accepted['mean']:+.4f} +- {accepted['standard_error']:.4f} nats per token on "
-        "held-out calibration text",
+        f"accepted: {mean:+.4f} +- {error:.4f} nats per token on held-out calibration text",
     ]
 
 
@@ -247,11 +243,11 @@ def probe_rows(report: Report) -> list[list[str]]:
     for probe in report.probes:
         rows.append(
             [
-                f"{probe['param_ratio']:.4f}",
-                number(probe["predicted"], "+.4f"),
-                number(probe["measured"], "+.4f"),
-                number(probe["standard_error"], ".4f"),
-                ("yes" if probe["feasible"] else "no") + ("" if probe["complete"] else " (early)"),
+                f"{probe.param_ratio:.4f}",
+                number(probe.predicted, "+.4f"),
+                number(probe.measured, "+.4f"),
+                number(probe.standard_error, ".4f"),
+                ("yes" if probe.feasible else "no") + ("" if probe.complete else " (early)"),
             ]
         )
     return rows
@@ -261,17 +257,15 @@ def stage_rows(report: Report) -> list[list[str]]:
     """The cuts of a compression in stages and the training after each, with a header."""
     rows = [["kept", "rise predicted for the cut", "steps", "held-out loss", "after training", ""]]
     for stage in report.stages:
-        trained = stage["recovery"]
-        rows.append(
-            [
-                f"{stage['param_ratio']:.1%}",
-                number(stage["predicted_loss_difference"], "+.4f"),
-                str(trained["steps"]),
-                number(trained["loss_before"], ".4f"),
-                number(trained["loss_after"], ".4f"),
-                "kept" if trained["accepted"] else "not kept",
-            ]
+        cut = [f"{stage.param_ratio:.1%}", number(stage.predicted_loss_difference, "+.4f")]
+        if stage.recovery is None:
+            rows.append([*cut, "0", "-", "-", ""])
+            continue
+        losses = (
+            number(stage.recovery.loss_before, ".4f"),
+            number(stage.recovery.loss_after, ".4f"),
         )
+        rows.append([*cut, str(stage.recovery.steps), *losses, _outcome(stage.recovery)])
     return rows
 
 
@@ -313,7 +307,7 @@ def warnings(report: Report) -> list[str]:
     lines = [f"kept dense: {name}: {reason}" for name, reason in report.failures.items()]
     untouched = sum(report.untouched.values())
     if untouched:
-        share = untouched / report.parameters["dense"]
+        share = untouched / report.parameters.dense
         example = max(report.untouched, key=lambda name: report.untouched[name])
         lines.append(
             f"untouched: {len(report.untouched)} matrices inside the blocks, {share:.1%} of all "

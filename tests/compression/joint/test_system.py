@@ -36,15 +36,15 @@ def test_a_given_size_is_kept_and_never_worse_than_price_alone(text):
         model, LowRankConfig(param_ratio=0.6), text[:6], text[6:9], text[9:], progress=False
     )
     report = result.report
-    assert report.parameters["targeted_kept"] <= 0.6 * report.parameters["targeted_dense"]
-    assert report.held_out["mean"] <= result.baseline.mean
-    measured = [trial["mean"] for trial in result.trials if trial["complete"]]
-    assert report.held_out["mean"] == min(measured)
-    assert result.trials[0]["name"] == "price"
+    assert report.parameters.targeted_kept <= 0.6 * report.parameters.targeted_dense
+    assert report.held_out.mean <= result.baseline.mean
+    measured = [trial.mean for trial in result.trials if trial.complete]
+    assert report.held_out.mean == min(measured)
+    assert result.trials[0].name == "price"
     assert len(result.trials) >= 3
     dense = measure_loss(tiny_llama(), text[6:9]).mean
     rise = measure_loss(model, text[6:9]).mean - dense
-    assert rise == pytest.approx(report.held_out["mean"], abs=1e-5)
+    assert rise == pytest.approx(report.held_out.mean, abs=1e-5)
     reported = measure_loss(model, text[9:]).mean - measure_loss(tiny_llama(), text[9:]).mean
     assert report.evaluation.loss_difference == pytest.approx(reported, abs=1e-5)
     assert model.config.quantization_config.ranks == report.ranks
@@ -58,7 +58,7 @@ def test_nothing_tried_is_price_alone(text):
         tiny_llama(), config, text[:4], text[4:6], settings=JointSettings((), ()), progress=False
     )
     assert result.method == "price"
-    assert result.report.held_out["mean"] == result.baseline.mean
+    assert result.report.held_out.mean == result.baseline.mean
     assert len(result.trials) == 1
 
 
@@ -101,8 +101,8 @@ def test_a_tolerance_is_kept_by_a_model_no_larger_than_price_alone(text, toleran
     config = LowRankConfig(loss_tolerance=tolerance)
     result = compress_jointly(model, config, text[:6], text[6:9], text[9:], progress=False)
     parameters = result.report.parameters
-    assert result.report.held_out["mean"] <= tolerance
-    assert parameters["targeted_kept"] / parameters["targeted_dense"] <= result.baseline_ratio
+    assert result.report.held_out.mean <= tolerance
+    assert parameters.targeted_kept / parameters.targeted_dense <= result.baseline_ratio
     rise = measure_loss(model, text[6:9]).mean - measure_loss(tiny_llama(), text[6:9]).mean
     assert rise <= tolerance + 1e-5
 
@@ -124,7 +124,7 @@ def test_an_encoder():
         batches[4:],
         progress=False,
     )
-    assert result.report.held_out["mean"] <= result.baseline.mean
+    assert result.report.held_out.mean <= result.baseline.mean
     assert num_lowrank(model) > 0
 
 

@@ -9,7 +9,8 @@ from huggingface_hub import ModelCard
 
 from hf_lowrank.report.card.card import TAGS, model_card
 from hf_lowrank.report.schema import Report
-from hf_lowrank.report.task_report import TaskReport, load_report
+from hf_lowrank.report.sections import Settings, Training
+from hf_lowrank.tasks.task_report import TaskData, TaskReport, load_report
 from tests.report.test_report import report as text_report
 
 EXAMPLES = {"train_examples": 3302, "held_out_examples": 366, "evaluation_examples": 408}
@@ -34,7 +35,7 @@ def report(**changes: Any) -> TaskReport:
         "task": "mrpc",
         "method": "kfac",
         "arguments": ARGUMENTS,
-        "data": GLUE | EXAMPLES,
+        "data": TaskData(**GLUE, **EXAMPLES),
         "dense_metrics": {"accuracy": 0.7868, "f1": 0.8528},
         "uncured_metrics": {"accuracy": 0.7745, "f1": 0.8411},
         "metrics": {"accuracy": 0.7966, "f1": 0.85205},
@@ -62,7 +63,7 @@ def test_metadata_of_a_glue_model():
 
 
 def test_a_data_set_that_is_not_on_the_hub():
-    changes = {"task": "squad", "data": {"name": "squad", **EXAMPLES}}
+    changes = {"task": "squad", "data": TaskData(name="squad", **EXAMPLES)}
     card = model_card(report(**changes, architecture="BertForQuestionAnswering"), "small")
     found = card.data.to_dict()
     assert "datasets" not in found
@@ -86,7 +87,7 @@ def test_scores_steps_and_examples_are_told():
 
 
 def test_a_tolerance_is_not_per_token():
-    config = {"metric": "kfac", "loss_tolerance": 0.05}
+    config = Settings(metric="kfac", loss_tolerance=0.05)
     text = model_card(report(config=config), "small").text
     assert "Goal: the smallest model within 0.05 nats of the dense one." in text
 
@@ -96,19 +97,19 @@ def test_a_tolerance_is_not_per_token():
     [
         ({"arguments": ARGUMENTS | {"epochs": 0}}, "Not trained after it."),
         (
-            {"lpaf": {"stages": 2}, "config": {"metric": "sparsity", "param_ratio": 0.5}},
+            {"lpaf": {"stages": 2}, "config": Settings(metric="sparsity", param_ratio=0.5)},
             "Then 1 epoch (learning rate 2e-05) of LPAF: weights pruned to a density of 0.25, cut,",
         ),
         (
             {
-                "training": {
-                    "epochs": 2,
-                    "learning_rate": 1e-4,
-                    "rule": "price",
-                    "selections": 1,
-                    "param_ratio": None,
-                    "tolerance": 0.02,
-                }
+                "training": Training(
+                    epochs=2,
+                    learning_rate=1e-4,
+                    rule="price",
+                    selections=1,
+                    param_ratio=None,
+                    tolerance=0.02,
+                )
             },
             "with 1 selection of ranks by rule price, each raising the loss by at most 0.02 nats",
         ),
@@ -127,6 +128,35 @@ def test_a_dense_model_is_not_called_low_rank():
     assert "import hf_lowrank" not in card.text
     assert "trust_remote_code" not in card.text
     assert 'AutoModelForSequenceClassification.from_pretrained("small")' in card.text
+
+
+KEPT = sorted(
+    path
+    for folder in ("model_cards", "docs/results")
+    for path in (Path(__file__).resolve().parents[2] / folder).rglob("*.json")
+    if "parameters" in (data := json.loads(path.read_text("utf-8")))
+    and {"model", "dense", "bytes"} <= {*data, *data["parameters"]}
+)
+
+
+def test_reports_of_earlier_versions_are_read_and_nothing_of_them_changes():
+    assert len(KEPT) > 60
+    for path in KEPT:
+        found, old = load_report(path).to_dict(), json.loads(path.read_text("utf-8"))
+        for name in set(old) & set(found):
+            assert json.loads(json.dumps(found[name])) == filled(old[name], found[name]), (
+                path,
+                name,
+            )
+
+
+def filled(old: Any, new: Any) -> Any:
+    """The old value with what a later version adds to it, such as the accelerator's name."""
+    if isinstance(old, dict):
+        return {key: None for key in new if key not in old} | {
+            key: filled(value, new.get(key)) for key, value in old.items()
+        }
+    return old
 
 
 def test_reports_of_both_kinds_come_back_as_what_they_were(tmp_path: Path):

@@ -18,12 +18,15 @@ from hf_lowrank.report.card.card_parts import (
     model_kind,
     sentences,
 )
-from hf_lowrank.report.task_report import TaskReport
+from hf_lowrank.report.card.text_card import card_parts
 from hf_lowrank.report.text.table import counted, describe_run, number, warnings
+from hf_lowrank.tasks.task_report import DevelopmentLoss, TaskReport
 
 
+@card_parts.register
 def task_card_parts(report: TaskReport) -> CardParts:
     """The parts of the card of a model whose quality is a score on a task."""
+    dataset = report.data.dataset
     return CardParts(
         title=_title(report),
         intro=_intro(report),
@@ -31,12 +34,14 @@ def task_card_parts(report: TaskReport) -> CardParts:
         made=_made(report),
         measured=_measured(report),
         limits=_limits(report),
-        metadata=_metadata(report),
+        datasets=[dataset] if dataset else None,
+        metrics=list(report.metrics),
+        results=_results(report),
     )
 
 
 def _name(report: TaskReport) -> str:
-    return str(report.data.get("name") or report.task)
+    return report.data.name or report.task
 
 
 def _title(report: TaskReport) -> str:
@@ -57,31 +62,27 @@ def _intro(report: TaskReport) -> str:
     )
 
 
-def _metadata(report: TaskReport) -> dict[str, Any]:
-    dataset = report.data.get("dataset")
-    return {
-        "datasets": [dataset] if dataset else None,
-        "metrics": list(report.metrics),
-        "eval_results": [
-            EvalResult(
-                task_type=model_kind(report).tag or "other",
-                dataset_type=dataset or report.task,
-                dataset_name=_name(report),
-                dataset_config=report.data.get("config"),
-                dataset_split=report.data.get("split"),
-                metric_type=name,
-                metric_name=name,
-                metric_value=round(value, 4),
-            )
-            for name, value in report.metrics.items()
-            if number(value, "") != "-"
-        ],
-    }
+def _results(report: TaskReport) -> list[EvalResult]:
+    return [
+        EvalResult(
+            task_type=model_kind(report).tag or "other",
+            dataset_type=report.data.dataset or report.task,
+            dataset_name=_name(report),
+            dataset_config=report.data.config,
+            dataset_split=report.data.split,
+            metric_type=name,
+            metric_name=name,
+            metric_value=round(value, 4),
+        )
+        for name, value in report.metrics.items()
+        if number(value, "") != "-"
+    ]
 
 
 def _quality(report: TaskReport) -> list[list[str]]:
-    dense, kept = (report.parameters[f"targeted_{name}"] for name in ("dense", "kept"))
-    rows = [["in the encoder's linear layers", f"{dense:,}", f"{kept:,}", f"{kept / dense:.1%}"]]
+    found = report.parameters
+    counts = [f"{found.targeted_dense:,}", f"{found.targeted_kept:,}"]
+    rows = [["in the encoder's linear layers", *counts, f"{found.targeted_share:.1%}"]]
     for name, value in report.metrics.items():
         before = report.dense_metrics.get(name)
         rows.append([name, number(before, ".4f"), number(value, ".4f"), ""])
@@ -93,7 +94,7 @@ def _made(report: TaskReport) -> str:
     given = report.arguments
     dense = _epochs(given, "dense_epochs", "dense_learning_rate")
     lines = [
-        f"Dense: fine-tuned on {report.data['train_examples']:,} examples for {dense}, in batches "
+        f"Dense: fine-tuned on {report.data.train_examples:,} examples for {dense}, in batches "
         f"of {given['batch_size']}."
     ]
     again = (
@@ -119,7 +120,7 @@ def _made(report: TaskReport) -> str:
 
 
 def _cut(report: TaskReport) -> str:
-    examples = min(report.arguments["calibration_samples"], report.data["train_examples"])
+    examples = min(report.arguments["calibration_samples"], report.data.train_examples)
     return f"{describe_run(report)} Calibration: {examples:,} of these examples."
 
 
@@ -147,11 +148,11 @@ def _epochs(given: Mapping[str, Any], epochs: str, learning_rate: str) -> str:
 def _measured(report: TaskReport) -> str:
     data = report.data
     lines = [
-        f"Choices: on {data['held_out_examples']:,} examples held out of the training set.",
-        f"Scores: on the {data['evaluation_examples']:,} examples of the development set of "
+        f"Choices: on {data.held_out_examples:,} examples held out of the training set.",
+        f"Scores: on the {data.evaluation_examples:,} examples of the development set of "
         f"{_name(report)}, used for these figures alone. One run with one seed.",
     ]
-    if report.development_loss:
+    if report.development_loss is not None:
         lines.append(f"{format_loss(report.development_loss)}.")
     if report.uncured_metrics is not None and report.arguments["epochs"] > 0:
         found = ", ".join(f"{name} {value:.4f}" for name, value in report.uncured_metrics.items())
@@ -160,11 +161,11 @@ def _measured(report: TaskReport) -> str:
     return "\n".join(lines)
 
 
-def format_loss(found: Mapping[str, float]) -> str:
+def format_loss(found: DevelopmentLoss) -> str:
     """The losses of `TaskReport.development_loss` as one line."""
     return (
-        f"Mean loss on the development set: {found['dense']:.4f} -> {found['compressed']:.4f} nats "
-        f"per example ({found['difference']:+.4f} +- {found['standard_error']:.4f})"
+        f"Mean loss on the development set: {found.dense:.4f} -> {found.compressed:.4f} nats "
+        f"per example ({found.difference:+.4f} +- {found.standard_error:.4f})"
     )
 
 

@@ -4,17 +4,57 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from hf_lowrank.report.schema import Report
+from hf_lowrank.report.sections import Data
+
+
+@dataclass(frozen=True)
+class TaskData(Data):
+    """The examples of a task.
+
+    Attributes:
+        name: Name of the task for readers.
+        dataset: Hub id of its data set, or None; as the next two.
+        config: Its configuration.
+        split: The split that is the development set.
+        train_examples: Examples that were trained on.
+        held_out_examples: Training examples on which choices were made.
+        evaluation_examples: Examples of the development set, for final figures alone.
+        files: Names of the files that were read, where it was files.
+    """
+
+    name: str = ""
+    dataset: str | None = None
+    config: str | None = None
+    split: str | None = None
+    train_examples: int = 0
+    held_out_examples: int = 0
+    evaluation_examples: int = 0
+    files: list[str] | None = None
+
+
+@dataclass(frozen=True)
+class DevelopmentLoss:
+    """Mean losses on the development set in the stored type, nats per example.
+
+    Attributes:
+        dense: Of the dense model.
+        compressed: Of the model that the run made.
+        difference: Their paired difference.
+        standard_error: Its standard error over examples.
+    """
+
+    dense: float
+    compressed: float
+    difference: float
+    standard_error: float
 
 
 @dataclass
 class TaskReport(Report):
     """Result of one run on a task. Scores are shares of 1, the task's main metric first.
-
-    `data` says which: `name` and, if it is on the Hub, `dataset`, `config` and `split` of the
-    development set; `train_examples`, `held_out_examples` and `evaluation_examples`.
 
     Attributes:
         task: Name of the task.
@@ -28,19 +68,17 @@ class TaskReport(Report):
         uncured_held_out_metrics: The same of the compressed model before its fine-tuning.
         held_out_metrics: The same of the model that the run made.
         held_out_loss: Its mean loss there, nats per example.
-        development_loss: Mean loss on the development set in the stored type, nats per example:
-            `dense`, `compressed` (the model that the run made), their paired `difference` and its
-            `standard_error`.
+        development_loss: Loss on the development set, None in older reports.
         selections: What each rank selection did, where ranks are selected in training.
         switch: When full-rank training gave way to factors, see `FullRankSwitch.summary`; for
             Cuttlefish alone.
         lpaf: What LPAF's stages did.
-        command: Command line of the run; this and the next three are of saved runs only.
-        commit: Version of the code.
         date: Day of the run.
-        hardware: What it ran on.
     """
 
+    LOSS_UNIT: ClassVar[str] = "nats"
+
+    data: TaskData = field(default_factory=TaskData)
     task: str = ""
     method: str = ""
     arguments: dict[str, Any] = field(default_factory=dict)
@@ -51,16 +89,13 @@ class TaskReport(Report):
     uncured_held_out_metrics: dict[str, float] | None = None
     held_out_metrics: dict[str, float] = field(default_factory=dict)
     held_out_loss: float | None = None
-    development_loss: dict[str, float] = field(default_factory=dict)
+    development_loss: DevelopmentLoss | None = None
     selections: list[dict[str, Any]] | None = None
     switch: dict[str, Any] | None = None
     lpaf: dict[str, Any] | None = None
-    command: str = ""
-    commit: str = ""
     date: str = ""
-    hardware: dict[str, Any] = field(default_factory=dict)
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, object]:
         """Plain JSON data without the fields that the method or the run has nothing for."""
         return {name: value for name, value in super().to_dict().items() if value not in _NOTHING}
 
