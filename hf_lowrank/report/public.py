@@ -6,7 +6,7 @@ import json
 import shlex
 from typing import Any
 
-from hf_lowrank.report.card.card_parts import is_local, last_component, without_folders
+from hf_lowrank.report.card.card_parts import is_local, last_component, looks_local
 from hf_lowrank.report.schema import report_text
 
 _WITH_SOURCES = ("model", "data", "arguments")
@@ -56,7 +56,9 @@ def _public_command(command: str, shortened: dict[str, str]) -> str:
     except ValueError:
         words = command.split(" ")
     public = []
-    for word in words:
+    for place, word in enumerate(words):
         option, equals, value = word.rpartition("=")
-        public.append(option + equals + without_folders(value))
+        # The script is hf_lowrank's own wherever it lies: scripts/x.py says more than x.py.
+        is_path = looks_local(value) if place == 1 else is_local(value)
+        public.append(option + equals + (last_component(value) if is_path else value))
     return shlex.join(public)

@@ -40,13 +40,11 @@ _NUMBERS = re.compile(r"\[\n\s+(-?\d[-+.\deE,\s]*?)\n\s+\]")
 class Report:
     """Result of one compression. The field names are those of `report.json` and stay.
 
+    What did not happen or was not measured is None or empty; sections are explained at their types.
+
     Attributes:
         model: Name of the dense model.
-        config: The settings.
-        seed: Seed of the run.
         versions: Versions of Python and the libraries.
-        parameters: Parameters, dense and kept.
-        bytes: Bytes, dense and kept.
         ranks: Rank by layer name, None for dense or narrowed.
         narrowed: (out_features, in_features) of the layers that lost channels.
         evaluation: Quality before and after, or None if there was no evaluation text.
@@ -55,20 +53,13 @@ class Report:
         seconds: Wall time by phase.
         probes: Steps of the search for a loss tolerance.
         held_out: The accepted loss difference on the search's own held-out text, or None.
-        recovery: The training after the cut, or None.
-        joint: What joint compression did, or None.
-        training: How low-rank training went, or None.
-        measured_prices: What corrected the prices, part by part.
         stages: Of a compression in stages; `spectra`, `recovery`, `measured_prices` and `failures`
             of the report itself are the last stage's.
         failures: Reason by layer name, for layers kept dense because their decomposition failed.
         untouched: Parameters of matrices inside the blocks that were no targets, by name.
-        data: Which text was used for what.
         architecture: Class of the model.
         base_model: Hub id of the dense model, or None where it has none.
         spectra: A few components by layer name.
-        speed: Times of both models, None where they were not measured.
-        samples: What both models wrote after a few prompts.
         command: The command line, quoted for a shell; None for a run from Python.
         commit: Commit of hf_lowrank's own checkout, with "-dirty" if it was changed; None where it
             is installed, then `versions` say which it was.

@@ -85,6 +85,17 @@ def test_a_command_keeps_its_words_and_loses_its_folders(words: list[str], expec
     assert found["command"] == shlex.join(["python", *expected])
 
 
+def test_a_folder_that_exists_here_is_left_out_of_the_command_but_the_script_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    for folder in ("scripts", "secret/out"):
+        (tmp_path / folder).mkdir(parents=True)
+    (tmp_path / "scripts" / "run.py").touch()
+    monkeypatch.chdir(tmp_path)
+    found = public(model="demo", command="python scripts/run.py --output_dir secret/out")
+    assert found["command"] == "python scripts/run.py --output_dir out"
+
+
 @pytest.mark.parametrize("text", ["[1, 2]\n", "no report", ""])
 def test_what_is_no_report_stays_as_it_is(text: str):
     assert public_report(text) == text

@@ -116,8 +116,13 @@ def without_folders(source: str) -> str:
 
 def is_local(source: str) -> bool:
     """Whether a source is a path: it exists on this machine, or can't be a name on the Hub."""
+    return looks_local(source) or os.path.exists(source)
+
+
+def looks_local(source: str) -> bool:
+    """Whether a source can't be a name on the Hub."""
     is_path = source[:1] in ("/", ".", "~") or "\\" in source or source.count("/") > 1
-    return is_path or PurePath(source).suffix in _LOCAL_SUFFIXES or os.path.exists(source)
+    return is_path or PurePath(source).suffix in _LOCAL_SUFFIXES
 
 
 def last_component(path: str) -> str:
