@@ -100,7 +100,7 @@ def cut_model() -> tuple[Any, dict[str, nn.Module]]:
     model = tiny_llama()
     config = LowRankConfig(param_ratio=0.5, metric="plain")
     found = analyzed(model, config)
-    return model, factorize_(model, found.spectra, found.plan_for_ratio(0.5))
+    return model, factorize_(model, found.factors, found.plan_for_ratio(0.5))
 
 
 def watch(
