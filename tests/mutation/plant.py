@@ -19,6 +19,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
 FOLDER = ROOT / "outputs" / "mutants"
+SKIPPED = ["core/ReplaceBinaryOperator_BitOr_.*"]  # most stand in annotations, which do nothing
 HERE = Path(__file__).resolve().parent
 
 
@@ -44,6 +45,7 @@ def run_group(name: str, group: dict[str, Any]) -> None:
     }
     lines = [f"{key} = {json.dumps(value)}" for key, value in settings.items()]
     lines += [f"test-command = {json.dumps(command)}", "[cosmic-ray.distributor]", 'name = "local"']
+    lines += ["[cosmic-ray.filters.operators-filter]", f"exclude-operators = {json.dumps(SKIPPED)}"]
     config.write_text("\n".join(["[cosmic-ray]", *lines]) + "\n", "utf-8")
     tool = str(Path(sys.executable).with_name("cosmic-ray"))
     Path(address).unlink(missing_ok=True)
@@ -55,6 +57,8 @@ def run_group(name: str, group: dict[str, Any]) -> None:
             raise SystemExit(f"{name}: the tests fail without a mutant: {' '.join(group['tests'])}")
         if not session.exists():
             subprocess.run([tool, "init", str(config), str(session)], cwd=ROOT, check=True)
+            skip = tool.replace("cosmic-ray", "cr-filter-operators")
+            subprocess.run([skip, str(session), str(config)], cwd=ROOT, check=True)
         subprocess.run([tool, "exec", str(config), str(session)], cwd=ROOT, check=True)
         if server.poll() is not None:  # without it every mutant counts as killed
             raise SystemExit(f"{name}: the test server ended; remove {session} and start again")
@@ -72,7 +76,11 @@ def wait_for(address: str, server: subprocess.Popen[bytes]) -> None:
 def report(name: str, tool: str, session: Path) -> None:
     dump = subprocess.run([tool, "dump", str(session)], capture_output=True, text=True, check=True)
     pairs = [json.loads(line) for line in dump.stdout.splitlines()]
-    done = [(work["mutations"][0], result) for work, result in pairs if result]
+    done = [
+        (work["mutations"][0], result)
+        for work, result in pairs
+        if result and result["test_outcome"]
+    ]
     alive = [mutation for mutation, result in done if result["test_outcome"] == "survived"]
     for each in alive:
         place = f"{each['module_path']}:{each['start_pos'][0]}"
