@@ -6,17 +6,19 @@
 #                 `venv`, `test`, `check` and `format`
 #   PIP_FLAGS     extra flags for pip install, such as another index
 #   PYTEST_FLAGS  flags for pytest
+#   GROUPS        groups of tests/mutation/groups.toml; all by default
 
 PYTHON ?= python3
 VENV ?= .venv
 PIP_FLAGS ?=
 PYTEST_FLAGS ?= -n 2
+GROUPS ?=
 
 BIN := $(VENV)/bin
 PROMPT ?= In Python, a list is
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test check format clean
+.PHONY: help venv demo test mutants check format clean
 
 help: ## Print this list.
 	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  \1\t/' | expand -t 12
@@ -51,6 +53,10 @@ demo: venv ## Compress a small language model on the CPU and let it write.
 
 test: venv ## Run the tests, offline.
 	HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_FLAGS) tests
+
+mutants: venv ## Plant bugs and count those that the tests find; GROUPS="ranks ..." for some.
+	$(BIN)/python -m pip install $(PIP_FLAGS) -c constraints.txt -e '.[mutation]'
+	HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false OMP_NUM_THREADS=1 $(BIN)/python tests/mutation/plant.py $(GROUPS)
 
 check: venv ## Lint, check the formatting and the types.
 	$(BIN)/python -m ruff check .

@@ -19,7 +19,7 @@ from benchmarks.glue import GlueTableArguments
 from benchmarks.table import main_score, part_of, run_row
 from hf_lowrank.compression.analysis import analyze
 from hf_lowrank.compression.options import Run, RunOptions, Texts
-from hf_lowrank.config import LowRankConfig, option
+from hf_lowrank.config import option
 from hf_lowrank.errors import ConfigError
 from hf_lowrank.modeling.surgery import factorized
 from hf_lowrank.modeling.targets import find_targets
@@ -27,6 +27,7 @@ from hf_lowrank.ranks.threshold import smallest_ratio
 from hf_lowrank.report.provenance import write_result
 from hf_lowrank.tasks.fine_tuning import SPECTRA_FOLDER, dense_model
 from hf_lowrank.tasks.glue import GlueArguments, load_glue_task
+from hf_lowrank.tasks.methods import cut_config
 from hf_lowrank.tasks.task import Task
 from hf_lowrank.tasks.task_arguments import CUTS
 
@@ -113,7 +114,7 @@ def bisect_size(
 def _without_training(
     task: Task, model: nn.Module, args: GlueArguments, cut: Mapping[str, Any], share: float
 ) -> dict[str, Any]:
-    config = LowRankConfig(param_ratio=1.0, **cut, label_source="model", seed=args.seed)
+    config = cut_config(dataclasses.replace(args, param_ratio=1.0, loss_tolerance=None), **cut)
     batches = task.batches(task.train, args.batch_size, args.calibration_samples)
     options = RunOptions(cache_dir=Path(args.cache_dir) / SPECTRA_FOLDER, progress=False)
     targets = find_targets(model, config)

@@ -14,7 +14,7 @@ from benchmarks.system_rows import dense_row, read_rows
 from benchmarks.system_tables import format_report
 from benchmarks.systems import BenchmarkOptions, BenchmarkTexts, compare_systems
 from hf_lowrank.compression.recovery import RECOVERIES, RecoverySettings
-from hf_lowrank.config import LowRankConfig, option
+from hf_lowrank.config import LowRankConfig, config_option, option
 from hf_lowrank.errors import ConfigError
 from hf_lowrank.files import write_text
 from hf_lowrank.inputs.sources import load_causal_lm
@@ -70,7 +70,7 @@ class SystemsArguments:
     out_of_domain: str | None = option(None, "Evaluation text of another kind.")
     evaluation_sequences: int = option(32, "Token windows for each evaluation.")
     sequence_length: int = option(256, "Tokens in each window.")
-    trials: int = option(24, "Plans that a search of ranks may measure.")
+    trials: int = config_option("search_trials")
     seed: int = option(0, "Seed of everything random.")
     dtype: str = option("auto", "Data type of the model.")
     output_dir: str = option(

@@ -70,7 +70,7 @@ class BenchmarkOptions:
 
     param_ratios: Sequence[float]
     systems: Sequence[str] = ()
-    trials: int = 24
+    trials: int = LowRankConfig.search_trials
     seed: int = 0
 
 

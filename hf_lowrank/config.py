@@ -40,6 +40,20 @@ SEARCH_NAMES = (
 )
 LABEL_SOURCES = ("data", "model")
 DEFAULT_LOSS_TOLERANCE = 0.05
+_TRADING_GOALS = ("param_ratio", "loss_tolerance")
+# Settings that not every run reads: which choice decides, and with which choices they are read.
+# Elsewhere a value other than the default would do nothing, and is refused.
+READERS: dict[str, tuple[str, tuple[str, ...]]] = {
+    "rule": ("goal", _TRADING_GOALS),
+    "min_rank": ("goal", _TRADING_GOALS),
+    "channels": ("goal", _TRADING_GOALS),
+    "measured_prices": ("goal", _TRADING_GOALS),
+    "search_trials": ("rule", ("bayes-types", "bayes-groups", "bayes-proxy", "cross-entropy")),
+    "input_damping": ("metric", ("whitened", "pooled", "kfac", "sparsity-whitened")),
+    "output_damping": ("metric", ("kfac",)),
+    "activation_alpha": ("metric", ("activation-scale",)),
+    "label_source": ("metric", ("fisher-rows", "kfac")),
+}
 
 
 def option(default: Any, help: str) -> Any:  # noqa: ANN401
@@ -58,8 +72,12 @@ class LowRankConfig(QuantizationConfigMixin):
     Give at most one goal: `param_ratio`, `loss_tolerance` or `rank`. Without one the goal is a
     loss tolerance of 0.05 nats per token. The fields' help texts say what each means.
 
+    A setting that the others leave nothing to do is refused (`READERS`), unless `ranks` are given:
+    then the config is a record, as it stands in a checkpoint, and is replayed.
+
     Raises:
-        ConfigError: A value is out of range, or two settings contradict each other.
+        ConfigError: A value is out of range, two settings contradict each other, or one would do
+            nothing.
     """
 
     param_ratio: float | None = option(
@@ -166,6 +184,7 @@ class LowRankConfig(QuantizationConfigMixin):
             )
         _check_count("min_rank", self.min_rank)
         _check_count("search_trials", self.search_trials)
+        _check_seed(self.seed)
         for field_name in ("target_modules", "exclude_modules"):
             value = getattr(self, field_name)
             if isinstance(value, str):
@@ -184,6 +203,18 @@ class LowRankConfig(QuantizationConfigMixin):
                     _check_count(f"{field_name}[{name!r}]", rank)
 
         self._check_narrowed()
+        if self.ranks is None:
+            self._check_readers()
+
+    def _check_readers(self) -> None:
+        choices = {"goal": self.goal, "rule": self.effective_rule, "metric": self.metric}
+        for name, (kind, readers) in READERS.items():
+            value = getattr(self, name)
+            if value != _FIELDS[name].default and choices[kind] not in readers:
+                raise ConfigError(
+                    f"{name}={value!r} would do nothing with {kind} {choices[kind]!r}: it is read "
+                    f"with {kind} {' or '.join(readers)}. Leave it out, or choose such a {kind}."
+                )
 
     def _check_prices(self, name: str) -> None:
         if not getattr(self, name):
@@ -193,8 +224,6 @@ class LowRankConfig(QuantizationConfigMixin):
                 f"{name} works on prices, which need metric 'kfac' and rule 'price'; got metric "
                 f"{self.metric!r} and rule {self.effective_rule!r}."
             )
-        if self.rank is not None:
-            raise ConfigError(f"{name} needs a size or a loss tolerance as the goal, not a rank.")
 
     def _check_narrowed(self) -> None:
         if self.narrowed is not None and not isinstance(self.narrowed, dict):
@@ -298,6 +327,12 @@ def _check_choice(name: str, value: object, allowed: tuple[str, ...]) -> None:
 def _check_count(name: str, value: object) -> None:
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise ConfigError(f"{name} must be an integer >= 1, got {value!r}.")
+
+
+def _check_seed(value: object) -> None:
+    # What every generator takes: torch's, numpy's and Python's.
+    if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < 2**32:
+        raise ConfigError(f"seed must be an integer from 0 to 2**32 - 1, got {value!r}.")
 
 
 _FIELDS = {field.name: field for field in dataclasses.fields(LowRankConfig)}

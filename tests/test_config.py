@@ -3,12 +3,16 @@
 import dataclasses
 import json
 import math
+import re
+from dataclasses import replace
 
 import pytest
+import torch
 
 from hf_lowrank import LowRankConfig
-from hf_lowrank.config import METRIC_NAMES, RULE_NAMES, SEARCH_NAMES
-from hf_lowrank.decomposition.metrics import METRICS
+from hf_lowrank.config import METRIC_NAMES, READERS, RULE_NAMES, SEARCH_NAMES
+from hf_lowrank.decomposition.metrics import METRICS, MetricSettings
+from hf_lowrank.decomposition.moments import Moments, SecondMoment
 from hf_lowrank.errors import CheckpointError, ConfigError, LowRankError
 from hf_lowrank.ranks.rules import RULES
 from hf_lowrank.ranks.searches.search import SEARCHES
@@ -65,7 +69,10 @@ def test_price_needs_the_metric_that_has_prices():
     [
         ({"metric": "whitened"}, r"need metric 'kfac' and rule 'price'; got metric 'whitened'"),
         ({"rule": "relative"}, r"got metric 'kfac' and rule 'relative'"),
-        ({"rank": 4}, r"needs a size or a loss tolerance as the goal"),
+        (
+            {"rank": 4},
+            r"^channels=True would do nothing with goal 'rank': it is read with goal par",
+        ),
         ({"channels": "yes"}, r"^channels must be true or false, got 'yes'\."),
     ],
 )
@@ -229,3 +236,82 @@ def test_every_setting_has_a_help_text():
 def test_rank_pattern_must_map_names_to_ranks(value):
     with pytest.raises(ConfigError, match="rank_pattern must"):
         LowRankConfig(rank_pattern=value)
+
+
+@pytest.mark.parametrize("value", ["abc", 1.0, True, None, -1, 2**32])
+def test_a_seed_is_an_integer_that_every_generator_takes(value):
+    with pytest.raises(ConfigError, match=rf"^seed must be an integer from 0 to .*, got {value!r}"):
+        LowRankConfig(seed=value)
+
+
+# One example of each setting that something else can leave nothing to do.
+IGNORED = {
+    "rule": ({"rank": 2}, "energy", r"with goal 'rank': .* param_ratio or loss_tolerance\."),
+    "min_rank": ({"rank": 2}, 8, r"with goal 'rank': .* param_ratio or loss_tolerance\."),
+    "channels": ({"rank": 2}, True, "with goal 'rank'"),
+    "measured_prices": ({"rank": 2}, True, "with goal 'rank'"),
+    "search_trials": ({"param_ratio": 0.5}, 5, r"with rule 'price': .* or cross-entropy\."),
+    "input_damping": ({"metric": "plain"}, 5.0, "with metric 'plain': .* whitened or pooled"),
+    "output_damping": ({"metric": "whitened"}, 5.0, r"with metric 'whitened': .* metric kfac\."),
+    "activation_alpha": ({}, 0.75, "with metric 'kfac': it is read with metric activation-scale"),
+    "label_source": ({"metric": "pooled"}, "model", "with metric 'pooled': .*fisher-rows or kfac"),
+}
+
+
+@pytest.mark.parametrize("name", READERS)
+def test_a_setting_that_would_do_nothing_is_refused(name):
+    settings, value, message = IGNORED[name]
+    start = re.escape(f"{name}={value!r} would do nothing ")
+    with pytest.raises(ConfigError, match=f"^{start}{message}.* Leave it out, or choose such a"):
+        LowRankConfig(**settings, **{name: value})
+
+
+@pytest.mark.parametrize("name", READERS)
+def test_the_same_setting_is_accepted_in_a_record(name):
+    """Checkpoints written before these were refused hold them, and are replayed."""
+    settings, value, _ = IGNORED[name]
+    record = LowRankConfig(**settings, ranks={"a": 3}).to_dict() | {name: value}
+    assert getattr(LowRankConfig.from_dict(record), name) == value
+
+
+@pytest.mark.parametrize("name", READERS)
+def test_where_it_is_read_a_setting_is_accepted(name):
+    _, value, _ = IGNORED[name]
+    kind, readers = READERS[name]
+    for reader in readers:
+        chosen = {reader: 0.5} if kind == "goal" else {"param_ratio": 0.5, kind: reader}
+        assert getattr(LowRankConfig(**chosen, **{name: value}), name) == value
+    assert (
+        set(readers)
+        <= {
+            "metric": set(METRIC_NAMES),
+            "rule": set(SEARCH_NAMES),
+            "goal": {"param_ratio", "loss_tolerance"},
+        }[kind]
+    )
+
+
+@pytest.mark.parametrize("metric", METRIC_NAMES)
+@pytest.mark.parametrize("name", [n for n, (kind, _) in READERS.items() if kind == "metric"])
+def test_the_table_of_readers_says_what_the_metrics_read(name, metric):
+    """Each metric's form, or the statistics that it needs, with and without the setting."""
+    is_read = metric in READERS[name][1]
+    if name == "label_source":
+        assert is_read == bool(METRICS[metric].needs & {"output", "gradient_rows"})
+        return
+    one = MetricSettings(input_damping=0.3, output_damping=0.2, activation_alpha=0.4)
+    forms = [METRICS[metric].form(some_moments(), s) for s in (one, replace(one, **{name: 0.7}))]
+    assert (repr(forms[0]) != repr(forms[1])) == is_read
+
+
+def some_moments():
+    second = SecondMoment(torch.eye(2), 2.0, 2)
+    return Moments(
+        input=second,
+        input_centred=second,
+        output=second,
+        input_abs=torch.tensor([1.0, 4.0]),
+        gradient_rows=torch.ones(2),
+        tokens=3,
+        losses=3,
+    )

@@ -9,7 +9,8 @@ from __future__ import annotations
 import torch
 
 from hf_lowrank.channels.narrowing import ChannelWeights
-from hf_lowrank.decomposition.metrics import MetricSettings, QuadraticForm, Side
+from hf_lowrank.config import LowRankConfig
+from hf_lowrank.decomposition.metrics import QuadraticForm, Side
 from hf_lowrank.decomposition.moments import SecondMoment
 
 TAIL_SHARE = 0.01
@@ -24,7 +25,7 @@ def norm_scaled(moment: SecondMoment) -> QuadraticForm:
         moment: The inputs' whole second moment, of which the diagonal is used.
     """
     squares = moment.matrix.diagonal().double()
-    damping = MetricSettings().input_damping
+    damping = LowRankConfig.input_damping
     return QuadraticForm(input=Side(diagonal=squares + damping * squares.mean()))
 
 

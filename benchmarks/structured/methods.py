@@ -24,7 +24,8 @@ from benchmarks.structured.shared_basis import (
 )
 from benchmarks.structured.sp3 import principal_narrowing
 from hf_lowrank.channels.narrowing import Narrowing, channel_weights, narrowed, selection
-from hf_lowrank.decomposition.metrics import MetricSettings, QuadraticForm, Side
+from hf_lowrank.config import LowRankConfig
+from hf_lowrank.decomposition.metrics import QuadraticForm, Side
 from hf_lowrank.decomposition.moments import Moments, SecondMoment
 from hf_lowrank.decomposition.spectrum import decompose
 from hf_lowrank.errors import ConfigError, TargetError
@@ -228,4 +229,4 @@ def _factorized(
 
 
 def _whitened(moment: SecondMoment) -> QuadraticForm:
-    return QuadraticForm(input=Side(moment=moment, damping=MetricSettings().input_damping))
+    return QuadraticForm(input=Side(moment=moment, damping=LowRankConfig.input_damping))

@@ -18,7 +18,8 @@ import torch
 from torch import nn
 
 from hf_lowrank.channels.narrowing import filled
-from hf_lowrank.decomposition.metrics import MetricSettings, QuadraticForm, Side
+from hf_lowrank.config import LowRankConfig
+from hf_lowrank.decomposition.metrics import QuadraticForm, Side
 from hf_lowrank.decomposition.moments import SecondMoment
 from hf_lowrank.decomposition.spectrum import Factors, decompose
 from hf_lowrank.errors import ConfigError, TargetError
@@ -95,7 +96,7 @@ def shared_factors(layers: Mapping[str, nn.Module], moments: Sequence[SecondMome
         moments[0].size,
     )
     stacked = torch.cat([linear_weight(layer) for layer in layers.values()])
-    side = Side(moment=total, damping=MetricSettings().input_damping)
+    side = Side(moment=total, damping=LowRankConfig.input_damping)
     return decompose(stacked, QuadraticForm(input=side))[1]
 
 

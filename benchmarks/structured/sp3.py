@@ -15,6 +15,7 @@ import torch
 
 from hf_lowrank.channels.narrowing import ChannelWeights, Narrowing, refit
 from hf_lowrank.channels.order import damped_moment
+from hf_lowrank.config import LowRankConfig
 from hf_lowrank.decomposition.moments import SecondMoment
 
 
@@ -45,5 +46,5 @@ def principal_narrowing(weights: ChannelWeights, moment: SecondMoment, count: in
             as in the `whitened` metric.
         count: How many channels to keep.
     """
-    whole = damped_moment(moment)
+    whole = damped_moment(moment, LowRankConfig.input_damping)
     return refit(principal_channels(whole, count), weights, whole)

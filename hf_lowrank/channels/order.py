@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from hf_lowrank.channels.narrowing import Narrowing, channel_weights, refit
-from hf_lowrank.decomposition.metrics import MetricSettings, QuadraticForm, Side
+from hf_lowrank.decomposition.metrics import QuadraticForm, Side
 from hf_lowrank.decomposition.moments import SecondMoment
 from hf_lowrank.decomposition.spectrum import damped
 from hf_lowrank.errors import NumericalError
@@ -75,10 +75,9 @@ class ChannelOrder:
         return found | {self.block.output: (dense[self.block.output][0], count)}
 
 
-def damped_moment(moment: SecondMoment, damping: float | None = None) -> torch.Tensor:
+def damped_moment(moment: SecondMoment, damping: float) -> torch.Tensor:
     """The moment, fp64, with a small share of its mean diagonal added, as in the metrics."""
-    share = MetricSettings().input_damping if damping is None else damping
-    return damped(moment.matrix.double(), Side(moment=moment, damping=share))
+    return damped(moment.matrix.double(), Side(moment=moment, damping=damping))
 
 
 def order_channels(

@@ -214,8 +214,6 @@ class CompressionArguments:
             raise ConfigError("joint takes neither channels nor measured_prices.")
         if self.joint and self.recover_steps > 0:
             raise ConfigError("joint trains no factors; give no recover_steps.")
-        if self.joint and self.search_trials != _CONFIG_FIELDS["search_trials"].default:
-            raise ConfigError("joint tries a fixed set of candidates; give no search_trials.")
         if self.stages > 1 and len(ratios) > 1:
             raise ConfigError("stages lead to one size; give one param_ratio.")
         if self.stages > 1 and self.joint:

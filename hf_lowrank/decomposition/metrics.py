@@ -57,9 +57,9 @@ class QuadraticForm:
 class MetricSettings:
     """Numbers that the metrics read; see the fields of `LowRankConfig` of the same names."""
 
-    input_damping: float = 0.01
-    output_damping: float = 0.1
-    activation_alpha: float = 0.5
+    input_damping: float
+    output_damping: float
+    activation_alpha: float
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from transformers import Trainer, TrainingArguments
 
 from hf_lowrank.compression.joint.system import compress_jointly
 from hf_lowrank.compression.verbs import compress
-from hf_lowrank.config import DEFAULT_LOSS_TOLERANCE, LowRankConfig
+from hf_lowrank.config import DEFAULT_LOSS_TOLERANCE, READERS, LowRankConfig
 from hf_lowrank.pruning.lpaf import STAGES, LpafSettings, lpaf_
 from hf_lowrank.pruning.pruned_ranks import mean_ranks, target_weights
 from hf_lowrank.report.schema import Report
@@ -51,7 +51,7 @@ def cut_then_train(
     model: nn.Module, task: Task, args: TaskArguments, *, metric: str, channels: bool = False
 ) -> dict[str, Any]:
     """One cut in a metric, with the metric's default rule; then fine-tuning of what is left."""
-    return _cut_then_fine_tune(model, task, args, _config(args, metric, channels), args.epochs)
+    return _cut_then_fine_tune(model, task, args, cut_config(args, metric, channels), args.epochs)
 
 
 def _cut_then_fine_tune(
@@ -82,7 +82,7 @@ def cut_jointly_then_train(model: nn.Module, task: Task, args: TaskArguments) ->
     )
     found = compress_jointly(
         model,
-        _config(args, "kfac"),
+        cut_config(args, "kfac"),
         task.batches(fitting, args.batch_size),
         task.batches(accepting, args.batch_size),
         task.batches(task.validation, args.batch_size),
@@ -176,7 +176,7 @@ def settle_cut_train(
     # Half a step short: Trainer rounds up, and rounding errors must not add a step to the epochs.
     left = trainer.state.max_steps - trainer.state.global_step - 0.5
     epochs = args.epochs * left / trainer.state.max_steps
-    config = _config(args, metric).replace(rule="stable-rank")
+    config = cut_config(args, metric).replace(rule="stable-rank")
     report = _cut_then_fine_tune(model, task, args, config, epochs)
     return report | {"switch": switch.summary(), "seconds": seconds | report["seconds"]}
 
@@ -202,7 +202,7 @@ def prune_cut_train(
     shared = training_settings(args, "", 0, args.learning_rate)
     for name in ("output_dir", "num_train_epochs", "eval_strategy", "save_strategy"):
         del shared[name]
-    config = _config(args, metric)
+    config = cut_config(args, metric)
     found = lpaf_(
         model,
         task.train,
@@ -231,13 +231,15 @@ def prune_cut_train(
     } | uncured
 
 
-def _config(args: TaskArguments, metric: str, channels: bool = False) -> LowRankConfig:
+def cut_config(args: TaskArguments, metric: str, channels: bool = False) -> LowRankConfig:
+    """How a method cuts; labels, where its metric reads any, come from the model itself."""
+    reads_labels = metric in READERS["label_source"][1]
     return LowRankConfig(
         param_ratio=args.param_ratio,
         loss_tolerance=args.loss_tolerance,
         metric=metric,
         channels=channels,
-        label_source="model",
+        label_source="model" if reads_labels else LowRankConfig.label_source,
         seed=args.seed,
     )
 

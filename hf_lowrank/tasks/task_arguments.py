@@ -90,7 +90,9 @@ class TaskArguments:
             raise ConfigError(
                 f"method must be one of {', '.join(METHOD_NAMES)}; got {self.method!r}."
             )
-        LowRankConfig(param_ratio=self.param_ratio, loss_tolerance=self.loss_tolerance)
+        LowRankConfig(
+            param_ratio=self.param_ratio, loss_tolerance=self.loss_tolerance, seed=self.seed
+        )
         while_training = {*SELECTION_RULES, *CUTTLEFISH_VARIANTS, *LPAF_VARIANTS}
         if self.method in while_training and self.epochs <= 0:
             raise ConfigError(f"method {self.method} cuts while it trains; epochs must be > 0.")

@@ -9,7 +9,7 @@ from torch import nn
 
 from hf_lowrank.config import LowRankConfig
 from hf_lowrank.decomposition.thin import thin_svd
-from hf_lowrank.errors import ConfigError, TargetError
+from hf_lowrank.errors import TargetError
 from hf_lowrank.format.dense_linear import linear_weight
 from hf_lowrank.format.forms.factors import LowRankLinear
 from hf_lowrank.format.rebuild import factorized_layers, narrowed_layers
@@ -33,7 +33,6 @@ def to_training_form_(model: nn.Module, config: LowRankConfig) -> dict[str, LowR
         The layers in training form, by name.
 
     Raises:
-        ConfigError: The config asks for channels of a dense model, which no training takes out.
         TargetError, ConfigError: The model has narrowed layers alone; or see `find_targets`.
     """
     layers = factorized_layers(model)
@@ -48,8 +47,6 @@ def to_training_form_(model: nn.Module, config: LowRankConfig) -> dict[str, LowR
             "The model's feed-forwards lost channels, but no layer has a rank, so there is none to "
             "select; train it with Trainer."
         )
-    if config.channels:
-        raise ConfigError("Training selects ranks only; set channels for compress, not here.")
     targets = find_targets(model, config)
     fixed = fixed_ranks(targets, config)
     for name, dense in targets.items():
@@ -73,6 +70,23 @@ def to_inference_form_(model: nn.Module) -> nn.Module:
             layer.lowrank_A.weight.mul_(scale[:, None])
             layer.lowrank_s = None
     return model
+
+
+def reshape_(model: nn.Module, ranks: Mapping[str, int | None]) -> None:
+    """Gives layers other ranks in training form, None for dense, in place.
+
+    The factors of a layer whose rank changes are left empty, for a checkpoint to fill.
+    """
+    for name, rank in ranks.items():
+        layer = model.get_submodule(name)
+        now = layer.rank if isinstance(layer, LowRankLinear) else None
+        if rank == now:
+            continue
+        if rank is not None:
+            new: nn.Module = empty_lowrank(layer, rank, form="usv")
+        elif isinstance(layer, LowRankLinear):
+            new = layer.to_dense()
+        replace_layer_(model, name, new)
 
 
 def current_ranks(model: nn.Module, names: Mapping[str, object]) -> dict[str, int | None]:

@@ -43,15 +43,15 @@ class SelectionSettings:
     target layers that stay dense and count towards it.
     """
 
-    rule: str = "relative"
-    tolerance: float = 0.02
-    precision: float = 0.01
-    smallest_ratio: float = 0.02
+    rule: str
+    tolerance: float
+    precision: float
+    smallest_ratio: float
+    label_source: str
+    seed: int
+    damping: MetricSettings
     param_ratio: float | None = None
     dense_shapes: Mapping[str, tuple[int, int]] = field(default_factory=dict)
-    label_source: str = "model"
-    seed: int = 0
-    damping: MetricSettings = MetricSettings()
 
 
 @dataclass(frozen=True)

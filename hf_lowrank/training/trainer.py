@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
-import math
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,9 +12,9 @@ import torch
 from accelerate.utils import broadcast_object_list
 from torch import nn
 from torch.utils.data import DataLoader, Subset
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from hf_lowrank.config import LowRankConfig
+from hf_lowrank.decomposition.metrics import MetricSettings
 from hf_lowrank.errors import ConfigError, DataError
 from hf_lowrank.evaluation.perplexity import ItemLoss, LossMeasurement, measure_loss
 from hf_lowrank.format.dense_linear import linear_shape
@@ -24,21 +22,23 @@ from hf_lowrank.format.forms.factors import LowRankLinear
 from hf_lowrank.format.rebuild import factorized_layers
 from hf_lowrank.measuring.items import Batch
 from hf_lowrank.modeling.marks import attach_config
-from hf_lowrank.modeling.surgery import empty_lowrank, replace_layer_
 from hf_lowrank.ranks.plan import RankPlan, useful_rank
 from hf_lowrank.ranks.threshold import check_budget
 from hf_lowrank.report.sections import Training
 from hf_lowrank.training.base import CheckedTrainer
-from hf_lowrank.training.form_changes import current_ranks, to_inference_form_, to_training_form_
+from hf_lowrank.training.form_changes import (
+    current_ranks,
+    reshape_,
+    to_inference_form_,
+    to_training_form_,
+)
 from hf_lowrank.training.penalties import orthogonality_penalty, rank_penalty
 from hf_lowrank.training.selection import Selection, SelectionSettings, select_ranks
-from hf_lowrank.training.training_arguments import LowRankTrainingArguments
+from hf_lowrank.training.selection_schedule import SelectionSchedule, scheduled_ratio
+from hf_lowrank.training.training_arguments import LowRankTrainingArguments, check_lowrank_config
 from hf_lowrank.training.truncation import cut_factors, make_dense_, truncate_
 
-_LOGGER = logging.getLogger(__name__)
 STATE_FILE = "lowrank_state.json"
-# A target size is reached after this share of the training; the rest trains what is left.
-_SELECTION_SHARE = 2 / 3
 
 
 class LowRankTrainer(CheckedTrainer):
@@ -51,14 +51,16 @@ class LowRankTrainer(CheckedTrainer):
     Args:
         model: Dense or compressed transformers model; changed in place.
         args: See `LowRankTrainingArguments`.
-        lowrank_config: Target layers and fixed ranks.
+        lowrank_config: Target layers, fixed ranks and, for rule `price`, the damping; for a
+            compressed model its own config, or none.
         **kwargs: As for `Trainer`.
 
     Attributes:
         selections: What every selection so far did: epoch, probes, ranks, seconds.
 
     Raises:
-        ConfigError: The arguments are of the wrong class.
+        ConfigError: The arguments are of the wrong class, or `lowrank_config` holds a setting that
+            training does not read.
         DataError: There is no training set to select ranks on.
     """
 
@@ -79,7 +81,11 @@ class LowRankTrainer(CheckedTrainer):
             )
         if kwargs.get("train_dataset") is None:
             raise DataError("LowRankTrainer needs a train_dataset: ranks are selected on it.")
-        self.lowrank_config = lowrank_config or LowRankConfig()
+        self.lowrank_config = config = lowrank_config or LowRankConfig()
+        check_lowrank_config(config, args, is_compressed=bool(factorized_layers(model)))
+        self._damping = MetricSettings(
+            config.input_damping, config.output_damping, config.activation_alpha
+        )
         layers = to_training_form_(model, self.lowrank_config)
         self.lowrank_shapes = {name: linear_shape(layer) for name, layer in layers.items()}
         self.selections: list[dict[str, Any]] = []
@@ -89,7 +95,7 @@ class LowRankTrainer(CheckedTrainer):
         super().__init__(model=model, args=args, **kwargs)
         self._describe_ranks()
         self._check_target()
-        self.add_callback(_SelectionCallback(self))
+        self.add_callback(SelectionSchedule(self.select_ranks, self._measure_start))
 
     def compute_loss(
         self,
@@ -148,7 +154,7 @@ class LowRankTrainer(CheckedTrainer):
         """
         batches = self.selection_batches()
         layers = {n: m for n, m in factorized_layers(self.model).items() if m.lowrank_s is not None}
-        scheduled = self._scheduled_ratio()
+        scheduled = scheduled_ratio(self.args, self.state)
         if not layers or (scheduled is not None and self.param_ratio() <= scheduled):
             return None
         args = self.args
@@ -160,6 +166,7 @@ class LowRankTrainer(CheckedTrainer):
             param_ratio=scheduled,
             label_source=args.selection_labels,
             seed=args.seed,
+            damping=self._damping,
             dense_shapes={n: s for n, s in self.lowrank_shapes.items() if n not in layers},
         )
         start = time.perf_counter()
@@ -255,16 +262,6 @@ class LowRankTrainer(CheckedTrainer):
             self._describe_ranks()
         self._renew_wrapper()
 
-    def _scheduled_ratio(self) -> float | None:
-        """Where a target size is set: the share of the parameters that is due at this step."""
-        target = self.args.target_param_ratio
-        if target is None:
-            return None
-        every = self.args.selection_steps or self.state.max_steps / self.args.num_train_epochs
-        total = max(1, int(_SELECTION_SHARE * self.state.max_steps / every + 1e-6))
-        done = math.ceil(self.state.global_step / every - 1e-6)
-        return float(target ** min(1.0, done / total))
-
     def _load_best_model(self) -> None:
         """Gives the layers the best checkpoint's ranks before its weights are read."""
         self._reshape_like(Path(str(self.state.best_model_checkpoint)))
@@ -273,17 +270,7 @@ class LowRankTrainer(CheckedTrainer):
     def _reshape_like(self, checkpoint: Path) -> None:
         """Gives every layer the rank that it has in a checkpoint; the factors come later."""
         config = json.loads((checkpoint / "config.json").read_text("utf-8"))
-        ranks = config.get("quantization_config", {}).get("ranks", {})
-        for name, rank in ranks.items():
-            layer = self.model.get_submodule(name)
-            now = layer.rank if isinstance(layer, LowRankLinear) else None
-            if rank == now:
-                continue
-            if rank is not None:
-                new: nn.Module = empty_lowrank(layer, rank, form="usv")
-            elif isinstance(layer, LowRankLinear):
-                new = layer.to_dense()
-            replace_layer_(self.model, name, new)
+        reshape_(self.model, config.get("quantization_config", {}).get("ranks", {}))
         self._describe_ranks()
 
     def _optimizer(self) -> torch.optim.Optimizer | None:
@@ -309,6 +296,12 @@ class LowRankTrainer(CheckedTrainer):
 
     def _measure(self, batches: Sequence[Batch]) -> LossMeasurement:
         return measure_loss(self.model, batches)
+
+    def _measure_start(self) -> None:
+        """Measures the model before training, where `tolerance_reference` refers to it."""
+        refers = self.args.tolerance_reference != "current"
+        if self.reference is None and refers and self.args.target_param_ratio is None:
+            self.reference = list(self._measure(self.selection_batches()).items)
 
     def _update_reference(self, now: LossMeasurement) -> list[ItemLoss]:
         """The losses that the tolerance is measured from; see `tolerance_reference`."""
@@ -346,44 +339,3 @@ class LowRankTrainer(CheckedTrainer):
             self.selections = state["selections"]
         self._describe_ranks()
         super()._load_from_checkpoint(resume_from_checkpoint, model)
-
-
-def _ends_epoch(state: TrainerState) -> bool:
-    """Whether this step is the last of an epoch, or of the training."""
-    epoch = state.epoch or 0.0
-    return abs(epoch - round(epoch)) < 1e-9 or state.global_step >= state.max_steps
-
-
-class _SelectionCallback(TrainerCallback):
-    """Calls the trainer's selection at the right moments."""
-
-    def __init__(self, trainer: LowRankTrainer) -> None:
-        self.trainer = trainer
-
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Measures the start, which `tolerance_reference` may refer to."""
-        trainer = self.trainer
-        if trainer.args.selection_steps > state.max_steps:
-            _LOGGER.warning(
-                "selection_steps %d is more than the training's %d steps: no rank is selected.",
-                trainer.args.selection_steps,
-                state.max_steps,
-            )
-        refers = trainer.args.tolerance_reference != "current"
-        if trainer.reference is None and refers and trainer.args.target_param_ratio is None:
-            trainer.reference = list(trainer._measure(trainer.selection_batches()).items)
-
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Selects every `selection_steps` steps, or at an epoch's last step.
-
-        Not in `on_epoch_end`: a checkpoint of the epoch's last step is saved before that.
-        """
-        trainer = self.trainer
-        every = trainer.args.selection_steps
-        is_due = state.global_step % every == 0 if every else _ends_epoch(state)
-        if is_due:
-            trainer.select_ranks()

@@ -2,18 +2,35 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from dataclasses import dataclass
 
 from transformers import TrainingArguments
 
-from hf_lowrank.config import LABEL_SOURCES, option
+from hf_lowrank.config import LABEL_SOURCES, LowRankConfig, option
 from hf_lowrank.errors import ConfigError
 from hf_lowrank.training.penalties import RANK_PENALTIES
 
-SELECTION_RULES = ("relative", "price")
+SELECTION_RULES = ("price", "relative")
 TOLERANCE_REFERENCES = ("start", "best", "current")
 BREAK_EVEN_CHOICES = ("wait", "dense")
+# Settings of a LowRankConfig: what training reads, and what takes the place of the others.
+_READ = ("target_modules", "exclude_modules", "rank_pattern")
+_READ_FOR_PRICES = ("input_damping", "output_damping")
+_DECISIONS = ("ranks", "narrowed", "form", "format_version", "quant_method")
+_INSTEAD = {
+    "param_ratio": "target_param_ratio in LowRankTrainingArguments",
+    "loss_tolerance": "selection_tolerance in LowRankTrainingArguments",
+    "rank": "rank_pattern",
+    "metric": "selection_rule in LowRankTrainingArguments",
+    "rule": "selection_rule in LowRankTrainingArguments",
+    "min_rank": "smallest_ratio in LowRankTrainingArguments",
+    "input_damping": "selection_rule='price', which reads it",
+    "output_damping": "selection_rule='price', which reads it",
+    "label_source": "selection_labels in LowRankTrainingArguments",
+    "seed": "seed in LowRankTrainingArguments",
+}
 
 
 @dataclass
@@ -32,9 +49,9 @@ class LowRankTrainingArguments(TrainingArguments):
     )
     rank_penalty_weight: float = option(1e-3, "lambda_R: weight of the penalty on the spectra.")
     selection_rule: str = option(
-        "relative",
-        "Rule of the rank selection: relative (the paper's) or price (predicted nats per "
-        "parameter).",
+        "price",
+        "Rule of the rank selection: price (predicted nats per parameter) or relative (the "
+        "paper's).",
     )
     selection_tolerance: float = option(
         0.02, "epsilon: largest rise of the task loss that a selection may cause, nats."
@@ -114,3 +131,43 @@ class LowRankTrainingArguments(TrainingArguments):
                 "parameters do not allow; compress before `prepare` and train with Trainer, or use "
                 "DDP."
             )
+
+
+def check_lowrank_config(
+    config: LowRankConfig, args: LowRankTrainingArguments, *, is_compressed: bool
+) -> None:
+    """Refuses settings of a `LowRankConfig` that training would ignore.
+
+    Args:
+        config: What `LowRankTrainer` is given.
+        args: How it trains.
+        is_compressed: Whether the model has low-rank layers. These keep their ranks, so the config
+            may be the one that came with them, as a record, and chooses nothing.
+
+    Raises:
+        ConfigError: With the first such setting, and what to set instead.
+    """
+    if is_compressed and config.ranks is not None:
+        return
+    if config.ranks is not None:
+        raise ConfigError(
+            "LowRankTrainer starts a dense model at full rank and does not read ranks of its "
+            "lowrank_config; fix ranks by rank_pattern."
+        )
+    read = {*_DECISIONS} | (set() if is_compressed else {*_READ})
+    if args.selection_rule == "price":
+        read |= {*_READ_FOR_PRICES}
+    default = LowRankConfig()
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if field.name in read or value == getattr(default, field.name):
+            continue
+        if field.name in _READ:
+            advice = "The model has low-rank layers already, and those are trained; leave it out."
+        elif field.name in _INSTEAD:
+            advice = f"Set {_INSTEAD[field.name]} instead."
+        else:
+            advice = "It is for compress; leave it out."
+        raise ConfigError(
+            f"LowRankTrainer would ignore {field.name}={value!r} of its lowrank_config. {advice}"
+        )

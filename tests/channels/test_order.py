@@ -2,9 +2,13 @@
 
 import pytest
 import torch
+from torch import nn
 
 from hf_lowrank.channels.narrowing import ChannelWeights, refit
-from hf_lowrank.channels.order import channel_order
+from hf_lowrank.channels.order import channel_order, damped_moment, order_channels
+from hf_lowrank.decomposition.metrics import QuadraticForm, Side
+from hf_lowrank.decomposition.moments import SecondMoment
+from hf_lowrank.format.feed_forward import FeedForward
 
 
 def positive(size, seed, rank=None):
@@ -56,3 +60,40 @@ def test_a_channel_that_nothing_reads_is_kept_last():
     moment[3] = moment[:, 3] = 0.0
     moment[3, 3] = 50.0  # large, and no other channel says anything about it
     assert channel_order(moment, worth @ moment)[0][-1] == 3
+
+
+def moment_of(vectors):
+    second = vectors.T @ vectors
+    return SecondMoment(second.float(), float(second.trace()), len(second))
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_the_refit_is_damped_more_than_the_price_for_few_tokens(seed):
+    """160 noisy channels on 200 tokens: on other tokens the price's own damping does worse."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def channels(count):
+        hidden = torch.randn(count, 12, generator=generator) @ mixing
+        return (hidden + torch.randn(count, 160, generator=generator)).double()
+
+    mixing = torch.randn(12, 160, generator=generator)
+    model = nn.ModuleDict({"up": nn.Linear(12, 160), "down": nn.Linear(160, 24)})
+    nn.init.normal_(model["down"].weight, std=0.1, generator=generator)
+    block = FeedForward(("up",), "down")
+    seen, unseen = channels(200), channels(2000)
+    whole = moment_of(seen)
+    gradients = moment_of(torch.randn(200, 24, generator=generator).double())
+    form = QuadraticForm(Side(None, gradients, 0.1), Side(None, whole, 0.01), 1e-4)
+    order = order_channels(model, block, whole, form)
+    weight = model["down"].weight.detach().double()
+
+    def unseen_error(narrowing):
+        kept = narrowing.gather[0]
+        return float((unseen[:, kept] @ narrowing.output.T - unseen @ weight.T).square().mean())
+
+    found = unseen_error(order.narrowing(model, 100))
+    kept = order.order[:100].sort().values
+    weights = ChannelWeights((), (), weight)
+    as_the_price = refit(kept, weights, damped_moment(whole, 0.01))
+    error = float((unseen[:, kept] @ as_the_price.output.T - unseen @ weight.T).square().mean())
+    assert found < 0.95 * error

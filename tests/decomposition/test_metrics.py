@@ -5,10 +5,10 @@ import dataclasses
 import pytest
 import torch
 
-from hf_lowrank import LowRankConfig
-from hf_lowrank.decomposition.metrics import METRICS, MetricSettings, QuadraticForm, Side
+from hf_lowrank.decomposition.metrics import METRICS, QuadraticForm, Side
 from hf_lowrank.decomposition.moments import Moments, SecondMoment
 from hf_lowrank.decomposition.spectrum import decompose
+from tests.decomposition import SETTINGS
 
 
 def moments():
@@ -35,25 +35,18 @@ def test_a_metric_needs_what_it_says_and_nothing_else(metric):
     needs = METRICS[metric].needs
     assert needs <= {field.name for field in dataclasses.fields(Moments)}
     some = {name: getattr(moments(), name) for name in needs}
-    METRICS[metric].form(Moments(**some, tokens=4, losses=5), MetricSettings())
+    METRICS[metric].form(Moments(**some, tokens=4, losses=5), SETTINGS)
     for missing in needs:
         with pytest.raises(ValueError, match=r"^The metric needs statistics that were not coll"):
-            METRICS[metric].form(
-                Moments(**(some | {missing: None}), tokens=4, losses=5), MetricSettings()
-            )
-
-
-@pytest.mark.parametrize("field", [field.name for field in dataclasses.fields(MetricSettings)])
-def test_settings_default_to_those_of_the_config(field):
-    assert getattr(MetricSettings(), field) == getattr(LowRankConfig(), field)
+            METRICS[metric].form(Moments(**(some | {missing: None}), tokens=4, losses=5), SETTINGS)
 
 
 def test_plain_is_the_identity():
-    assert METRICS["plain"].form(Moments(), MetricSettings()) == QuadraticForm(Side(), Side(), None)
+    assert METRICS["plain"].form(Moments(), SETTINGS) == QuadraticForm(Side(), Side(), None)
 
 
 def test_fisher_rows_puts_the_row_sums_on_the_output_side():
-    form = METRICS["fisher-rows"].form(moments(), MetricSettings())
+    form = METRICS["fisher-rows"].form(moments(), SETTINGS)
     assert form.input == Side()
     assert form.price_scale is None
     assert form.output.diagonal.dtype == torch.float64
@@ -62,7 +55,9 @@ def test_fisher_rows_puts_the_row_sums_on_the_output_side():
 
 @pytest.mark.parametrize("alpha", [0.5, 1.0])
 def test_activation_scale_puts_the_mean_size_on_the_input_side(alpha):
-    form = METRICS["activation-scale"].form(moments(), MetricSettings(activation_alpha=alpha))
+    form = METRICS["activation-scale"].form(
+        moments(), dataclasses.replace(SETTINGS, activation_alpha=alpha)
+    )
     assert form.output == Side()
     assert form.price_scale is None
     assert form.input.diagonal.dtype == torch.float64
@@ -73,7 +68,7 @@ def test_activation_scale_puts_the_mean_size_on_the_input_side(alpha):
 
 def test_whitened_reads_the_input_moment_alone():
     given = moments()
-    form = METRICS["whitened"].form(given, MetricSettings(input_damping=0.3))
+    form = METRICS["whitened"].form(given, dataclasses.replace(SETTINGS, input_damping=0.3))
     assert form.output == Side()
     assert form.input.moment is given.input
     assert (form.input.damping, form.input.diagonal) == (0.3, None)
@@ -82,7 +77,7 @@ def test_whitened_reads_the_input_moment_alone():
 
 def test_pooled_reads_the_centred_moment_alone():
     given = moments()
-    form = METRICS["pooled"].form(given, MetricSettings(input_damping=0.3))
+    form = METRICS["pooled"].form(given, dataclasses.replace(SETTINGS, input_damping=0.3))
     assert form.output == Side()
     assert form.input.moment is given.input_centred
     assert (form.input.damping, form.price_scale) == (0.3, None)
@@ -96,8 +91,8 @@ def test_output_pca_is_the_whitened_metric():
         x = torch.randn(40, n, generator=generator, dtype=torch.float64)
         second = x.T @ x
         given = Moments(input=SecondMoment(second, float(second.trace()), n), tokens=40)
-        form = METRICS["whitened"].form(given, MetricSettings(input_damping=0.0))
-        _spectrum, factors = decompose(weight, form, dtype=torch.float64)
+        form = METRICS["whitened"].form(given, dataclasses.replace(SETTINGS, input_damping=0.0))
+        _, factors = decompose(weight, form, dtype=torch.float64)
         basis = torch.linalg.eigh(weight @ second @ weight.T).eigenvectors.flip(1)
         for rank in (1, 3):
             projected = basis[:, :rank] @ basis[:, :rank].T @ weight
@@ -106,20 +101,22 @@ def test_output_pca_is_the_whitened_metric():
 
 def test_kfac_reads_both_moments_and_prices_a_component():
     given = moments()
-    form = METRICS["kfac"].form(given, MetricSettings(input_damping=0.3, output_damping=0.7))
+    form = METRICS["kfac"].form(
+        given, dataclasses.replace(SETTINGS, input_damping=0.3, output_damping=0.7)
+    )
     assert (form.input.moment, form.input.damping) == (given.input, 0.3)
     assert (form.output.moment, form.output.damping) == (given.output, 0.7)
     assert form.price_scale == 1 / (2 * 4 * 5)
 
 
 def test_sparsity_counts_survivors_on_the_output_side_and_needs_no_data():
-    form = METRICS["sparsity"].form(Moments(), MetricSettings())
+    form = METRICS["sparsity"].form(Moments(), SETTINGS)
     assert form == QuadraticForm(Side(survivors=True), Side(), None)
     assert METRICS["sparsity"].needs == frozenset()
 
 
 def test_sparsity_whitened_has_the_inputs_of_whitened():
-    given, settings = moments(), MetricSettings(input_damping=0.3)
+    given, settings = moments(), dataclasses.replace(SETTINGS, input_damping=0.3)
     form = METRICS["sparsity-whitened"].form(given, settings)
     assert form.output == Side(survivors=True)
     assert form.input == METRICS["whitened"].form(given, settings).input

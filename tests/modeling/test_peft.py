@@ -244,13 +244,13 @@ def test_trl_fine_tunes_a_compressed_model(tmp_path: Path):
     assert any(not torch.equal(before[n], t) for n, t in model.state_dict().items())
 
 
-@pytest.mark.parametrize("channels", [False, True])
-def test_merging_under_an_adapter_is_refused_before_any_change(channels: bool):
+@pytest.mark.parametrize("factors", ["lowrank_A lowrank_B", "lowrank_A", "lowrank_B", ""])
+def test_merging_under_an_adapter_is_refused_before_any_change(factors: str):
     model = tiny_llama()
     (batch,) = written_batches(model, 1)
-    config = LowRankConfig(param_ratio=0.5, channels=True) if channels else PLAIN
+    config = PLAIN if factors else LowRankConfig(param_ratio=0.5, channels=True)
     hf_lowrank.compress(model, config, [batch], progress=False)
-    names = list(narrowed_layers(model)) if channels else ["lowrank_A", "lowrank_B"]
+    names = factors.split() or list(narrowed_layers(model))
     adapted = get_peft_model(model, LoraConfig(target_modules=names, init_lora_weights=False))
     kinds = [(name, type(module)) for name, module in adapted.named_modules()]
     trained = logits(adapted.eval(), batch)

@@ -1,6 +1,7 @@
 """The rank searches: budgets, that they find what is there to be found, and what they refuse."""
 
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -8,13 +9,14 @@ import torch
 from hf_lowrank.errors import ConfigError, NumericalError
 from hf_lowrank.ranks.plan import RankPlan
 from hf_lowrank.ranks.rules import RULES
-from hf_lowrank.ranks.searches import bayesian
+from hf_lowrank.ranks.searches import bayesian, search
 from hf_lowrank.ranks.searches.latency import latency_search, measure_latency
 from hf_lowrank.ranks.searches.problem import RankProblem, best_of, layer_groups
-from hf_lowrank.ranks.searches.search import SEARCHES, search_plan
+from hf_lowrank.ranks.searches.search import SEARCHES
 from hf_lowrank.ranks.searches.sensitivity import SHARES
 from tests.ranks import spectrum_of
 
+search_plan = partial(search.search_plan, trials=24)
 SHAPES = {
     f"layers.{block}.{kind}": shape
     for block in range(2)
@@ -37,7 +39,7 @@ def spectra_of(price=True):
 
 def true_loss(plan):
     """A loss that adds up over layers, as the prices of `spectra_of` say."""
-    errors = RankProblem(SHAPES, spectra_of(), 0.5).errors()
+    errors = RankProblem(SHAPES, spectra_of(), 0.5, trials=1).errors()
     return 3.0 + sum(float(errors[n][r]) for n, r in plan.ranks.items() if r is not None)
 
 
@@ -215,10 +217,10 @@ def test_a_step_that_costs_no_time_is_taken_first():
         rank = 16 if rank is None else rank
         return max(rank, 8) if shape == (32, 32) else 2.0 * rank
 
-    plan = latency_search(RankProblem(shapes, spectra, 0.3), latency)
+    plan = latency_search(RankProblem(shapes, spectra, 0.3, trials=1), latency)
     assert plan.ranks["a"] == 8
     assert plan.param_ratio <= 0.3
-    assert latency_search(RankProblem(shapes, spectra, 0.9), latency).ranks["a"] is None
+    assert latency_search(RankProblem(shapes, spectra, 0.9, trials=1), latency).ranks["a"] is None
 
 
 def test_a_dense_layer_has_no_error():
@@ -230,7 +232,7 @@ def test_a_dense_layer_has_no_error():
     def latency(shape, rank):
         return 10.0 if rank is None else float(rank)
 
-    plan = latency_search(RankProblem(shapes, spectra, 0.55), latency)
+    plan = latency_search(RankProblem(shapes, spectra, 0.55, trials=1), latency)
     assert plan.ranks == {"a": None, "b": 1}
 
 
@@ -256,13 +258,15 @@ def test_layers_are_grouped_by_type_and_depth():
 
 
 def test_errors_are_shares_of_energy_without_prices():
-    errors = RankProblem({"a": (2, 3)}, {"a": spectrum_of((2, 3), [3.0, 4.0])}, 0.5).errors()
+    errors = RankProblem(
+        {"a": (2, 3)}, {"a": spectrum_of((2, 3), [3.0, 4.0])}, 0.5, trials=1
+    ).errors()
     assert errors["a"].tolist() == pytest.approx([1.0, 16 / 25, 0.0])
 
 
 def test_a_plan_is_measured_once():
     measure = Measure()
-    problem = RankProblem(SHAPES, spectra_of(), 0.5, measure)
+    problem = RankProblem(SHAPES, spectra_of(), 0.5, measure, trials=1)
     plan = RankPlan(dict.fromkeys(SHAPES), SHAPES)
     assert problem.loss(plan) == problem.loss(plan) == 3.0
     assert len(measure.plans) == 1

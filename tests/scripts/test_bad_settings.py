@@ -48,7 +48,12 @@ def test_both_goals_at_once(refused: Refusal):
     [
         ("recover_steps", 5, "joint trains no factors; give no recover_steps."),
         ("recover", "lora", "recover='lora' does nothing without steps; give recover_steps > 0."),
-        ("search_trials", 5, "joint tries a fixed set of candidates; give no search_trials."),
+        (
+            "search_trials",
+            5,
+            "search_trials=5 would do nothing with rule 'price': it is read with rule bayes-types "
+            "or bayes-groups or bayes-proxy or cross-entropy. Leave it out, or choose such a rule.",
+        ),
         ("channels", True, "joint takes neither channels nor measured_prices."),
         ("measured_prices", True, "joint takes neither channels nor measured_prices."),
         ("stages", 2, "joint is one cut; give no stages."),

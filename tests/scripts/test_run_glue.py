@@ -180,7 +180,8 @@ def test_cuttlefish_trains_at_full_rank_then_the_factors(
     assert states == [(4, 9), (5, 5)]
     config = report.config
     assert (config.metric, config.rule) == (metric, "stable-rank")
-    assert (config.others["label_source"], config.param_ratio) == ("model", 0.5)
+    labels = "model" if metric == "kfac" else "data"  # the default where no label is read
+    assert (config.others["label_source"], config.param_ratio) == (labels, 0.5)
     found = report.switch or {}
     assert (found["step"], found["epoch"], found["settled"]) == (4, pytest.approx(4 / 3), False)
     assert [profile["step"] for profile in found["profiles"]] == [0, 1, 2, 3, 4]

@@ -77,8 +77,10 @@ def settings(folder: Path, **changes: Any) -> dict[str, Any]:
 
 
 def arguments(folder: Path, **changes: Any) -> LowRankTrainingArguments:
-    """The same for `LowRankTrainer`."""
-    return LowRankTrainingArguments(**settings(folder, **changes))
+    """The same for `LowRankTrainer`, by the rule that needs no moments unless another is given."""
+    return LowRankTrainingArguments(
+        **({"selection_rule": "relative"} | settings(folder, **changes))
+    )
 
 
 def trainer_for(model: nn.Module, rows: Rows, folder: Path, **changes: Any) -> LowRankTrainer:

@@ -9,7 +9,7 @@ from transformers.pytorch_utils import Conv1D
 
 import hf_lowrank
 from hf_lowrank.config import LowRankConfig
-from hf_lowrank.errors import ConfigError, TargetError
+from hf_lowrank.errors import TargetError
 from hf_lowrank.format.rebuild import factorized_layers, narrowed_layers
 from hf_lowrank.modeling.marks import attach_config
 from hf_lowrank.training.form_changes import current_ranks, to_inference_form_, to_training_form_
@@ -94,11 +94,6 @@ def test_the_config_of_a_narrowed_checkpoint_trains_its_ranks():
     config = LowRankConfig(param_ratio=0.5, channels=True)
     hf_lowrank.compress(model, config, token_batches(3), progress=False)
     assert to_training_form_(model, model.config.quantization_config)
-
-
-def test_channels_are_not_for_training():
-    with pytest.raises(ConfigError, match="Training selects ranks only"):
-        to_training_form_(tiny_llama(), LowRankConfig(param_ratio=0.5, channels=True))
 
 
 def test_frozen_layers_stay_frozen():

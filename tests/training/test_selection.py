@@ -23,11 +23,20 @@ from tests.tiny_models import (
     token_batches,
 )
 
-UNDAMPED = MetricSettings(input_damping=0.0, output_damping=0.0)
+UNDAMPED = MetricSettings(input_damping=0.0, output_damping=0.0, activation_alpha=0.5)
+DAMPED = MetricSettings(input_damping=0.01, output_damping=0.1, activation_alpha=0.5)
 CASES = {
     "bert": (tiny_bert_classifier, ["query", "output.dense", "intermediate.dense"]),
     "llama": (tiny_llama, ["q_proj", "k_proj", "up_proj", "down_proj"]),
 }
+
+
+def settings(rule: str, tolerance: float = 0.02, **changes: Any) -> SelectionSettings:
+    chosen = {
+        "precision": 0.01, "smallest_ratio": 0.02, "label_source": "model", "seed": 0,
+        "damping": DAMPED,
+    }  # fmt: skip
+    return SelectionSettings(rule, tolerance, **(chosen | changes))
 
 
 def batches_of(name: str) -> list[Batch]:
@@ -52,7 +61,7 @@ def trained(name: str, rank: int | None = None) -> tuple:
 @pytest.mark.parametrize("name", CASES)
 def test_thin_spectra_are_the_svd_of_the_product(name: str):
     model, layers = trained(name)
-    spectra, factors = layer_spectra(model, layers, [], SelectionSettings())
+    spectra, factors = layer_spectra(model, layers, [], settings("relative"))
     for key, layer in layers.items():
         weight = layer.dense_weight().detach().double()
         U, s, Vh = torch.linalg.svd(weight, full_matrices=False)
@@ -69,7 +78,7 @@ def test_prices_are_those_of_the_dense_layer_in_its_own_moments(name: str, rank:
     model, layers = trained(name, rank)
     batches = batches_of(name)
     found, factors = layer_spectra(
-        model, layers, batches, SelectionSettings("price", label_source="data", damping=UNDAMPED)
+        model, layers, batches, settings("price", label_source="data", damping=UNDAMPED)
     )
     dense = copy.deepcopy(model)
     for key in layers:
@@ -98,7 +107,7 @@ def test_collecting_prices_leaves_no_trace():
     model, layers = trained("bert")
     model.train()
     before = [p.detach().clone() for p in model.parameters()]
-    layer_spectra(model, layers, batches_of("bert"), SelectionSettings("price"))
+    layer_spectra(model, layers, batches_of("bert"), settings("price"))
     assert all(torch.equal(p, b) for p, b in zip(model.parameters(), before, strict=True))
     assert all(p.requires_grad and p.grad is None for p in model.parameters())
     assert not any(module._forward_hooks for module in model.modules())
@@ -111,7 +120,7 @@ def test_a_selection_edits_nothing(rule: str):
     batches = batches_of("bert")
     before = [p.detach().clone() for p in model.parameters()]
     reference = measure_loss(model, batches).items
-    found = select_ranks(model, layers, batches, reference, SelectionSettings(rule, 0.05))
+    found = select_ranks(model, layers, batches, reference, settings(rule, 0.05))
     assert any(rank is not None for rank in found.plan.ranks.values())
     assert all(torch.equal(p, b) for p, b in zip(model.parameters(), before, strict=True))
     assert found.decompositions == len(layers)
@@ -123,8 +132,7 @@ def test_the_relative_rule_keeps_what_reaches_the_threshold():
     model, layers = trained("llama")
     batches = token_batches(8)
     reference = measure_loss(model, batches)
-    settings = SelectionSettings("relative", tolerance=0.1, precision=0.01)
-    found = select_ranks(model, layers, batches, reference.items, settings)
+    found = select_ranks(model, layers, batches, reference.items, settings("relative", 0.1))
     sigma = {n: torch.linalg.svdvals(m.dense_weight().double()) for n, m in layers.items()}
 
     def ranks_at(delta: float) -> dict[str, int | None]:
@@ -158,9 +166,8 @@ def test_the_relative_rule_keeps_what_reaches_the_threshold():
 def test_a_budget_is_spent_without_measuring():
     model, layers = trained("bert")
     for rule in ("relative", "price"):
-        settings = SelectionSettings(rule, param_ratio=0.3)
         batches = batches_of("bert") if rule == "price" else []
-        found = select_ranks(model, layers, batches, [], settings)
+        found = select_ranks(model, layers, batches, [], settings(rule, param_ratio=0.3))
         assert 0.27 < found.plan.param_ratio <= 0.3
         assert not found.probes
 
@@ -170,7 +177,7 @@ def test_layers_cut_before_are_cut_on_and_never_grow():
     batches = token_batches(8)
     reference = measure_loss(model, batches).items
     for rule in ("relative", "price"):
-        found = select_ranks(model, layers, batches, reference, SelectionSettings(rule, 0.2))
+        found = select_ranks(model, layers, batches, reference, settings(rule, 0.2))
         assert all(rank is not None and rank <= 6 for rank in found.plan.ranks.values())
         assert any(rank < 6 for rank in found.plan.ranks.values())
 
@@ -178,7 +185,7 @@ def test_layers_cut_before_are_cut_on_and_never_grow():
 def test_an_unknown_rule_is_refused():
     model, layers = trained("bert")
     with pytest.raises(ConfigError, match="must be relative or price, got 'energy'"):
-        layer_spectra(model, layers, [], SelectionSettings("energy"))
+        layer_spectra(model, layers, [], settings("energy"))
 
 
 def test_factors_are_not_copied():
@@ -192,7 +199,7 @@ def test_labels_of_the_curvature_are_drawn_from_the_model_and_seeded():
     batches = batches_of("bert")
 
     def prices(**changes: Any) -> list[torch.Tensor]:
-        found = layer_spectra(model, layers, batches, SelectionSettings("price", **changes))
+        found = layer_spectra(model, layers, batches, settings("price", **changes))
         return [spectrum.price for spectrum in found.values()]
 
     sampled, again, other = prices(seed=1), prices(seed=1), prices(seed=2)

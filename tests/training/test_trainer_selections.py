@@ -277,3 +277,22 @@ def test_training_goes_on_when_every_layer_has_become_dense(tmp_path: Path):
     trainer.train()
     assert trainer.state.global_step == 8
     assert not factorized_layers(model)
+
+
+@pytest.mark.parametrize("rule", ["relative", "price"])
+def test_nothing_is_selected_after_the_export(rule: str, tmp_path: Path):
+    """Its layers have no spectrum left to cut; they are as they are to be shipped."""
+    trainer = trainer_for(
+        tiny_bert_classifier(), sentence_rows(), tmp_path, target_param_ratio=0.5,
+        selection_rule=rule, num_train_epochs=1,
+    )  # fmt: skip
+    trainer.train()
+    exported = {n: t.clone() for n, t in trainer.export().state_dict().items()}
+    assert factorized_layers(trainer.model)
+    done = len(trainer.selections)
+    trainer.args.target_param_ratio = None  # else the size that was due is a reason, too
+    assert trainer.select_ranks() is None
+    assert len(trainer.selections) == done
+    after = trainer.model.state_dict()
+    assert list(after) == list(exported)
+    assert all(torch.equal(after[name], tensor) for name, tensor in exported.items())

@@ -14,7 +14,6 @@ from hf_lowrank.ranks.plan import RankPlan
 from hf_lowrank.ranks.threshold import plan_for_scores, tail_sums
 
 Measure = Callable[[RankPlan], float]
-DEFAULT_TRIALS = 24
 
 
 @dataclass(frozen=True)
@@ -36,7 +35,7 @@ class RankProblem:
     spectra: Mapping[str, Spectrum]
     param_ratio: float
     measure: Measure | None = None
-    trials: int = DEFAULT_TRIALS
+    trials: int = field(kw_only=True)
     seed: int = 0
     min_rank: int = 1
     fixed: Mapping[str, int | None] = field(default_factory=dict)

@@ -45,7 +45,7 @@ def test_the_price_is_the_rise_of_the_loss_of_a_linear_softmax(rank):
     moments = collect_moments(
         model, {"layer": model.layer}, [{"inputs": inputs}], SECOND, label_source="model"
     )
-    settings = MetricSettings(input_damping=1e-4, output_damping=1e-4)
+    settings = MetricSettings(input_damping=1e-4, output_damping=1e-4, activation_alpha=0.5)
     spectrum, factors = decompose(
         model.layer.weight.detach(), METRICS["kfac"].form(moments["layer"], settings)
     )
@@ -67,7 +67,7 @@ def test_the_price_is_near_the_rise_of_the_loss_of_a_language_model(name):
     batches = written_batches(model, 8, 16, 24)
     layer = model.get_submodule(name)
     moments = collect_moments(model, {name: layer}, batches, SECOND, label_source="model")
-    settings = MetricSettings(input_damping=1e-4, output_damping=1e-4)
+    settings = MetricSettings(input_damping=1e-4, output_damping=1e-4, activation_alpha=0.5)
     weight = layer.weight.detach().clone()
     spectrum, factors = decompose(weight, METRICS["kfac"].form(moments[name], settings))
     rank = len(spectrum.sigma) - 8
