@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Mapping, Sequence
 from itertools import cycle
 from pathlib import Path
 from typing import Any
 
+from benchmarks.small_svg import small_svg
 from hf_lowrank.errors import ConfigError
-from hf_lowrank.files import atomic_file
+from hf_lowrank.files import write_text
 
+# Text as text, in a font that is everywhere or one of its width.
+_SMALL = {"svg.fonttype": "none", "font.sans-serif": ["DejaVu Sans", "Verdana"]}
+_POINTS = 64  # of a drawn spectrum, at most
 # Told apart without colour.
 _LINES: tuple[dict[str, Any], ...] = (
     {"color": "0.6", "linestyle": ":"},
@@ -60,8 +65,10 @@ def draw_spectra(
             # The layers of a kind have one shape; where they have not, the shortest decides.
             columns = zip(*(layers[name] for name in members), strict=False)
             mean = [max(floor, sum(column) / len(column)) for column in columns]
-            axes.plot(range(1, len(mean) + 1), mean, label=way, **style)
+            drawn = range(0, len(mean), -(-len(mean) // _POINTS))
+            axes.plot([i + 1 for i in drawn], [mean[i] for i in drawn], label=way, **style)
         axes.set_yscale("log")
+        axes.minorticks_off()
         axes.set_title(_short(kind), fontsize=9)
         axes.set_xlabel("component", fontsize=8)
     panels[0].set_ylabel("sigma / sigma_1, mean over the blocks", fontsize=8)
@@ -134,9 +141,14 @@ def panels_of(
 
 
 def save_figure(figure: Any, path: Path) -> None:  # noqa: ANN401
-    """Writes a figure as an SVG file."""
-    with atomic_file(path) as temporary:
-        figure.savefig(temporary, format="svg", metadata={"Date": None})
+    """Writes a figure as a small SVG file, its text as text."""
+    import matplotlib as mpl
+
+    drawn = io.StringIO()
+    settings: Any = _SMALL | {"svg.hashsalt": path.name}
+    with mpl.rc_context(settings):
+        figure.savefig(drawn, format="svg", metadata={"Date": None})
+    write_text(path, small_svg(drawn.getvalue()))
 
 
 def _short(kind: str) -> str:

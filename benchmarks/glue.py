@@ -14,8 +14,7 @@ class GlueTableArguments(GlueArguments, TableArguments):
     """Arguments of the GLUE table; those of one run apply to all rows."""
 
     tasks: list[str] | None = option(None, "Tasks; default mrpc.")
-    folder: str = option("outputs/glue", "Folder with a JSON file for each finished row.")
-    output: str = option("outputs/glue.json", "JSON file with all finished rows.")
+    folder: str = option("outputs/glue", "Folder of rows, a JSON file for each finished one.")
 
 
 def fill_glue_table(args: GlueTableArguments) -> None:

@@ -9,14 +9,11 @@ from pathlib import Path
 
 from benchmarks.metrics import compare_metrics, format_metrics
 from benchmarks.recovery import measure_recovery
-from benchmarks.system_figure import draw_systems
-from benchmarks.system_rows import dense_row, read_rows
+from benchmarks.system_rows import read_rows
 from benchmarks.system_tables import format_report
 from benchmarks.systems import BenchmarkOptions, BenchmarkTexts, compare_systems
 from hf_lowrank.compression.recovery import RECOVERIES, RecoverySettings
 from hf_lowrank.config import LowRankConfig, config_option, option
-from hf_lowrank.errors import ConfigError
-from hf_lowrank.files import write_text
 from hf_lowrank.inputs.sources import load_causal_lm
 from hf_lowrank.inputs.text import token_batches
 from hf_lowrank.measuring.items import Batch
@@ -73,7 +70,7 @@ class SystemsArguments:
     trials: int = config_option("search_trials")
     seed: int = option(0, "Seed of everything random.")
     dtype: str = option("auto", "Data type of the model.")
-    output_dir: str = option(
+    folder: str = option(
         "outputs/systems", "Folder of rows; rows in it are not run again, and all are in the table."
     )
 
@@ -98,27 +95,13 @@ def compare_all_systems(args: SystemsArguments) -> None:
         read(args.calibration, "held_out", (0.75, 1.0) if splits else (0.0, 1.0)),
         evaluation,
     )
-    folder = Path(args.output_dir)
+    folder = Path(args.folder)
     options = BenchmarkOptions(
         args.param_ratio or [0.8, 0.6, 0.4], args.systems or [], args.trials, args.seed
     )
-    same = {
-        k: v for k, v in vars(args).items() if k not in ("param_ratio", "systems", "output_dir")
-    }
-    compare_systems(model, texts, options, folder / "rows", same)
-    rows = read_rows(folder / "rows")
-    while True:
-        result = {"arguments": vars(args), "dense": dense_row(rows), "rows": rows}
-        write_result(folder / "systems.json", result)
-        write_text(folder / "systems.md", format_report(rows) + "\n")
-        before, rows = rows, read_rows(folder / "rows")
-        if rows == before:  # else another process wrote a row that its own table may have had
-            break
-    print(format_report(rows))
-    try:
-        draw_systems(rows, folder / "systems.svg")
-    except ConfigError as error:
-        print(f"systems.svg is left out: {error}")
+    same = {k: v for k, v in vars(args).items() if k not in ("param_ratio", "systems", "folder")}
+    compare_systems(model, texts, options, folder, same)
+    print(format_report(read_rows(folder)))
 
 
 @dataclass

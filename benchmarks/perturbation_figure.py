@@ -11,7 +11,7 @@ from benchmarks.figures import panels_of, save_figure
 from hf_lowrank.errors import ConfigError
 
 _DECADES = 3  # of the log part of the axis below the largest value
-_STEPS = 200  # of a drawn curve
+_STEPS = 90  # of a drawn curve
 
 
 def range_title(row: Mapping[str, Any]) -> str:
@@ -44,6 +44,8 @@ def draw_ranges(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
         axes.set_xlabel("relative weight noise (log scale)", fontsize=8)
     threshold = linear_threshold(rows)
     panels[0].set_yscale("symlog", linthresh=threshold)
+    for axes in panels:
+        axes.minorticks_off()
     label = f"change of the loss (nats, log scale, linear within {threshold:g})"
     panels[0].set_ylabel(label, fontsize=8)
     lines, labels = panels[0].get_legend_handles_labels()

@@ -13,8 +13,7 @@ from hf_lowrank.tasks.qa import QaArguments, load_qa_task
 class QaTableArguments(QaArguments, TableArguments):
     """Arguments of the table of question answering; those of one run apply to all rows."""
 
-    folder: str = option("outputs/qa", "Folder with a JSON file for each finished row.")
-    output: str = option("outputs/qa.json", "JSON file with all finished rows.")
+    folder: str = option("outputs/qa", "Folder of rows, a JSON file for each finished one.")
 
 
 def fill_qa_table(args: QaTableArguments) -> None:

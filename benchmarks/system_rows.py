@@ -13,7 +13,7 @@ from benchmarks.catalogue import SYSTEMS
 from hf_lowrank.errors import ConfigError, StorageError
 from hf_lowrank.report.provenance import write_result
 
-_SETTINGS = "settings.json"
+SETTINGS = "settings.json"  # marks a folder of such rows
 
 
 def row_path(folder: Path, name: str, param_ratio: float) -> Path:
@@ -29,9 +29,9 @@ def claim(folder: Path, settings: Mapping[str, Any]) -> None:
     Raises:
         ConfigError: The folder holds rows of other settings.
     """
-    path = folder / _SETTINGS
+    path = folder / SETTINGS
     if not path.exists():
-        own = path.with_name(f".{_SETTINGS}.claim-{os.getpid()}")
+        own = path.with_name(f".{SETTINGS}.claim-{os.getpid()}")
         write_result(own, {"settings": dict(settings)})
         try:
             with contextlib.suppress(FileExistsError):
@@ -70,7 +70,7 @@ def read_rows(folder: Path) -> list[dict[str, Any]]:
         StorageError: A file is damaged.
     """
     order = {system.name: place for place, system in enumerate(SYSTEMS)}
-    rows = [read_row(path) for path in folder.glob("*.json") if path.name != _SETTINGS]
+    rows = [read_row(path) for path in folder.glob("*.json") if path.name != SETTINGS]
     rows = [row for row in rows if row.get("name") in order]
     return sorted(rows, key=lambda row: (order[row["name"]], -row["param_ratio"]))
 

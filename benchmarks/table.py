@@ -32,12 +32,6 @@ Row = TypeVar("Row", bound=TaskArguments)
 
 # Settings that may differ between the rows of one folder, or do not touch a figure.
 _FREE = {"output_dir", "cache_dir", "data_dir", "task", "method", "param_ratio", "seed", "model"}
-_KEPT = (
-    *("task", "method", "seed", "param_ratio", "dense_metrics", "uncured_metrics", "metrics"),
-    *("dense_held_out_metrics", "uncured_held_out_metrics", "held_out_metrics", "held_out_loss"),
-    *("parameters", "ranks", "switch", "seconds", "cost", "commit", "hardware"),
-)
-_KEPT_OF_SELECTION = ("step", "param_ratio", "loss_passes", "decompositions", "seconds")
 
 
 @dataclass
@@ -47,9 +41,8 @@ class TableArguments:
     methods: list[str] | None = option(None, "Methods; default all.")
     param_ratios: list[float] | None = option(None, "Sizes; default 0.25.")
     seeds: list[int] | None = option(None, "Seeds; default 0.")
-    folder: str = option("outputs/table", "Folder with a JSON file for each finished row.")
+    folder: str = option("outputs/table", "Folder of rows, a JSON file for each finished one.")
     workers: int = option(1, "Rows that run side by side.")
-    output: str = option("outputs/table.json", "JSON file with all finished rows.")
     picture: str | None = option(
         None, "SVG file for a picture of the ranks in the rows asked for, those of the first seed."
     )
@@ -63,7 +56,7 @@ class TableArguments:
 def fill_table(
     args: TableArguments, tasks: Sequence[str], settings: Row, load_task: Callable[[Row], Task]
 ) -> None:
-    """Runs the rows that are missing, then prints all rows of the folder and writes them.
+    """Runs the rows that are missing, then prints all rows of the folder.
 
     Args:
         args: Which rows, and where they are kept.
@@ -82,7 +75,6 @@ def fill_table(
     print(format_shares(rows))
     if costs := format_costs(rows):
         print(costs)
-    write_result(Path(args.output), {"arguments": vars(args), "rows": rows})
     if args.picture:
         wanted = {
             (task, method, ratio, grid.seeds[0])
@@ -164,19 +156,9 @@ def _usable_cores() -> int:
 
 
 def read_rows(folder: Path) -> list[dict[str, Any]]:
-    """The finished rows of a folder, without what the table does not need."""
-    rows = []
-    for path in sorted(folder.glob("*.json")):
-        row = json.loads(path.read_text("utf-8"))
-        row["param_ratio"] = row["arguments"]["param_ratio"]
-        found = {name: row[name] for name in _KEPT if name in row}
-        if "selections" in row:
-            found["selections"] = [
-                {name: selection[name] for name in _KEPT_OF_SELECTION}
-                for selection in row["selections"]
-            ]
-        rows.append(found)
-    return rows
+    """The finished rows of a folder."""
+    rows = [json.loads(path.read_text("utf-8")) for path in sorted(folder.glob("*.json"))]
+    return [row | {"param_ratio": row["arguments"]["param_ratio"]} for row in rows]
 
 
 def format_table(rows: Sequence[Mapping[str, Any]]) -> str:

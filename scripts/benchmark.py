@@ -1,12 +1,13 @@
-r"""Comparisons whose figures are in README and docs; each writes a JSON with its provenance.
+r"""Comparisons whose figures are in the docs; each writes its rows as JSON with their provenance.
 
 python scripts/benchmark.py metrics --calibration FILE --evaluation FILE --output result.json
-python scripts/benchmark.py systems --calibration FILE --evaluation FILE --output_dir rows
+python scripts/benchmark.py systems --calibration FILE --evaluation FILE --folder rows
+python scripts/benchmark.py show --rows rows --picture systems.svg
 python scripts/benchmark.py perturbation --calibration FILE --held_out_sequences 8 \
     --param_ratio 0.8 --output perturbation.json --picture perturbation.svg
-python scripts/benchmark.py glue --model FOLDER --data_dir GLUE --tasks mrpc rte --output glue.json
+python scripts/benchmark.py glue --model FOLDER --data_dir GLUE --tasks mrpc rte --folder rows
 python scripts/benchmark.py qa --model FOLDER --data_file dev-v1.1.json --questions 2000 \
-    --methods dense svd kfac lpaf --param_ratios 0.25 --output qa.json
+    --methods dense svd kfac lpaf --param_ratios 0.25 --folder rows
 python scripts/benchmark.py pruned-ranks --model FOLDER --data_dir GLUE --task mrpc \
     --final_density 0.25 --output ranks.json --picture ranks.svg
 python scripts/benchmark.py bounds --output bounds.json
@@ -33,12 +34,14 @@ from benchmarks.language_models import (
 from benchmarks.perturbation import PerturbationArguments, measure_perturbations
 from benchmarks.pruned_ranks import PrunedRanksArguments, compare_pruned_ranks
 from benchmarks.qa import QaTableArguments, fill_qa_table
+from benchmarks.stored_rows import ShowArguments, show_rows
 from hf_lowrank.cli.arguments import parse_arguments, user_errors
 
 COMMANDS = {
     "recovery": (RecoveryArguments, measure_recoveries),
     "metrics": (MetricsArguments, compare_all_metrics),
     "systems": (SystemsArguments, compare_all_systems),
+    "show": (ShowArguments, show_rows),
     "perturbation": (PerturbationArguments, measure_perturbations),
     "glue": (GlueTableArguments, fill_glue_table),
     "glue-size": (GlueSizeArguments, find_smallest_sizes),

@@ -17,7 +17,6 @@ from transformers import (
 from hf_lowrank.config import option
 from hf_lowrank.errors import DataError
 from hf_lowrank.tasks.glue_data import HUB_DATASET, TASKS, hub_split, load_glue
-from hf_lowrank.tasks.glue_metric import MAIN_METRIC, GlueMetric
 from hf_lowrank.tasks.models import load_tokenizer, new_model
 from hf_lowrank.tasks.prediction import predictions
 from hf_lowrank.tasks.task import Collator, Task
@@ -100,6 +99,8 @@ def evaluate_glue(
     model: nn.Module, split: Dataset, *, task: str, collator: Collator
 ) -> dict[str, float]:
     """The task's metrics on tokenized examples, the main one first."""
+    from hf_lowrank.tasks.glue_metric import MAIN_METRIC, GlueMetric  # the extra `tasks`
+
     found: list[float] = []
     references: list[float] = []
     for _, batch, outputs in predictions(model, split, collator):

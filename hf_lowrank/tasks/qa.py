@@ -22,7 +22,6 @@ from hf_lowrank.errors import ConfigError
 from hf_lowrank.tasks.models import check_max_length, load_tokenizer, new_model
 from hf_lowrank.tasks.prediction import predictions
 from hf_lowrank.tasks.squad_data import load_squad, split_by_article, take_questions
-from hf_lowrank.tasks.squad_metric import SquadMetric, Window, best_answer
 from hf_lowrank.tasks.task import Collator, Task
 from hf_lowrank.tasks.task_arguments import TaskArguments
 from hf_lowrank.tasks.task_report import TaskData
@@ -132,6 +131,8 @@ def evaluate_qa(
         examples: The questions; a window's `example` is a row of it.
         collator: Makes batches of windows.
     """
+    from hf_lowrank.tasks.squad_metric import SquadMetric, Window, best_answer  # extra `tasks`
+
     windows: dict[int, list[Window]] = defaultdict(list)
     for rows, _, outputs in predictions(model, split, collator):
         starts, ends = (

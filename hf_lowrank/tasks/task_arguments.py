@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import importlib.util
 from dataclasses import dataclass
 from typing import Any
 
 from hf_lowrank.config import LowRankConfig, option
 from hf_lowrank.errors import ConfigError
 
+# What the extra `tasks` installs, by the names that are imported.
+_PACKAGES = ("evaluate", "scipy", "sklearn")
 # Cut first, then fine-tune: the settings of each method; its rule is the metric's default.
 CUTS: dict[str, dict[str, Any]] = {
     "svd": {"metric": "plain"},
@@ -84,8 +87,12 @@ class TaskArguments:
         """Refuses settings that are certain to fail.
 
         Raises:
-            ConfigError: With the first such setting.
+            ConfigError: With the first such setting, or with the packages that are missing.
         """
+        if missing := [name for name in _PACKAGES if importlib.util.find_spec(name) is None]:
+            raise ConfigError(
+                f"Tasks need {', '.join(missing)}, not installed: pip install 'hf-lowrank[tasks]'."
+            )
         if self.method not in METHOD_NAMES:
             raise ConfigError(
                 f"method must be one of {', '.join(METHOD_NAMES)}; got {self.method!r}."

@@ -156,10 +156,10 @@ def test_the_picture_has_what_the_folder_has(tmp_path: Path, monkeypatch: pytest
     monkeypatch.setattr(table, "run_rows", lambda *args: None)
     picture = tmp_path / "out" / "sizes.svg"
     args = table.TableArguments(
-        methods=["svd"], folder=str(tmp_path), output=str(tmp_path / "out" / "table.json"),
+        methods=["svd"], folder=str(tmp_path),
         size_picture=str(picture),
     )  # fmt: skip
     table.fill_table(args, ["mrpc"], GlueArguments(), load_glue_task)
     drawn = picture.read_text("utf-8")
-    assert all(f"<!-- {name} -->" in drawn for name in ("mrpc", "svd", "dense", "0.1", "0.25"))
-    assert "<!-- kfac -->" not in drawn
+    assert all(f">{name}</text>" in drawn for name in ("mrpc", "svd", "dense", "0.1", "0.25"))
+    assert ">kfac</text>" not in drawn

@@ -122,8 +122,8 @@ def test_tables_and_picture_have_every_size_and_set(run, tmp_path: Path):
     )
     assert sentence in done.out
     drawn = (tmp_path / "picture").read_text("utf-8")
-    assert all(f"<!-- {title} -->" in drawn for title in TITLES)
-    assert f"<!-- first order holds to {rows[0]['linear_range']:.2g} -->" in drawn
+    assert all(f">{title}</text>" in drawn for title in TITLES)
+    assert f">first order holds to {rows[0]['linear_range']:.2g}</text>" in drawn
 
 
 def test_without_matplotlib_the_figures_are_kept(run, tmp_path: Path, monkeypatch):

@@ -130,7 +130,7 @@ def test_the_file_and_what_can_not_be_drawn(tmp_path: Path, monkeypatch):
     path = tmp_path / "deep" / "systems.svg"
     draw_systems(ALL[:6], path)
     text = path.read_text("utf-8")
-    assert all(text.count(f"<!-- {name} -->") == 2 for name in ("svd", "ijcai2025"))
+    assert all(text.count(f">{name}</text>") == 2 for name in ("svd", "ijcai2025"))
     with pytest.raises(ConfigError, match="no measured row to draw"):
         draw_systems([failed_row("svd", 0.4)], path)
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)

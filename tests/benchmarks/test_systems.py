@@ -1,17 +1,16 @@
 """The comparison of systems: its rows, that it goes on where it was, and what it refuses."""
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
-from benchmarks import language_models, systems
+from benchmarks import systems
 from benchmarks.catalogue import RANKED, STRUCTURED, SYSTEMS, select_systems
 from benchmarks.cost import Cost, counted
 from benchmarks.structured.methods import METHODS
-from benchmarks.system_rows import row_path
+from benchmarks.system_rows import read_rows
 from benchmarks.system_tables import format_systems
 from benchmarks.systems import BenchmarkOptions, BenchmarkTexts, compare_systems
 from hf_lowrank import LowRankLinear
@@ -20,7 +19,6 @@ from hf_lowrank.errors import ConfigError, DataError, NumericalError
 from hf_lowrank.evaluation.perplexity import measure_loss
 from hf_lowrank.ranks.rules import RULES
 from hf_lowrank.ranks.searches.search import SEARCHES
-from tests.benchmarks.made_up_rows import made_up_row
 from tests.scripts import InProcess, make_inputs
 from tests.tiny_models import tiny_llama, tiny_phi3, token_batches, written_batches
 
@@ -172,55 +170,25 @@ def test_costs_are_counted_and_added():
 def test_the_command(tmp_path: Path, monkeypatch, capsys):
     inputs = make_inputs(tmp_path)
     run = InProcess("benchmark", monkeypatch, capsys)
-    output = tmp_path / "output"
-    unknown = {"html_report": None, "sample_prompt": None, "speed": None}
-    given = inputs.arguments(output_dir=output, **unknown)
+    folder = tmp_path / "rows"
+    unknown = dict.fromkeys(("html_report", "sample_prompt", "speed", "output_dir"))
+    given = inputs.arguments(folder=folder, **unknown)
     arguments = ["systems", *given, "--param_ratio", "0.6", "0.4", "--systems"]
     finished = run(*arguments, "svd-llm", "kfac+price")
     assert finished.code == 0, finished.err
-    result = json.loads((output / "systems.json").read_text())
-    assert [(row["name"], row["param_ratio"]) for row in result["rows"]] == [
+    rows = read_rows(folder)
+    assert [(row["name"], row["param_ratio"]) for row in rows] == [
         ("svd-llm", 0.6),
         ("svd-llm", 0.4),
         ("kfac+price", 0.6),
         ("kfac+price", 0.4),
     ]
-    found = result["rows"][0]["in_domain"]
-    assert result["dense"]["in_domain"]["perplexity"] == found["perplexity_before"]
-    table = (output / "systems.md").read_text()
-    assert table in finished.out
-    assert f"| 1 | dense |  |  | {result['dense']['kept_parameters']:,} |" in table
-    assert "| kfac+price | this library | layer-wise | theory | after training |" in table
-    assert "<!-- kfac+price -->" in (output / "systems.svg").read_text()
+    assert f"| 1 | dense |  |  | {rows[0]['dense_parameters']:,} |" in finished.out
+    assert "| kfac+price | this library | layer-wise | theory | after training |" in finished.out
     assert run(*arguments, "x").error.startswith("No system 'x'; there are svd, ")
-    # The other half of a comparison, without matplotlib.
-    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    (output / "systems.svg").unlink()
+    # The other half of a comparison.
     other = run(*arguments, "svd")
     assert other.code == 0, other.err
-    assert "systems.svg is left out: Pictures need matplotlib: pip install" in other.out
-    assert not (output / "systems.svg").exists()
-    rows = json.loads((output / "systems.json").read_text())["rows"]
-    assert [row["name"] for row in rows] == ["svd"] * 2 + ["svd-llm"] * 2 + ["kfac+price"] * 2
-    assert (output / "systems.md").read_text() in other.out
-
-
-def test_a_row_that_comes_while_the_table_is_written_is_in_it(tmp_path: Path, monkeypatch, capsys):
-    """Of two processes that end together the slower one has the last word, with all rows."""
-    inputs = make_inputs(tmp_path)
-    run = InProcess("benchmark", monkeypatch, capsys)
-    output = tmp_path / "output"
-    given = inputs.arguments(output_dir=output, html_report=None, sample_prompt=None, speed=None)
-    write = language_models.write_result
-
-    def write_late(path, result):
-        write(row_path(output / "rows", "joint", 0.6), made_up_row("joint", 0.6, 0.1))
-        write(path, result)
-
-    monkeypatch.setattr(language_models, "write_result", write_late)
-    finished = run("systems", *given, "--param_ratio", "0.6", "--systems", "svd")
-    assert finished.code == 0, finished.err
-    rows = json.loads((output / "systems.json").read_text())["rows"]
-    assert [row["name"] for row in rows] == ["svd", "joint"]
-    assert "| 0.6 | joint |" in (output / "systems.md").read_text()
-    assert "| 0.6 | joint |" in finished.out
+    found = [row["name"] for row in read_rows(folder)]
+    assert found == ["svd"] * 2 + ["svd-llm"] * 2 + ["kfac+price"] * 2
+    assert all(f"| 0.6 | {name} |" in other.out for name in found)

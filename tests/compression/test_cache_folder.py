@@ -177,7 +177,7 @@ def test_spectra_of_another_exponent_are_not_used(tmp_path: Path):
         LowRankConfig(param_ratio=0.5, metric="activation-scale", activation_alpha=alpha)
         for alpha in (0.5, 0.4)
     )
-    run_cache(tmp_path, config=one).write_spectra(["a"], {"a": spectrum()}, {})
+    run_cache(tmp_path, config=one).write_spectra(["a"], spectra_of("a"))
     assert run_cache(tmp_path, config=one).read_spectra(["a"]) is not None
     assert run_cache(tmp_path, config=other).read_spectra(["a"]) is None
 

@@ -1,12 +1,14 @@
 """GLUE's files as they are distributed, and what is wrong with the others."""
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
 
-from hf_lowrank.errors import DataError
+from hf_lowrank.errors import ConfigError, DataError
 from hf_lowrank.tasks import glue_data as glue
+from hf_lowrank.tasks.glue import GlueArguments, load_glue_task
 from hf_lowrank.tasks.glue_data import TASKS, load_glue
 
 MRPC_HEADER = "Quality\t#1 ID\t#2 ID\t#1 String\t#2 String"
@@ -185,3 +187,11 @@ def test_the_hubs_columns_and_the_matched_split(monkeypatch):
     assert asked == [
         ("nyu-mll/glue", "mnli", "validation_matched"), ("nyu-mll/glue", "mrpc", "train")
     ]  # fmt: skip
+
+
+def test_tasks_name_the_extra_that_is_missing(monkeypatch: pytest.MonkeyPatch):
+    for name in ("evaluate", "sklearn"):
+        monkeypatch.setitem(sys.modules, name, None)
+    wanted = r"^Tasks need evaluate, sklearn, not installed: pip install 'hf-lowrank\[tasks\]'\.$"
+    with pytest.raises(ConfigError, match=wanted):
+        load_glue_task(GlueArguments(model="none"))
