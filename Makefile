@@ -18,10 +18,11 @@ BIN := $(VENV)/bin
 PROMPT ?= In Python, a list is
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test mutants check format clean
+.PHONY: help venv demo test test-remote-4.57 mutants check format clean
+
 
 help: ## Print this list.
-	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  \1\t/' | expand -t 12
+	@grep -E '^[a-z0-9.-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9.-]+):.*## /  \1\t/' | expand -t 20
 
 ifeq ($(origin VENV),file)
 
@@ -57,6 +58,10 @@ test: venv ## Run the tests, offline.
 mutants: venv ## Plant bugs and count those that the tests find; GROUPS="ranks ..." for some.
 	$(BIN)/python -m pip install $(PIP_FLAGS) -c constraints.txt -e '.[mutation]'
 	HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false OMP_NUM_THREADS=1 $(BIN)/python tests/mutation/plant.py $(GROUPS)
+test-remote-4.57: venv ## Load checkpoints in transformers 4.57, by the code beside their weights.
+	test -x .venv-4.57/bin/python || $(PYTHON) -m venv .venv-4.57
+	.venv-4.57/bin/python -m pip install $(PIP_FLAGS) 'transformers==4.57.*' safetensors numpy $$(grep '^torch==' constraints.txt)
+	REMOTE_PYTHON=$(CURDIR)/.venv-4.57/bin/python HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/format/test_remote_code.py
 
 check: venv ## Lint, check the formatting and the types.
 	$(BIN)/python -m ruff check .
@@ -68,5 +73,5 @@ format: venv ## Format, and fix what the linter can fix.
 	$(BIN)/python -m ruff check --fix .
 
 clean: ## Remove .venv, caches, build products and the demo's output.
-	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist outputs/demo
+	rm -rf .venv .venv-4.57 .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist outputs/demo
 	find hf_lowrank scripts tests -type d -name __pycache__ -prune -exec rm -rf {} +

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -18,16 +19,25 @@ from hf_lowrank.format.rebuild import compressed_layers
 def mark_as_lowrank(model: nn.Module, quantizer: HfQuantizer) -> None:
     """Makes `model.save_pretrained` write a checkpoint that loads as low-rank.
 
-    Sets `config.quantization_config`, `config.auto_map` and `hf_quantizer`, and wraps the
-    instance's `save_pretrained` so that it also writes the loading code into the folder.
+    Sets `quantization_config` and `auto_map` on a config of the model's own and `hf_quantizer`,
+    and wraps the instance's `save_pretrained` so that it also writes the loading code.
     """
-    config: Any = model.config
+    config = _own_config(model)
     config.quantization_config = quantizer.quantization_config
     config.auto_map = auto_map(config) | foreign_entries(config)
     model.hf_quantizer = quantizer  # type: ignore[assignment]
     # transformers refuses .half() and .float() on models flagged as quantized; factors allow both.
     model.is_quantized = False  # type: ignore[assignment]
     model.save_pretrained = _SavePretrained(model)  # type: ignore[assignment]
+
+
+def _own_config(model: Any) -> Any:  # noqa: ANN401
+    """A copy of the model's config, put in its place: another model may share the old one."""
+    old, new = model.config, copy.copy(model.config)
+    for module in model.modules():
+        if vars(module).get("config") is old:
+            module.config = new
+    return new
 
 
 def unmark_as_lowrank(model: nn.Module) -> None:

@@ -6,10 +6,12 @@ from typing import Any
 
 import transformers
 from torch import nn
+from transformers.models.auto import modeling_auto
 
 REMOTE_MODULE = "modeling_lowrank"
+# Not `dir(transformers)`: that alone takes a second.
 _AUTO_CLASSES = tuple(
-    name for name in dir(transformers) if name == "AutoModel" or name.startswith("AutoModelFor")
+    name for name in vars(modeling_auto) if name == "AutoModel" or name.startswith("AutoModelFor")
 )
 
 

@@ -110,10 +110,10 @@ def _check_model(
     with torch.device("meta"):
         skeleton = model_class(config)
         replace_with_lowrank(skeleton, layout)
+    _check_sizes(folder, skeleton, sum(math.prod(shape) for shape in checked.shapes.values()))
     shapes = _shapes_in_model(folder, skeleton, checked.shapes)
     _check_layers(folder, skeleton, layout, shapes)
     _check_feed_forwards(folder, skeleton)
-    _check_sizes(folder, skeleton, sum(math.prod(shape) for shape in checked.shapes.values()))
     for name, tensor in skeleton.state_dict().items():
         if name in shapes and list(tensor.shape) != shapes[name]:
             raise CheckpointError(

@@ -1,4 +1,7 @@
-"""Checkpoints where hf_lowrank is not installed, in a process that cannot import it."""
+"""Checkpoints where hf_lowrank is not installed, in a process that cannot import it.
+
+REMOTE_PYTHON names another interpreter for that process, such as one with transformers 4.57.
+"""
 
 import json
 import os
@@ -23,6 +26,7 @@ AUTO_CLASSES = {
     "bert": "AutoModelForSequenceClassification",
     "narrowed": "AutoModelForCausalLM",
 }
+ROPE = {"rope_type": "default", "rope_theta": 500.0}  # another than the default
 SCRIPT = """
 import json, sys, warnings
 from pathlib import Path
@@ -72,7 +76,11 @@ print(json.dumps(found))
 
 @pytest.fixture(scope="module")
 def models():
-    built = {"llama": tiny_llama(), "gpt2": tiny_gpt2(), "bert": tiny_bert_classifier()}
+    built = {
+        "llama": tiny_llama(rope_parameters=ROPE),
+        "gpt2": tiny_gpt2(),
+        "bert": tiny_bert_classifier(),
+    }
     for model in built.values():
         compress(model, LowRankConfig(param_ratio=0.6, metric="plain"), progress=False)
     small = tiny_gpt2(seed=1)
@@ -101,7 +109,13 @@ def elsewhere(root, tmp_path_factory):
     kept = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "PYTHONWARNINGS")}
     cache = tmp_path_factory.mktemp("modules")
     result = subprocess.run(
-        [sys.executable, "-c", SCRIPT, str(root), json.dumps(AUTO_CLASSES)],
+        [
+            os.environ.get("REMOTE_PYTHON", sys.executable),
+            "-c",
+            SCRIPT,
+            str(root),
+            json.dumps(AUTO_CLASSES),
+        ],
         cwd=tmp_path_factory.mktemp("elsewhere"),
         env={**kept, "HF_MODULES_CACHE": str(cache), "HF_HUB_OFFLINE": "1"},
         capture_output=True,

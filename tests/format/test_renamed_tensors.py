@@ -145,7 +145,7 @@ def test_a_missing_factor_is_refused(kind, broken):
 def test_a_factor_of_the_wrong_width_is_refused(kind, broken):
     name = f"{kind.stored_layer}.lowrank_A.weight"
     edit_tensors(broken, lambda tensors: tensors.update({name: torch.zeros(5, 40)}))
-    shapes = r"\[5, 40\] and \[32, 5\]; it asks for \[5, 32\] and \[32, 5\]"
+    shapes = r"\[5, 40\] and \[\d+, 5\]; it asks for \[5, 32\] and \[\d+, 5\]"
     refused(broken, rf"{kind.layer} has rank 5 in config\.json but factors of shape {shapes}")
 
 

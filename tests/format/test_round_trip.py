@@ -133,3 +133,20 @@ def test_a_checkpoint_loads_whatever_form_was_asked_for(form, tmp_path):
     compress(model, config, progress=False)
     model.save_pretrained(tmp_path)
     assert same_tensors(hf_lowrank.load(tmp_path), model)
+
+
+def test_a_model_built_from_the_same_config_object_stays_dense(tmp_path):
+    student = tiny_llama()
+    teacher = type(student)(student.config)
+    config = student.config
+    compress(student, LowRankConfig(param_ratio=0.6, metric="plain"), progress=False)
+    assert teacher.config is config
+    assert not {"quantization_config", "auto_map"} & vars(config).keys()
+    teacher.save_pretrained(tmp_path / "teacher")
+    again = load_clean(AutoModelForCausalLM, tmp_path / "teacher")
+    assert num_lowrank(again) == 0
+    assert same_tensors(again, teacher)
+    own = student.config
+    assert own is student.model.config is student.model.layers[0].self_attn.config
+    student.save_pretrained(tmp_path / "student")
+    assert same_tensors(hf_lowrank.load(tmp_path / "student"), student)

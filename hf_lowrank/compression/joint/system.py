@@ -124,11 +124,7 @@ def compress_jointly(
             analysis = dataclasses.replace(analysis, gradients=gradients)
     candidates = Candidates(model, analysis, held_out_loss(model, run), settings or JointSettings())
     with run.stopwatch.phase("search"):
-        if config.param_ratio is not None:
-            baseline, accepted = candidates.best_at(config.param_ratio)
-            probes: list[Probe] = []
-        else:
-            baseline, accepted, probes = candidates.smallest_within(config.effective_tolerance)
+        baseline, accepted, probes = _search(candidates, config)
     decision = _decision(analysis, candidates, baseline, accepted, probes)
     report = apply(model, decision, dense, run)
     return JointResult(
@@ -139,6 +135,15 @@ def compress_jointly(
         _trials(candidates),
         candidates.decompositions,
     )
+
+
+def _search(
+    candidates: Candidates, config: LowRankConfig
+) -> tuple[Candidate, Candidate, list[Probe]]:
+    """Plain `price` and the accepted candidate for a config's goal, and the steps that led there."""
+    if config.param_ratio is None:
+        return candidates.smallest_within(config.effective_tolerance)
+    return *candidates.best_at(config.param_ratio), []
 
 
 def _decision(
