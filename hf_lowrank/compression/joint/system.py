@@ -140,7 +140,7 @@ def compress_jointly(
 def _search(
     candidates: Candidates, config: LowRankConfig
 ) -> tuple[Candidate, Candidate, list[Probe]]:
-    """Plain `price` and the accepted candidate for a config's goal, and the steps that led there."""
+    """Plain `price`, the accepted candidate, and the steps that led there."""
     if config.param_ratio is None:
         return candidates.smallest_within(config.effective_tolerance)
     return *candidates.best_at(config.param_ratio), []
