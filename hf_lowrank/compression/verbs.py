@@ -13,6 +13,7 @@ from hf_lowrank.config import LowRankConfig
 from hf_lowrank.errors import ConfigError
 from hf_lowrank.measuring.batches import checked_batches
 from hf_lowrank.measuring.items import Batch
+from hf_lowrank.measuring.losses import check_losses
 from hf_lowrank.modeling.marks import attach_config
 from hf_lowrank.modeling.surgery import restore_
 from hf_lowrank.modeling.targets import find_targets
@@ -75,7 +76,8 @@ def read_texts(model: nn.Module, options: RunOptions, **sets: Iterable[Batch] | 
         **sets: Batches by the name of their role in `Texts`.
 
     Raises:
-        DataError: With the set and the batch.
+        ConfigError: The model's own loss is not known.
+        DataError: With the set and the batch, or labels are missing.
     """
     is_own = options.loss_function is None
     found = {
@@ -83,6 +85,9 @@ def read_texts(model: nn.Module, options: RunOptions, **sets: Iterable[Batch] | 
         for role, batches in sets.items()
         if batches is not None
     }
+    for role in ("held_out", "evaluation"):
+        if is_own and found.get(role):
+            check_losses(model, found[role][0])
     return Texts(**found)
 
 
