@@ -16,6 +16,7 @@ from hf_lowrank.errors import DataError
 from hf_lowrank.measuring.batches import checked_batches
 from hf_lowrank.measuring.distributed import ALONE, Processes
 from hf_lowrank.measuring.items import Batch, LossFunction
+from hf_lowrank.measuring.losses import check_losses
 
 
 @dataclass(frozen=True)
@@ -112,15 +113,18 @@ def read_texts(model: nn.Module, own_loss: bool, **sets: Iterable[Batch] | None)
         **sets: Batches by their role in `Texts`.
 
     Raises:
-        DataError: With the set and the batch.
+        ConfigError: The model's own loss is not known.
+        DataError: With the set and the batch, or labels are missing.
     """
-    return Texts(
-        **{
-            role: checked_batches(batches, role, model, own_loss=own_loss)
-            for role, batches in sets.items()
-            if batches is not None
-        }
-    )
+    found = {
+        role: checked_batches(batches, role, model, own_loss=own_loss)
+        for role, batches in sets.items()
+        if batches is not None
+    }
+    for role in ("held_out", "evaluation"):
+        if own_loss and found.get(role):
+            check_losses(model, found[role][0])
+    return Texts(**found)
 
 
 def split_texts(config: LowRankConfig, texts: Texts, recover_steps: int = 0) -> Texts:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable
 from functools import partial
 from typing import Any, cast
@@ -18,39 +17,40 @@ from hf_lowrank.measuring.items import (
     Batch,
     ItemLosses,
     cross_entropy,
-    eval_mode,
-    inner_model,
     is_causal_lm,
     without_labels,
 )
+from hf_lowrank.measuring.own_loss import label_places
+from hf_lowrank.measuring.projection import Projection, last_states, projection
 
 SLICE_TOKENS = 512
-_INPUTS = ("input_ids", "inputs_embeds")
-
-_HEAD_IS_LAST: weakref.WeakKeyDictionary[nn.Module, bool] = weakref.WeakKeyDictionary()
 
 
 def causal_losses(model: nn.Module, batch: Batch, sample: bool) -> ItemLosses:
     """Loss of the next token at each position; labels may be sampled from the model."""
-    targets = _next_tokens(batch)
-    head = model.get_output_embeddings()  # type: ignore[operator]
-    if head_is_last(model, batch):
+    targets = _targets(batch, label_places(model, batch).shifted)
+    project = projection(model, batch)
+    if project is not None:
         hidden = last_states(model, batch)
         flat = hidden.reshape(-1, hidden.shape[-1])
         losses = _SlicedLoss.apply(  # type: ignore[no-untyped-call]
-            flat, head, targets.flatten(), partial(cross_entropy, sample=sample), None
+            flat, project, targets.flatten(), partial(cross_entropy, sample=sample), None
         )
     else:
-        # The model changes its logits after the head (a soft cap, a scale): use them as they are.
         logits = model(**without_labels(batch), use_cache=False).logits
         losses = cross_entropy(logits.flatten(0, 1), targets.flatten(), sample)
     per_position = cast(torch.Tensor, losses).view(targets.shape)
     return ItemLosses(per_position.sum(dim=1), (targets != IGNORED).sum(dim=1))
 
 
-def _next_tokens(batch: Batch) -> torch.Tensor:
-    """Target of each position, shape (batch, length): the next label, IGNORED at the end."""
+def _targets(batch: Batch, shifted: bool) -> torch.Tensor:
+    """Target of each position, shape (batch, length): the next token, IGNORED at the end.
+
+    Labels are shifted in the same way, unless the model's own are not.
+    """
     labels = batch.get("labels")
+    if labels is not None and not shifted:
+        return labels
     targets = torch.full_like(batch["input_ids"] if labels is None else labels, IGNORED)
     if labels is not None:
         targets[:, :-1] = labels[:, 1:]
@@ -60,48 +60,19 @@ def _next_tokens(batch: Batch) -> torch.Tensor:
     return targets
 
 
-def last_states(model: nn.Module, batch: Batch) -> torch.Tensor:
-    """What the layers below the head hand to it, shape (batch, length, hidden)."""
-    body = inner_model(model).base_model
-    hidden: torch.Tensor = body(**without_labels(batch), use_cache=False)[0]  # type: ignore[operator]
-    return hidden
-
-
-@torch.no_grad()
-def head_is_last(model: nn.Module, batch: Batch) -> bool:
-    """Whether the logits are exactly head(hidden states); found out once for each model."""
-    known = _HEAD_IS_LAST.get(model)
-    if known is None:
-        head = model.get_output_embeddings()  # type: ignore[operator]
-        inner = inner_model(model)
-        if head is None or getattr(inner, "base_model", inner) is inner:
-            known = False
-        else:
-            device = next(model.parameters()).device
-            probe = {k: batch[k][:1, :4].to(device) for k in _INPUTS if k in batch}
-            # Accelerate's mixed precision rounds the logits, compiled kernels do so differently.
-            forward = getattr(model, "_original_forward", getattr(model, "_orig_mod", model))
-            with eval_mode(model):
-                expected = forward(**probe, use_cache=False).logits.float()
-                found = head(last_states(model, probe)).float()
-            known = torch.equal(expected, found)  # the same head on the same states
-        _HEAD_IS_LAST[model] = known
-    return known
-
-
 class _SlicedLoss(torch.autograd.Function):
-    """A loss of `head(hidden)` per position, over slices of positions.
+    """A loss of `project(hidden)` per position, over slices of positions.
 
     The gradient with respect to the hidden states is computed slice by slice along with the loss,
     so no more than SLICE_TOKENS rows of logits exist at a time. The head gets no gradient. With a
-    teacher's hidden states the loss also sees `head(teacher)` of the slice.
+    teacher's hidden states the loss also sees `project(teacher)` of the slice.
     """
 
     @staticmethod
     def forward(
         ctx: Any,  # noqa: ANN401
         hidden: torch.Tensor,
-        head: nn.Module,
+        project: Projection,
         targets: torch.Tensor,
         loss: Callable[..., torch.Tensor],
         teacher: torch.Tensor | None,
@@ -114,9 +85,9 @@ class _SlicedLoss(torch.autograd.Function):
             if bool((targets[rows] == IGNORED).all()):
                 continue
             part = hidden[rows].detach().requires_grad_(needs_grad)
-            extra = () if teacher is None else (head(teacher[rows]),)
+            extra = () if teacher is None else (project(teacher[rows]),)
             with torch.set_grad_enabled(needs_grad):
-                part_losses = loss(head(part), targets[rows], *extra)
+                part_losses = loss(project(part), targets[rows], *extra)
                 total = part_losses.sum()
             losses[rows] = part_losses.detach()
             if gradient is not None:
@@ -136,15 +107,21 @@ def check_distillable(model: nn.Module, batch: Batch) -> None:
     """Refuses models without `hidden_states`; 4 tokens of the batch are read, once for each model.
 
     Raises:
-        ConfigError: The model is no causal language model, or its logits are not simply its head
-            applied to its last hidden states.
+        ConfigError: The model is no causal language model, or its logits are not made of its last
+            hidden states by the head, position by position.
     """
-    if not (is_causal_lm(model) and head_is_last(model, batch)):
+    _projection(model, batch)
+
+
+def _projection(model: nn.Module, batch: Batch) -> Projection:
+    project = projection(model, batch) if is_causal_lm(model) else None
+    if project is None:
         raise ConfigError(
             f"{type(model).__name__}: distillation needs a causal language model whose logits are "
             "its head applied to the last hidden states; leave out recover_steps and "
             "measured_prices."
         )
+    return project
 
 
 def hidden_states(model: nn.Module, batch: Batch) -> torch.Tensor:
@@ -168,10 +145,13 @@ def distillation_losses(
         teacher: The teacher's last hidden states under the same head, from `hidden_states`.
         kl_weight: w, in [0, 1].
     """
-    hidden, targets = hidden_states(model, batch), _next_tokens(batch)
+    hidden, targets = (
+        hidden_states(model, batch),
+        _targets(batch, label_places(model, batch).shifted),
+    )
     losses = _SlicedLoss.apply(  # type: ignore[no-untyped-call]
         hidden.reshape(-1, hidden.shape[-1]),
-        model.get_output_embeddings(),  # type: ignore[operator]
+        _projection(model, batch),
         targets.flatten(),
         partial(_distillation, kl_weight=kl_weight),
         teacher.reshape(-1, teacher.shape[-1]),

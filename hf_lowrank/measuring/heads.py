@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -19,6 +21,7 @@ from hf_lowrank.measuring.items import (
     is_one_of,
     without_labels,
 )
+from hf_lowrank.measuring.own_loss import refusal_of_head
 
 _SPAN_MODELS = frozenset(MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES.values())
 
@@ -39,6 +42,7 @@ def head_losses(model: nn.Module, batch: Batch, sample: bool) -> ItemLosses:
         raise DataError(
             f"The batches have no 'labels', which {type(model).__name__} needs; {advice}."
         )
+    refusal = prepare_head(model, batch)
     outputs = model(**(batch if needs_labels else without_labels(batch)))
     logits = getattr(outputs, "logits", None)
     if logits is None:
@@ -46,11 +50,39 @@ def head_losses(model: nn.Module, batch: Batch, sample: bool) -> ItemLosses:
             f"{type(model).__name__} returns no logits, so it has no loss; load the model with "
             "its task head."
         )
-    if labels is None:
-        labels = torch.zeros(logits.shape[:-1], dtype=torch.long, device=logits.device)
-        counted = token_mask(batch)
-        if logits.ndim == 3 and counted is not None:
-            labels = labels.masked_fill(~counted, IGNORED)
+    if refusal:
+        raise ConfigError(refusal)
+    labels = _any_labels(model, batch, logits) if labels is None else labels
+    return _logit_losses(model, logits, labels, sample)
+
+
+def prepare_head(model: nn.Module, batch: Batch) -> str:
+    """Why a head's loss is not known, empty if it is; found out once for each model."""
+    if is_one_of(model, _SPAN_MODELS) or (is_encoder_decoder(model) and "labels" not in batch):
+        return ""  # the former have one kind of loss, the latter can't be run
+
+    def compute(outputs: Any, few: Batch) -> tuple[Batch, ItemLosses]:  # noqa: ANN401
+        labels = few.get("labels")
+        labels = _any_labels(model, few, outputs.logits) if labels is None else labels
+        return {**few, "labels": labels}, _logit_losses(model, outputs.logits, labels, False)
+
+    return refusal_of_head(model, batch, compute)
+
+
+def _any_labels(model: nn.Module, batch: Batch, logits: torch.Tensor) -> torch.Tensor:
+    """Labels that the head could be given, ignored where the inputs are padding."""
+    labels = torch.zeros(logits.shape[:-1], dtype=torch.long, device=logits.device)
+    if logits.ndim != 3:
+        is_one_class = problem_type(model, logits, labels) == "single_label_classification"
+        return labels if is_one_class else torch.zeros_like(logits)
+    counted = token_mask(batch)
+    return labels if counted is None else labels.masked_fill(~counted, IGNORED)
+
+
+def _logit_losses(
+    model: nn.Module, logits: torch.Tensor, labels: torch.Tensor, sample: bool
+) -> ItemLosses:
+    """A loss for each token or each sentence, as the shape of the logits says."""
     if logits.ndim == 3:
         losses = cross_entropy(logits.flatten(0, 1), labels.flatten(), sample)
         return ItemLosses(losses.view(labels.shape).sum(1), (labels != IGNORED).sum(1))

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import torch
 from torch import nn
 
-from hf_lowrank.measuring.causal import causal_losses, head_is_last, last_states
-from hf_lowrank.measuring.heads import head_losses
+from hf_lowrank.measuring.causal import causal_losses
+from hf_lowrank.measuring.heads import head_losses, prepare_head
 from hf_lowrank.measuring.items import (
     Batch,
     ItemLosses,
+    eval_mode,
     is_causal_lm,
     is_encoder_decoder,
 )
+from hf_lowrank.measuring.own_loss import known_places
+from hf_lowrank.measuring.projection import last_states, projection
 
 
 def item_losses(model: nn.Module, batch: Batch, label_source: str = "data") -> ItemLosses:
@@ -26,8 +30,9 @@ def item_losses(model: nn.Module, batch: Batch, label_source: str = "data") -> I
             which makes squared gradients an unbiased estimate of the Fisher information.
 
     Raises:
-        ConfigError: The model has no output that a loss can be computed from, or it writes text
-            and is neither an encoder-decoder nor a causal language model that transformers lists.
+        ConfigError: The model has no output that a loss can be computed from; its own loss is
+            another; or it writes text and is neither an encoder-decoder nor a causal language
+            model that transformers lists.
         DataError: The batch lacks labels.
     """
     if is_causal_lm(model):
@@ -35,16 +40,30 @@ def item_losses(model: nn.Module, batch: Batch, label_source: str = "data") -> I
     return head_losses(model, batch, sample=label_source == "model")
 
 
+def check_losses(model: nn.Module, batch: Batch) -> None:
+    """Measures one item, to refuse before any work what `item_losses` would refuse later.
+
+    Raises:
+        ConfigError, DataError: See `item_losses`.
+    """
+    device = next(model.parameters()).device
+    with torch.no_grad(), eval_mode(model):
+        item_losses(model, {name: value[:1].to(device) for name, value in batch.items()})
+
+
 def prepare_losses(model: nn.Module, batch: Batch) -> None:
     """Runs what `item_losses` has to find out once about a model, for callers that use hooks."""
     if is_causal_lm(model):
-        head_is_last(model, batch)
+        projection(model, batch)
+        known_places(model, batch)
+    else:
+        prepare_head(model, batch)
 
 
 def forward_body(model: nn.Module, batch: Batch) -> None:
     """Runs the layers on a batch for the sake of hooks, without head and loss where possible."""
     inputs = {name: value for name, value in batch.items() if name != "labels"}
-    if is_causal_lm(model) and head_is_last(model, batch):
+    if is_causal_lm(model) and projection(model, batch) is not None:
         last_states(model, batch)
     else:
         model(**(batch if is_encoder_decoder(model) else inputs))

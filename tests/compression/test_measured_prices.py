@@ -15,7 +15,7 @@ from hf_lowrank.report.sections import MeasuredPart
 from hf_lowrank.report.text.table import comparison_rows, describe_run, format_report
 from tests.compression import mean_loss
 from tests.compression.analyzed import analyzed
-from tests.measuring.losses import tiny_gemma2
+from tests.measuring.losses import tiny_bert_decoder
 from tests.tiny_models import (
     batches_for,
     equal_states,
@@ -156,10 +156,10 @@ def no_work(*args, **kwargs):
     pytest.fail("worked")
 
 
-def test_a_model_that_changes_its_logits_is_refused_before_any_work(text, monkeypatch):
+def test_a_model_with_more_than_a_head_is_refused_before_any_work(text, monkeypatch):
     monkeypatch.setattr("hf_lowrank.compression.application.analyze", no_work)
-    with pytest.raises(ConfigError, match=r"^Gemma2ForCausalLM: .* recover_steps and measured_pri"):
-        compress(tiny_gemma2(), CONFIG, text[:4], progress=False)
+    with pytest.raises(ConfigError, match=r"^BertLMHeadModel: .* recover_steps and measured_pri"):
+        compress(tiny_bert_decoder(), CONFIG, text[:4], progress=False)
 
 
 def test_prices_without_held_out_text_are_refused_before_any_work(text, monkeypatch):

@@ -21,7 +21,7 @@ from hf_lowrank.measuring.causal import distillation_losses, hidden_states
 from hf_lowrank.modeling.surgery import factorize_
 from hf_lowrank.report.sections import Recovery
 from tests.compression.analyzed import analyzed
-from tests.measuring.losses import tiny_gemma2
+from tests.measuring.losses import tiny_bert_decoder
 from tests.tiny_models import (
     Batch,
     batches_for,
@@ -119,16 +119,16 @@ def test_an_encoder_is_refused_before_any_work(monkeypatch: pytest.MonkeyPatch):
 
 
 @pytest.mark.parametrize("stages", [1, 2])
-def test_a_model_that_changes_its_logits_is_refused_before_any_work(
+def test_a_model_with_more_than_a_head_is_refused_before_any_work(
     stages: int, monkeypatch: pytest.MonkeyPatch
 ):
-    model, text = tiny_gemma2(), token_batches(6)
+    model, text = tiny_bert_decoder(), token_batches(6)
     layers = dict(model.named_modules())
     monkeypatch.setattr(
         "hf_lowrank.compression.application.analyze", lambda *a, **k: pytest.fail("worked")
     )
     config, options = LowRankConfig(param_ratio=0.5), {"recover_steps": 6, "stages": stages}
-    with pytest.raises(ConfigError, match=r"^Gemma2ForCausalLM: .*; leave out recover_steps"):
+    with pytest.raises(ConfigError, match=r"^BertLMHeadModel: .*; leave out recover_steps"):
         hf_lowrank.compress(model, config, text, progress=False, **options)
     assert dict(model.named_modules()) == layers
     assert not hasattr(model.config, "quantization_config")

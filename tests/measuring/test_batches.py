@@ -19,7 +19,14 @@ from hf_lowrank.measuring.batches import checked_batches, follows_from, num_toke
 from hf_lowrank.measuring.items import IGNORED
 from hf_lowrank.measuring.losses import item_losses
 from tests.measuring.moments import ALL, assert_equal_moments, collect_moments, linears
-from tests.tiny_models import seq2seq_batches, tiny_llama, tiny_t5, token_batches
+from tests.tiny_models import (
+    sentence_batches,
+    seq2seq_batches,
+    tiny_bert_classifier,
+    tiny_llama,
+    tiny_t5,
+    token_batches,
+)
 
 BATCHES = token_batches(4, 2, 16, padding=4)
 ROWS = [
@@ -193,6 +200,14 @@ def test_every_set_is_checked_before_any_work(role):
     with pytest.raises(DataError, match=re.escape(f"{role}, batch 4: 'text', row 0, holds text")):
         compress(model, LowRankConfig(param_ratio=0.7), **sets, progress=False)
     assert not calls
+
+
+@pytest.mark.parametrize("role", ["held_out", "evaluation"])
+def test_a_loss_that_cannot_be_known_is_refused_before_any_work(role, monkeypatch):
+    monkeypatch.setattr("hf_lowrank.compression.run.analyze", lambda *a, **k: pytest.fail("worked"))
+    sets = {"calibration": sentence_batches(2), role: token_batches(1)}
+    with pytest.raises(DataError, match="The batches have no 'labels', which BertForSequenceClass"):
+        compress(tiny_bert_classifier(), LowRankConfig(param_ratio=0.7), **sets, progress=False)
 
 
 def causal_mask(lengths):

@@ -14,6 +14,7 @@ from tests.measuring.losses import (
     assert_same_loss_and_gradient,
     causal_batch,
     mean_of,
+    tiny_bert_decoder,
     tiny_gemma2,
 )
 from tests.tiny_models import (
@@ -151,6 +152,23 @@ def test_a_change_of_small_logits_is_not_overlooked():
     assert mean_of(item_losses(model, batch)).item() == pytest.approx(wanted.item(), rel=1e-5)
 
 
+@pytest.mark.parametrize("name", ["gemma2", "granite", "cohere"])
+@pytest.mark.parametrize("slice_tokens", [1, 5, 48])
+def test_changed_logits_fit_slices(monkeypatch, name, slice_tokens):
+    monkeypatch.setattr(causal, "SLICE_TOKENS", slice_tokens)
+    model, batch = CHANGED_LOGITS[name](), causal_batch("labels")
+    forward = model.base_model.forward
+    prepare_losses(model, batch)
+    sizes = []
+    handle = model.lm_head.register_forward_hook(lambda *call: sizes.append(call[-1].shape[-2]))
+    found = mean_of(item_losses(model, batch))
+    handle.remove()
+    assert max(sizes) == slice_tokens
+    wanted, _ = own_loss(model, batch)
+    assert_same_loss_and_gradient(model, found, wanted)
+    assert model.base_model.forward == forward
+
+
 def test_losses_of_a_bfloat16_model_are_summed_in_fp32():
     model = tiny_llama().bfloat16()
     batch = causal_batch("no padding")
@@ -188,11 +206,11 @@ def test_the_body_alone_is_run_where_the_head_is_last(name):
     assert seen == [model.base_model]
 
 
-@pytest.mark.parametrize("make", [tiny_gemma2, tiny_t5, tiny_bert_classifier])
+@pytest.mark.parametrize("make", [tiny_bert_decoder, tiny_t5, tiny_bert_classifier])
 def test_the_whole_model_is_run_where_it_has_to_be(make):
     model = make()
     batch = {
-        tiny_gemma2: causal_batch("labels"),
+        tiny_bert_decoder: causal_batch("labels"),
         tiny_t5: seq2seq_batches(1)[0],
         tiny_bert_classifier: sentence_batches(1)[0],
     }[make]

@@ -8,10 +8,11 @@ from hf_lowrank.errors import ConfigError
 from hf_lowrank.measuring import causal
 from hf_lowrank.measuring.causal import distillation_losses, hidden_states
 from tests.measuring.losses import (
+    CHANGED_LOGITS,
     assert_same_loss_and_gradient,
     causal_batch,
     generator,
-    tiny_gemma2,
+    tiny_bert_decoder,
 )
 from tests.tiny_models import HIDDEN, tiny_bert_classifier, tiny_llama
 
@@ -43,12 +44,36 @@ def test_the_teacher_that_is_the_student_teaches_nothing():
     assert distillation_losses(model, batch, teacher.flip(0), 1.0).sums.max() > 1
 
 
-@pytest.mark.parametrize("make", [tiny_gemma2, tiny_bert_classifier])
+@pytest.mark.parametrize("make", [tiny_bert_decoder, tiny_bert_classifier])
 def test_distillation_needs_a_head_that_is_last(make):
     model = make()
     message = f"^{type(model).__name__}: distillation needs a causal language model whose logits"
     with pytest.raises(ConfigError, match=message):
         hidden_states(model, causal_batch("tokens"))
+
+
+@pytest.mark.parametrize("name", ["gemma2", "granite", "cohere"])
+@pytest.mark.parametrize("slice_tokens", [5, 512])
+def test_changed_logits_are_distilled_slice_by_slice(monkeypatch, name, slice_tokens):
+    monkeypatch.setattr(causal, "SLICE_TOKENS", slice_tokens)
+    model, other = CHANGED_LOGITS[name](), CHANGED_LOGITS[name]()
+    batch = causal_batch("right padding")
+    with torch.no_grad():
+        for layer in other.base_model.layers:
+            layer.mlp.up_proj.weight.mul_(3)
+        teacher_logs = other(**batch).logits[:, :-1].double().log_softmax(dim=-1)
+        teacher = hidden_states(other, batch)
+    sizes = []
+    handle = model.lm_head.register_forward_hook(lambda *call: sizes.append(call[-1].shape[-2]))
+    found = distillation_losses(model, batch, teacher, 0.4)
+    handle.remove()
+    assert max(sizes) <= slice_tokens
+    student_logs = model(**batch).logits[:, :-1].double().log_softmax(dim=-1)
+    kept = batch["attention_mask"][:, 1:].bool()
+    likelihood = -student_logs.gather(2, batch["input_ids"][:, 1:, None])[..., 0][kept].sum()
+    divergence = (teacher_logs.exp() * (teacher_logs - student_logs)).sum(dim=-1)[kept].sum()
+    assert divergence > 0.01
+    assert_same_loss_and_gradient(model, found.sums.sum(), 0.6 * likelihood + 0.4 * divergence)
 
 
 def test_distillation_of_a_bfloat16_model_is_computed_in_fp32():
