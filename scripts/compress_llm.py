@@ -38,7 +38,7 @@ def run(args: CompressionArguments, publishing: PublishingArguments) -> None:
     """The whole job; see the fields of the arguments."""
     config, folder = args.to_config(), Path(args.output_dir) if args.output_dir else None
     sizes = check_before_loading(args, publishing, folder)
-    model, tokenizer = load_causal_lm(args.model, args.dtype, args.device)
+    model, tokenizer = load_causal_lm(args.model, args.dtype, args.device, args.trust_remote_code)
     targets = find_targets(model, config)
     for ratio in args.param_ratio or []:
         check_goal(targets, config.replace(param_ratio=ratio))

@@ -17,6 +17,7 @@ from hf_lowrank.compression.recovery import RECOVERIES, recovery_settings
 from hf_lowrank.compression.stages import check_stages
 from hf_lowrank.config import SEARCH_NAMES, LowRankConfig, config_option, option
 from hf_lowrank.errors import ConfigError, DataError, LowRankError
+from hf_lowrank.inputs.sources import TRUST_HELP
 
 Parsed = TypeVar("Parsed")
 _CONFIG_FIELDS = {f.name: f for f in dataclasses.fields(LowRankConfig)}
@@ -174,6 +175,7 @@ class CompressionArguments:
     batch_size: int = option(4, "Token windows in a batch.")
     dtype: str = option("auto", "auto (as stored), float32, bfloat16 or float16.")
     device: str = option("cpu", "Device of the model.")
+    trust_remote_code: bool = option(False, TRUST_HELP)
     output_dir: str | None = option(None, "Folder for the compressed model and report.json.")
     overwrite_output_dir: bool = option(False, "Replace an output folder that is not empty.")
     html_report: bool = option(

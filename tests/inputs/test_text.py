@@ -15,17 +15,42 @@ import torch
 
 from hf_lowrank.errors import DataError
 from hf_lowrank.inputs import text as text_module
-from hf_lowrank.inputs.text import ROLES, read_text, token_batches
+from hf_lowrank.inputs.text import (
+    ROLES,
+    read_text,
+    shares,
+    token_batches,
+    windows_of_each,
+)
 
 Row = dict[str, Any]
 
 
 class Counting:
-    """A tokenizer whose tokens are the numbers in the text."""
+    """A tokenizer whose tokens are the numbers in the text, any other word is 0."""
+
+    bos_token_id = None
+    start: tuple[int, ...] = ()
+    end: tuple[int, ...] = ()
 
     def __call__(self, text: str, **settings: Any) -> dict[str, list[int]]:
-        assert settings["add_special_tokens"] is False
-        return {"input_ids": [int(word) for word in text.split()]}
+        ids = [int(word) if word.isdigit() else 0 for word in text.split()]
+        if settings["add_special_tokens"]:
+            ids = [*self.start, *ids, *self.end]
+        return {"input_ids": ids}
+
+
+class Starting(Counting):
+    """Puts 5000 before each text."""
+
+    bos_token_id = 5000
+    start = (5000,)
+
+
+class StartingTwice(Counting):
+    """Puts two tokens before each text, as GLM does."""
+
+    start = (5000, 6000)
 
 
 @pytest.fixture
@@ -36,7 +61,9 @@ def numbers(tmp_path: Path) -> str:
     return str(path)
 
 
-def windows_of(source: str, sequences: int, length: int, **settings: Any) -> list[list[int]]:
+def windows_of(
+    source: str | list[str], sequences: int, length: int, **settings: Any
+) -> list[list[int]]:
     batches = token_batches(
         source, Counting(), sequences=sequences, sequence_length=length, **settings
     )
@@ -84,6 +111,104 @@ def test_parts_share_no_token(numbers: str):
 def test_a_text_just_long_enough_is_used_up(numbers: str):
     windows = windows_of(numbers, 100, 10)
     assert list(itertools.chain.from_iterable(windows)) == list(range(1000))
+
+
+def test_each_window_begins_with_the_start_token_within_its_length(numbers: str):
+    (first, second) = token_batches(
+        numbers, Starting(), sequences=5, sequence_length=101, batch_size=3
+    )
+    assert first.keys() == second.keys() == {"input_ids"}
+    windows = torch.cat([first["input_ids"], second["input_ids"]])
+    assert windows.shape == (5, 101)
+    assert (windows[:, 0] == 5000).all()
+    plain = windows_of(numbers, 5, 100)
+    assert windows[:, 1:].tolist() == plain
+    assert windows.diff(dim=1)[:, 1:].unique().tolist() == [1]
+
+
+def test_start_tokens_need_no_text(numbers: str):
+    (batch,) = token_batches(numbers, Starting(), sequences=10, sequence_length=101, batch_size=10)
+    assert batch["input_ids"][:, 1:].flatten().tolist() == list(range(1000))
+    message = "1000 tokens are there for calibration, but 10 sequences of 101 need 1010"
+    with pytest.raises(DataError, match=message):
+        token_batches(numbers, Starting(), sequences=10, sequence_length=102)
+
+
+def test_no_token_of_a_longer_start_is_a_target(numbers: str):
+    (batch,) = token_batches(numbers, StartingTwice(), sequences=2, sequence_length=6)
+    assert batch["input_ids"][0].tolist() == [5000, 6000, 0, 1, 2, 3]
+    assert batch["labels"][0].tolist() == [-100, -100, 0, 1, 2, 3]
+    with pytest.raises(DataError, match="sequence_length must be at least 3, got 2"):
+        token_batches(numbers, StartingTwice(), sequences=2, sequence_length=2)
+
+
+# Mixtures
+
+
+@pytest.fixture
+def thousands(tmp_path: Path) -> str:
+    """A text of the numbers 1000 to 1999."""
+    path = tmp_path / "thousands.txt"
+    path.write_text(" ".join(map(str, range(1000, 2000))), encoding="utf-8")
+    return str(path)
+
+
+def test_a_mixture_takes_its_shares_in_turn(numbers: str, thousands: str):
+    windows = windows_of([numbers, f"{thousands}:0.25"], 16, 10)
+    kinds = [window[0] // 1000 for window in windows]
+    assert kinds.count(1) == 4
+    assert [sum(kinds[i : i + 4]) for i in range(0, 16, 4)] == [1, 1, 1, 1]
+    alone = windows_of(numbers, 12, 10), windows_of(thousands, 4, 10)
+    assert [w for w in windows if w[0] < 1000] == alone[0]
+    assert [w for w in windows if w[0] >= 1000] == alone[1]
+
+
+@pytest.mark.parametrize(
+    ("sources", "expected"),
+    [
+        ("a", {"a": 1.0}),
+        (["a:0.5"], {"a:0.5": 1.0}),  # one source alone has no share
+        (["a", "b"], {"a": 0.5, "b": 0.5}),
+        (["a", "b:0.25"], {"a": 0.75, "b": 0.25}),
+        (["x/y:z:train:0.5", "b:.2", "c"], {"x/y:z:train": 0.5, "b": 0.2, "c": pytest.approx(0.3)}),
+        (["x/y:z", "w/v:1.5"], {"x/y:z": 0.5, "w/v:1.5": 0.5}),  # 1.5 is a config's name
+    ],
+)
+def test_shares(sources: str | list[str], expected: dict[str, float]):
+    assert shares(sources) == expected
+
+
+@pytest.mark.parametrize(
+    ("sources", "message"),
+    [
+        (["a:0.5", "b:0.2"], "a:0.5 b:0.2: the shares of a mixture must be above 0 and sum to 1"),
+        (["a:0.7", "b:0.4", "c"], "must be above 0 and sum to 1"),
+        (["a:1", "b"], "must be above 0 and sum to 1; a source without one gets what the others"),
+        (["a:0", "b"], "must be above 0"),
+        (["a", "a:0.5"], "a: stands twice in one mixture; give it one share"),
+    ],
+)
+def test_shares_that_do_not_add_up(sources: list[str], message: str):
+    with pytest.raises(DataError, match=message):
+        shares(sources)
+
+
+@pytest.mark.parametrize(
+    ("sources", "sequences", "expected"),
+    [
+        (["a", "b"], 5, [3, 2]),
+        (["a", "b:0.25"], 32, [24, 8]),
+        (["a", "b", "c"], 64, [22, 21, 21]),
+        (["a:0.9", "b"], 10, [9, 1]),
+    ],
+)
+def test_the_windows_of_a_mixture_add_up(sources: list[str], sequences: int, expected: list[int]):
+    assert list(windows_of_each(sources, sequences).values()) == expected
+
+
+def test_a_share_without_a_window_is_refused():
+    with pytest.raises(DataError, match="b: its share of 4 windows is none; ask for more"):
+        windows_of_each(["a", "b:0.1"], 4)
 
 
 @pytest.mark.parametrize(
@@ -248,7 +373,7 @@ def test_a_broken_row_is_named_by_its_line(tmp_path: Path):
 def test_a_row_without_text(tmp_path: Path, suffix: str, row: Row):
     source = write_rows(tmp_path / f"rows.{suffix}", [row])
     with pytest.raises(
-        DataError, match="has no text column; one of text, content, sentence, document is needed"
+        DataError, match="1 has no text column; one of text, content, sentence, document is needed"
     ):
         read_text(source)
 
@@ -257,7 +382,7 @@ def test_a_row_without_text(tmp_path: Path, suffix: str, row: Row):
 def test_a_row_that_is_no_object(tmp_path: Path, line: str):
     path = tmp_path / "rows.jsonl"
     path.write_text(line + "\n")
-    with pytest.raises(DataError, match="a row has no text column"):
+    with pytest.raises(DataError, match="line 1 has no text column"):
         read_text(str(path))
 
 
@@ -266,6 +391,37 @@ def test_a_file_that_is_not_parquet(tmp_path: Path, content: bytes):
     path = tmp_path / "a.parquet"
     path.write_bytes(content)
     with pytest.raises(DataError, match=r"a\.parquet: is not a readable parquet file \("):
+        read_text(str(path))
+
+
+@pytest.mark.parametrize(("suffix", "place"), [("jsonl", "line"), ("parquet", "row")])
+def test_a_row_whose_text_is_null_is_named(tmp_path: Path, suffix: str, place: str):
+    source = write_rows(tmp_path / f"rows.{suffix}", [{"text": "a"}, {"text": None}])
+    message = rf"{suffix}: {place} 2 has no text, its 'text' is null; leave such rows out\.$"
+    with pytest.raises(DataError, match=message):
+        read_text(source)
+
+
+@pytest.mark.parametrize("name", ["rows.JSONL", "rows.Json", "rows.PARQUET"])
+def test_suffixes_may_be_written_in_capitals(tmp_path: Path, name: str):
+    path = tmp_path / name
+    source = write_rows(tmp_path / name.lower(), [{"text": "one"}, {"text": "two"}])
+    path = Path(source).rename(path)
+    assert read_text(str(path)) == "one\n\ntwo"
+    with pytest.raises(DataError, match=r"no such file\.$"):
+        read_text("missing." + path.suffix)
+
+
+def test_half_a_character_is_replaced_and_two_halves_are_joined(tmp_path: Path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"text": "cut \\ud83d emoji \\udc00 whole \\ud83d\\ude00"}\n')
+    assert read_text(str(path)) == "cut \ufffd emoji \ufffd whole \U0001f600"
+
+
+def test_json_that_is_nested_too_deeply(tmp_path: Path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"text": "a"}\n{"text": ' + "[" * 200_000 + "]" * 200_000 + "}\n")
+    with pytest.raises(DataError, match=r"line 2 is nested too deeply to read\.$"):
         read_text(str(path))
 
 
@@ -385,7 +541,7 @@ def test_a_dataset_that_cannot_be_read(monkeypatch: pytest.MonkeyPatch, error: E
 
 def test_a_dataset_without_a_text_column(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(datasets, "load_dataset", lambda *args, **kwargs: [{"premise": "a"}])
-    with pytest.raises(DataError, match="owner/name: a row has no text column"):
+    with pytest.raises(DataError, match="owner/name: row 1 has no text column"):
         read_text("owner/name")
 
 

@@ -38,7 +38,7 @@ ROOT = Path(__file__).resolve().parents[2]
 SPECIAL = ("<pad>", "<s>", "</s>")
 WORDS = tuple(f"w{number:02d}" for number in range(VOCABULARY - len(SPECIAL)))
 Refusal = Callable[..., str]  # runs with some changes and returns the error
-_PROGRESS = re.compile(r"\d+%\|")
+_PROGRESS = re.compile(r"\d+%\||^\.\.\. ")
 
 
 def word_tokenizer() -> PreTrainedTokenizerFast:
