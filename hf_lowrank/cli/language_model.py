@@ -121,9 +121,9 @@ def train_language_model(
             "train": args.train,
             "train_tokens": sum(batch["input_ids"].numel() for batch in texts["train"]),
             "evaluation": args.evaluation,
-            "start_token": start_text(tokenizer),
             "selections": trainer.selections,
-        },
+        }
+        | ({"start_token": start} if (start := start_text(tokenizer)) else {}),
     )
     return model, tokenizer, report
 

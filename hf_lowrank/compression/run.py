@@ -50,17 +50,24 @@ from hf_lowrank.report.spectra import compact_spectra
 
 @dataclass(frozen=True)
 class Texts:
-    """The three disjoint sets of batches of a run.
+    """The disjoint sets of batches of a run.
 
     Attributes:
         calibration: For the moments.
         held_out: For the search of a loss tolerance or of ranks, and to correct prices.
         evaluation: For the report alone.
+        foreign: For the report alone, too: text of a kind that calibration saw nothing of.
     """
 
     calibration: Sequence[Batch] | None = None
     held_out: Sequence[Batch] | None = None
     evaluation: Sequence[Batch] | None = None
+    foreign: Sequence[Batch] | None = None
+
+    def reported(self) -> dict[str, Sequence[Batch]]:
+        """What the report measures, by the name of its field."""
+        found = {"evaluation": self.evaluation, "foreign_evaluation": self.foreign}
+        return {name: batches for name, batches in found.items() if batches is not None}
 
 
 @dataclass(frozen=True)
@@ -173,10 +180,10 @@ class CompressionRun:
         )
         self._predicted = self.analysis  # with the prices as predicted
         self.parts: list[dict[str, Any]] = []
-        self.before: LossMeasurement | None = None
-        if texts.evaluation is not None:
+        self.before: dict[str, LossMeasurement] = {}
+        if texts.reported():
             with self.stopwatch.phase("evaluation"), swapped(model, self.dense):
-                self.before = self._measure(texts.evaluation, "evaluate dense")
+                self.before = self._measure_reported("evaluate dense")
 
     def use(self, config: LowRankConfig) -> None:
         """Goes on with another goal on the same spectra."""
@@ -223,12 +230,11 @@ class CompressionRun:
             decided = self.config.replace(ranks=dict(plan.ranks), narrowed=narrowed, form="factors")
             attach_config(self.model, decided)
         recovery = self._recover(self.recovery) if self.recovery else None
-        evaluation = None
-        if self.before is not None and self.texts.evaluation is not None:
+        evaluations = {}
+        if self.before:
             with self.stopwatch.phase("evaluation"):
-                evaluation = compare(
-                    self.before, self._measure(self.texts.evaluation, "evaluate compressed")
-                )
+                after = self._measure_reported("evaluate compressed")
+            evaluations = {name: compare(self.before[name], after[name]) for name in after}
         speed = self._speed() if is_cut else None
         predicted = analysis.predicted_rise(plan)
         return Report(
@@ -237,7 +243,7 @@ class CompressionRun:
             seed=self.config.seed,
             versions=versions(),
             **size_fields(self.sizes, self.model, plan),
-            evaluation=evaluation,
+            **evaluations,
             speed=speed,
             predicted_loss_difference=None if math.isnan(predicted) else predicted,
             seconds=dict(self.stopwatch.seconds),
@@ -322,13 +328,16 @@ class CompressionRun:
         dense = LossDifference(0.0, 0.0, len(held_out.dense.items), True)
         return plan, probes, differences.get(plan.param_ratio, dense)
 
-    def _measure(self, batches: Sequence[Batch], description: str) -> LossMeasurement:
-        return measure_loss(
-            self.model,
-            batches,
-            loss_function=self.options.loss_function,
-            progress=description if self.options.progress else None,
-        )
+    def _measure_reported(self, description: str) -> dict[str, LossMeasurement]:
+        return {
+            name: measure_loss(
+                self.model,
+                batches,
+                loss_function=self.options.loss_function,
+                progress=description if self.options.progress else None,
+            )
+            for name, batches in self.texts.reported().items()
+        }
 
 
 def _likely_ratio(analysis: Analysis, tolerance: float) -> float:

@@ -136,7 +136,7 @@ def _stage(
     dense: Mapping[str, nn.Module],
 ) -> Report:
     """One stage before the last; its spectra are gone when it returns."""
-    texts = dataclasses.replace(texts, evaluation=None)
+    texts = dataclasses.replace(texts, evaluation=None, foreign=None)
     options = dataclasses.replace(options, recover_steps=steps, speed=False)
     run = CompressionRun(model, config, texts, options, dense)
     return run.apply(*run.choose())

@@ -25,6 +25,7 @@ def compress(
     evaluation: Sequence[Batch] | None = None,
     *,
     held_out: Sequence[Batch] | None = None,
+    foreign: Sequence[Batch] | None = None,
     **options: Any,
 ) -> Report:
     """Factorizes a model's linear layers in place, with ranks chosen by their effect on the loss.
@@ -43,6 +44,8 @@ def compress(
         held_out: Batches on which a loss tolerance is tested, ranks are searched for, prices are
             corrected and a recovery is judged. By default the last quarter of the calibration
             batches, which then do not enter the moments.
+        foreign: Batches of another kind than the calibration's, for a second before and after in
+            the report: a model that was cut looks better on text like its calibration than it is.
         **options: Fields of `RunOptions`.
 
     Returns:
@@ -53,7 +56,9 @@ def compress(
         NumericalError: A loss is NaN or infinite.
     """
     config, chosen = config or LowRankConfig(), RunOptions(**options)
-    texts = split_texts(config, Texts(calibration, held_out, evaluation), chosen.recover_steps)
+    texts = split_texts(
+        config, Texts(calibration, held_out, evaluation, foreign), chosen.recover_steps
+    )
     check_stages(config, chosen.stages, chosen.recover_steps)
     if chosen.stages > 1:
         return compress_in_stages(model, config, texts, chosen)
@@ -69,6 +74,7 @@ def sweep(
     evaluation: Sequence[Batch] | None = None,
     *,
     held_out: Sequence[Batch] | None = None,
+    foreign: Sequence[Batch] | None = None,
     **options: Any,
 ) -> Iterator[Report]:
     """Compresses a model at several sizes from the same spectra.
@@ -82,6 +88,7 @@ def sweep(
         calibration: As in `compress`.
         evaluation: As in `compress`.
         held_out: As in `compress`.
+        foreign: As in `compress`.
         **options: Fields of `RunOptions`.
 
     Yields:
@@ -102,7 +109,9 @@ def sweep(
     chosen = RunOptions(**options)
     if chosen.stages != 1:
         raise ConfigError("stages lead to one size; call compress for each.")
-    texts = split_texts(configs[0], Texts(calibration, held_out, evaluation), chosen.recover_steps)
+    texts = split_texts(
+        configs[0], Texts(calibration, held_out, evaluation, foreign), chosen.recover_steps
+    )
     run = CompressionRun(model, configs[0], texts, chosen)
     for each in configs:
         run.use(each)

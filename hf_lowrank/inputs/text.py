@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from pydoc_data.topics import topics
 from typing import Any
 
 import torch
 
 from hf_lowrank.errors import DataError
+from hf_lowrank.inputs.demo_text import BUILT_IN, built_in_text
 from hf_lowrank.inputs.hub import prefer_offline_if_unreachable
 from hf_lowrank.inputs.start_token import start_tokens
 
-DEMO = "demo"
-ROLES = ("calibration", "held_out", "evaluation")
 _TEXT_COLUMNS = ("text", "content", "sentence", "document")
 _MAX_CHARACTERS = 50_000_000
 _SHARE = re.compile(r"0?\.\d+|[01](\.0*)?")
@@ -24,7 +22,7 @@ _OFFLINE_WAYS = "a local .txt, .jsonl or .parquet file, or 'demo'"
 
 
 def token_batches(
-    source: str | Sequence[str],
+    source: str,
     tokenizer: Any,  # noqa: ANN401
     *,
     sequences: int,
@@ -32,6 +30,7 @@ def token_batches(
     role: str = "calibration",
     part: tuple[float, float] = (0.0, 1.0),
     batch_size: int = 4,
+    at_most: bool = False,
 ) -> list[dict[str, torch.Tensor]]:
     """Windows of tokens spread evenly over a text, or over several in turn.
 
@@ -39,14 +38,15 @@ def token_batches(
     one, within its length; it is never scored.
 
     Args:
-        source: See `read_text`; of several, each may end in its share of the windows (see
-            `shares`).
+        source: See `read_text`; or a mixture, see `shares`.
         tokenizer: A transformers tokenizer.
         sequences: Number of windows.
         sequence_length: Tokens in each window, the start token counted.
-        role: What the text is for; decides which topics of the demo text are used.
-        part: Share of each text to take the windows from, as (begin, end) in [0, 1].
+        role: What the text is for; decides which part of a built-in text is used.
+        part: Share of each text to take the windows from, as (begin, end) in [0, 1]; of built-in
+            texts, which are split by role, all is taken.
         batch_size: Windows in a batch.
+        at_most: Whether fewer windows will do where the text is too short, but at least one.
 
     Returns:
         Batches with `input_ids` of shape (batch, sequence_length); the last may be smaller. Where
@@ -67,6 +67,8 @@ def token_batches(
     for each, count in windows_of_each(source, sequences).items():
         tokens = _tokens(each, tokenizer, role, part)
         length = sequence_length - len(start)
+        if at_most:
+            count = min(count, max(1, len(tokens) // length))
         if len(tokens) < count * length:
             raise DataError(
                 f"{each}: {len(tokens)} tokens are there for {role}, but {count} sequences of "
@@ -91,7 +93,8 @@ def _tokens(
     """Ids of a part of a text, without any special token."""
     text = read_text(source, role)
     ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-    return torch.tensor(ids[int(part[0] * len(ids)) : int(part[1] * len(ids))], dtype=torch.long)
+    begin, end = (0.0, 1.0) if source in BUILT_IN else part
+    return torch.tensor(ids[int(begin * len(ids)) : int(end * len(ids))], dtype=torch.long)
 
 
 def _batch(ids: torch.Tensor, num_start: int) -> dict[str, torch.Tensor]:
@@ -102,20 +105,21 @@ def _batch(ids: torch.Tensor, num_start: int) -> dict[str, torch.Tensor]:
     return {"input_ids": ids, "labels": labels}
 
 
-def shares(source: str | Sequence[str]) -> dict[str, float]:
-    """Sources with their shares of the windows, which sum to 1.
+def shares(source: str) -> dict[str, float]:
+    """The sources of a mixture with their shares of the windows, which sum to 1.
 
     Args:
-        source: One source, or several; of several, each may end in a share (`wiki.txt:0.75`), and
-            those that don't divide what is left equally.
+        source: One source, or several with " + " between them; of several, each may end in a share
+            ("wiki.txt + mail.txt:0.25"), and those that don't divide what is left equally.
 
     Raises:
         DataError: The shares don't add up, or a source stands twice.
     """
-    if isinstance(source, str) or len(source) == 1:
-        return {source if isinstance(source, str) else source[0]: 1.0}
+    sources = [each.strip() for each in source.split(" + ")]
+    if len(sources) == 1:
+        return {source: 1.0}
     found: dict[str, float | None] = {}
-    for each in source:
+    for each in sources:
         name, _, ending = each.rpartition(":")
         given = float(ending) if name and _SHARE.fullmatch(ending) else None
         name = each if given is None else name
@@ -126,13 +130,13 @@ def shares(source: str | Sequence[str]) -> dict[str, float]:
     open_ones = sum(share is None for share in found.values())
     if 0.0 in found.values() or rest < -1e-9 or (rest < 1e-9) != (open_ones == 0):
         raise DataError(
-            f"{' '.join(source)}: the shares of a mixture must be above 0 and sum to 1; a source "
+            f"{source}: the shares of a mixture must be above 0 and sum to 1; a source "
             "without one gets what the others leave."
         )
     return {name: rest / open_ones if share is None else share for name, share in found.items()}
 
 
-def windows_of_each(source: str | Sequence[str], sequences: int) -> dict[str, int]:
+def windows_of_each(source: str, sequences: int) -> dict[str, int]:
     """How many of a number of windows come from each source: largest remainders first.
 
     Raises:
@@ -150,13 +154,14 @@ def windows_of_each(source: str | Sequence[str], sequences: int) -> dict[str, in
 
 
 def check_local_text(source: str, role: str) -> None:
-    """Reads a text that is not on the Hub, so that a mistake shows before any long work.
+    """Reads what of a text is not on the Hub, so that a mistake shows before any long work.
 
     Raises:
-        DataError: As `read_text` does.
+        DataError: As `read_text` and `shares` do.
     """
-    if source == DEMO or Path(source).exists() or _looks_local(source):
-        read_text(source, role)
+    for each in shares(source):
+        if each in BUILT_IN or Path(each).exists() or _looks_local(each):
+            read_text(each, role)
 
 
 def _looks_local(source: str) -> bool:
@@ -168,16 +173,16 @@ def read_text(source: str, role: str = "calibration") -> str:
     """All text of a source.
 
     Args:
-        source: "demo" (the topics of Python's own help, split by topic over the roles), a file
-            (.jsonl and .parquet with a text column; anything else is plain UTF-8 text), or a
-            dataset on the Hub as `name`, `name:config` or `name:config:split`.
+        source: One of `BUILT_IN` ("demo": the topics of Python's own help), split over the roles;
+            a file (.jsonl and .parquet with a text column; anything else is plain UTF-8 text); or
+            a dataset on the Hub as `name`, `name:config` or `name:config:split`.
         role: "calibration", "held_out" or "evaluation".
 
     Raises:
         DataError: Nothing readable is there.
     """
-    if source == DEMO:
-        return _demo_text(role)
+    if source in BUILT_IN:
+        return built_in_text(source, role)
     path = Path(source)
     try:
         if path.is_dir():
@@ -195,22 +200,6 @@ def read_text(source: str, role: str = "calibration") -> str:
 def _whole_characters(text: str) -> str:
     """Joins surrogate pairs, and puts U+FFFD for halves alone: no tokenizer can read those."""
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-
-
-def _demo_text(role: str) -> str:
-    """Half of the topics for calibration, a quarter held out, a quarter for evaluation.
-
-    Some paragraphs stand in several topics; the first role that has one keeps it alone.
-    """
-    seen: set[str] = set()
-    for each, wanted in (("calibration", (0, 2)), ("held_out", (1,)), ("evaluation", (3,))):
-        names = [name for i, name in enumerate(sorted(topics)) if i % 4 in wanted]
-        paragraphs = [p for name in names for p in topics[name].split("\n\n")]
-        own = [p for p in paragraphs if " ".join(p.split()) not in seen]
-        if each == role:
-            return "\n\n".join(own)
-        seen |= {" ".join(p.split()) for p in own}
-    raise DataError(f"role must be one of {', '.join(ROLES)}; got {role!r}.")
 
 
 def _read_file(path: Path) -> str:

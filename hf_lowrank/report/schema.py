@@ -52,6 +52,7 @@ class Report:
         ranks: Rank by layer name, None for dense or narrowed.
         narrowed: [out_features, in_features] of the layers that lost channels.
         evaluation: Quality before and after, or None if there was no evaluation text.
+        foreign_evaluation: The same on a second text, of a kind that calibration saw nothing of.
         predicted_loss_difference: Sum of the dropped components' prices, nats, or None where the
             metric predicts nothing.
         seconds: Wall time by phase.
@@ -90,6 +91,7 @@ class Report:
     bytes: dict[str, int]
     ranks: dict[str, int | None]
     evaluation: Evaluation | None = None
+    foreign_evaluation: Evaluation | None = None
     predicted_loss_difference: float | None = None
     seconds: dict[str, float] = field(default_factory=dict)
     probes: list[dict[str, Any]] = field(default_factory=list)
@@ -131,8 +133,9 @@ class Report:
             values = {
                 each.name: data[each.name] for each in dataclasses.fields(cls) if each.name in data
             }
-            if values.get("evaluation") is not None:
-                values["evaluation"] = Evaluation(**values["evaluation"])
+            for name in ("evaluation", "foreign_evaluation"):
+                if values.get(name) is not None:
+                    values[name] = Evaluation(**values[name])
             report = cls(**values)
             counts = [*report.parameters.values(), *report.bytes.values()]
             fits = {"dense", "kept", "targeted_dense", "targeted_kept"} <= set(report.parameters)

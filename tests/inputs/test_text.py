@@ -14,9 +14,10 @@ import pytest
 import torch
 
 from hf_lowrank.errors import DataError
+from hf_lowrank.inputs import demo_text
 from hf_lowrank.inputs import text as text_module
+from hf_lowrank.inputs.demo_text import BUILT_IN, DEMO_GRAPHS, DEMO_LICENSES, ROLES
 from hf_lowrank.inputs.text import (
-    ROLES,
     read_text,
     shares,
     token_batches,
@@ -34,7 +35,7 @@ class Counting:
     end: tuple[int, ...] = ()
 
     def __call__(self, text: str, **settings: Any) -> dict[str, list[int]]:
-        ids = [int(word) if word.isdigit() else 0 for word in text.split()]
+        ids = [int(word) % 10_000 if word.isdigit() else 0 for word in text.split()]
         if settings["add_special_tokens"]:
             ids = [*self.start, *ids, *self.end]
         return {"input_ids": ids}
@@ -61,9 +62,7 @@ def numbers(tmp_path: Path) -> str:
     return str(path)
 
 
-def windows_of(
-    source: str | list[str], sequences: int, length: int, **settings: Any
-) -> list[list[int]]:
+def windows_of(source: str, sequences: int, length: int, **settings: Any) -> list[list[int]]:
     batches = token_batches(
         source, Counting(), sequences=sequences, sequence_length=length, **settings
     )
@@ -154,7 +153,7 @@ def thousands(tmp_path: Path) -> str:
 
 
 def test_a_mixture_takes_its_shares_in_turn(numbers: str, thousands: str):
-    windows = windows_of([numbers, f"{thousands}:0.25"], 16, 10)
+    windows = windows_of(f"{numbers} + {thousands}:0.25", 16, 10)
     kinds = [window[0] // 1000 for window in windows]
     assert kinds.count(1) == 4
     assert [sum(kinds[i : i + 4]) for i in range(0, 16, 4)] == [1, 1, 1, 1]
@@ -167,28 +166,29 @@ def test_a_mixture_takes_its_shares_in_turn(numbers: str, thousands: str):
     ("sources", "expected"),
     [
         ("a", {"a": 1.0}),
-        (["a:0.5"], {"a:0.5": 1.0}),  # one source alone has no share
-        (["a", "b"], {"a": 0.5, "b": 0.5}),
-        (["a", "b:0.25"], {"a": 0.75, "b": 0.25}),
-        (["x/y:z:train:0.5", "b:.2", "c"], {"x/y:z:train": 0.5, "b": 0.2, "c": pytest.approx(0.3)}),
-        (["x/y:z", "w/v:1.5"], {"x/y:z": 0.5, "w/v:1.5": 0.5}),  # 1.5 is a config's name
+        ("a:0.5", {"a:0.5": 1.0}),  # one source alone has no share
+        ("a+b", {"a+b": 1.0}),
+        ("a + b", {"a": 0.5, "b": 0.5}),
+        ("a  +  b:0.25", {"a": 0.75, "b": 0.25}),
+        ("x/y:z:train:0.5 + b:.2 + c", {"x/y:z:train": 0.5, "b": 0.2, "c": pytest.approx(0.3)}),
+        ("x/y:z + w/v:1.5", {"x/y:z": 0.5, "w/v:1.5": 0.5}),  # 1.5 is a config's name
     ],
 )
-def test_shares(sources: str | list[str], expected: dict[str, float]):
+def test_shares(sources: str, expected: dict[str, float]):
     assert shares(sources) == expected
 
 
 @pytest.mark.parametrize(
     ("sources", "message"),
     [
-        (["a:0.5", "b:0.2"], "a:0.5 b:0.2: the shares of a mixture must be above 0 and sum to 1"),
-        (["a:0.7", "b:0.4", "c"], "must be above 0 and sum to 1"),
-        (["a:1", "b"], "must be above 0 and sum to 1; a source without one gets what the others"),
-        (["a:0", "b"], "must be above 0"),
-        (["a", "a:0.5"], "a: stands twice in one mixture; give it one share"),
+        ("a:0.5 + b:0.2", r"a:0.5 \+ b:0.2: the shares of a mixture must be above 0 and sum to 1"),
+        ("a:0.7 + b:0.4 + c", "must be above 0 and sum to 1"),
+        ("a:1 + b", "must be above 0 and sum to 1; a source without one gets what the others"),
+        ("a:0 + b", "must be above 0"),
+        ("a + a:0.5", "a: stands twice in one mixture; give it one share"),
     ],
 )
-def test_shares_that_do_not_add_up(sources: list[str], message: str):
+def test_shares_that_do_not_add_up(sources: str, message: str):
     with pytest.raises(DataError, match=message):
         shares(sources)
 
@@ -196,19 +196,19 @@ def test_shares_that_do_not_add_up(sources: list[str], message: str):
 @pytest.mark.parametrize(
     ("sources", "sequences", "expected"),
     [
-        (["a", "b"], 5, [3, 2]),
-        (["a", "b:0.25"], 32, [24, 8]),
-        (["a", "b", "c"], 64, [22, 21, 21]),
-        (["a:0.9", "b"], 10, [9, 1]),
+        ("a + b", 5, [3, 2]),
+        ("a + b:0.25", 32, [24, 8]),
+        ("a + b + c", 64, [22, 21, 21]),
+        ("a:0.9 + b", 10, [9, 1]),
     ],
 )
-def test_the_windows_of_a_mixture_add_up(sources: list[str], sequences: int, expected: list[int]):
+def test_the_windows_of_a_mixture_add_up(sources: str, sequences: int, expected: list[int]):
     assert list(windows_of_each(sources, sequences).values()) == expected
 
 
 def test_a_share_without_a_window_is_refused():
     with pytest.raises(DataError, match="b: its share of 4 windows is none; ask for more"):
-        windows_of_each(["a", "b:0.1"], 4)
+        windows_of_each("a + b:0.1", 4)
 
 
 @pytest.mark.parametrize(
@@ -434,12 +434,54 @@ def paragraphs(text: str) -> set[str]:
     return {paragraph for paragraph in found if len(paragraph) >= 40}
 
 
+@pytest.mark.parametrize("source", BUILT_IN)
 @pytest.mark.parametrize(("role", "other"), list(itertools.combinations(ROLES, 2)))
-def test_the_roles_of_the_demo_share_no_paragraph(role: str, other: str):
+def test_the_roles_of_a_built_in_text_share_no_paragraph(source: str, role: str, other: str):
     """Some topics repeat others: 'if' and 'else' are the same, 'compound' quotes both."""
-    one, two = (paragraphs(read_text("demo", name)) for name in (role, other))
+    one, two = (paragraphs(read_text(source, name)) for name in (role, other))
     shared = one & two
     assert not shared, f"{len(shared)} of {len(two)} paragraphs of {other} are also for {role}"
+
+
+@pytest.mark.parametrize("role", ROLES)
+def test_the_built_in_texts_have_nothing_in_common(role: str):
+    for one, other in itertools.combinations(BUILT_IN, 2):
+        assert not paragraphs(read_text(one, role)) & paragraphs(read_text(other, role))
+
+
+def test_the_other_built_in_texts_are_prose_and_long_enough():
+    """A quarter of the calibration of the demo, and all of its foreign evaluation."""
+    assert len(read_text(DEMO_GRAPHS, "calibration")) > 4 * 16 * 256
+    assert len(read_text(DEMO_GRAPHS, "held_out")) > 4 * 8 * 256
+    assert len(read_text(DEMO_LICENSES, "evaluation")) > 4 * 16 * 256  # fewer windows will do
+    assert "shortest path" in read_text(DEMO_GRAPHS)
+    assert "WITHOUT WARRANTIES" in read_text(DEMO_LICENSES)
+
+
+def test_built_in_texts_are_split_by_role_already():
+    settings = {"sequences": 3, "sequence_length": 64, "role": "held_out"}
+    whole = token_batches("demo", Counting(), **settings)
+    (batch,) = token_batches("demo", Counting(), part=(0.75, 1.0), **settings)
+    assert torch.equal(batch["input_ids"], whole[0]["input_ids"])
+
+
+def test_fewer_windows_will_do_where_the_text_is_too_short(numbers: str):
+    settings = {"sequences": 30, "sequence_length": 100, "batch_size": 64}
+    (batch,) = token_batches(numbers, Counting(), at_most=True, **settings)
+    assert batch["input_ids"].shape == (10, 100)
+    with pytest.raises(DataError, match="1000 tokens are there for calibration, but 1 sequences"):
+        token_batches(numbers, Counting(), sequences=2, sequence_length=2000, at_most=True)
+
+
+def test_a_built_in_text_whose_package_is_missing(monkeypatch: pytest.MonkeyPatch):
+    for read in BUILT_IN.values():
+        read.cache_clear()  # type: ignore[attr-defined]
+    monkeypatch.setattr(demo_text.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(DataError, match="demo-graphs: needs networkx, which comes with torch"):
+        read_text(DEMO_GRAPHS)
+    monkeypatch.setattr(demo_text, "_LICENSED", ("no-such-package",))
+    with pytest.raises(DataError, match="demo-licenses: no dependency is installed with its"):
+        read_text(DEMO_LICENSES)
 
 
 @pytest.mark.parametrize(

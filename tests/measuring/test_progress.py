@@ -1,5 +1,7 @@
 """Progress without a terminal: a line at the start, one every half minute."""
 
+import sys
+
 import pytest
 
 from hf_lowrank.measuring import progress
@@ -52,7 +54,7 @@ def test_nothing_is_said_without_a_phase(clock: Clock, capsys: pytest.CaptureFix
 
 
 def test_a_terminal_gets_a_bar(clock: Clock, monkeypatch: pytest.MonkeyPatch, capsys):
-    monkeypatch.setattr(progress.sys.stderr, "isatty", lambda: True, raising=False)
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
     announce("load")
     for _ in track(range(3), "calibrate"):
         clock.now += 100

@@ -107,6 +107,7 @@ class Inputs(NamedTuple):
             "model": self.model,
             "calibration": self.calibration,
             "evaluation": self.evaluation,
+            "foreign_evaluation": "none",
             "calibration_sequences": 16,
             "evaluation_sequences": 16,
             "held_out_sequences": 8,

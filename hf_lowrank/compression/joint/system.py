@@ -58,6 +58,7 @@ def compress_jointly(
     acceptance: Sequence[Batch],
     reported: Sequence[Batch] | None = None,
     *,
+    foreign: Sequence[Batch] | None = None,
     settings: JointSettings | None = None,
     **options: Any,
 ) -> JointResult:
@@ -72,6 +73,7 @@ def compress_jointly(
         gradient: Batches for the moments and the gradient.
         acceptance: Batches that decide which candidate is kept.
         reported: Batches for the report's before and after; nothing else looks at them.
+        foreign: As in `compress`.
         settings: What is tried.
         **options: Fields of `RunOptions`, without `recover_steps` and `stages`.
 
@@ -91,7 +93,7 @@ def compress_jointly(
     reader = GradientReader(config)
     # Gradients need the labels of the data; a loss of one's own has no other labels.
     is_one_pass = config.label_source == "data" or chosen.loss_function is not None
-    texts = Texts(gradient, acceptance, reported)
+    texts = Texts(gradient, acceptance, reported, foreign)
     run = CompressionRun(model, config, texts, chosen, reader=reader if is_one_pass else None)
     if not is_one_pass:
         with run.stopwatch.phase("gradient"):
