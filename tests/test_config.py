@@ -66,7 +66,7 @@ def test_price_needs_the_metric_that_has_prices():
         ({"metric": "whitened"}, r"need metric 'kfac' and rule 'price'; got metric 'whitened'"),
         ({"rule": "relative"}, r"got metric 'kfac' and rule 'relative'"),
         ({"rank": 4}, r"needs a size or a loss tolerance as the goal"),
-        ({"channels": "yes"}, r"^channels must be true or false, got 'yes'\."),
+        ({"channels": "yes"}, r"^channels must be true, false or left open, got 'yes'\."),
     ],
 )
 def test_channels_need_prices_and_a_goal_that_trades(settings, message):

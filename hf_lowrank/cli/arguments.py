@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 
 from transformers import HfArgumentParser
 
+from hf_lowrank.compression.recipe import with_recipe
 from hf_lowrank.compression.recovery import RECOVERIES, recovery_settings
 from hf_lowrank.compression.stages import check_stages
 from hf_lowrank.config import SEARCH_NAMES, LowRankConfig, config_option, option
@@ -135,8 +136,8 @@ class CompressionArguments:
     loss_tolerance: float | None = config_option("loss_tolerance")
     metric: str = config_option("metric")
     rule: str | None = config_option("rule")
-    channels: bool = config_option("channels")
-    measured_prices: bool = config_option("measured_prices")
+    channels: bool | None = config_option("channels")
+    measured_prices: bool | None = config_option("measured_prices")
     search_trials: int = config_option("search_trials")
     target_modules: list[str] | None = config_option("target_modules")
     exclude_modules: list[str] | None = config_option("exclude_modules")
@@ -277,13 +278,19 @@ class CompressionArguments:
         """Token windows by role: tolerances, searches and recovery need held-out text, too."""
         wanted = {"calibration": self.calibration_sequences}
         searches = self.param_ratio is None or self.rule in SEARCH_NAMES
-        if searches or self.measured_prices or self.joint or self.recover_steps > 0:
+        if searches or self._measures() or self.joint or self.recover_steps > 0:
             wanted["held_out"] = self.held_out_sequences
         if self.evaluation != "none":
             wanted["evaluation"] = self.evaluation_sequences
             if self.text_source("foreign") != "none":
                 wanted["foreign"] = self.evaluation_sequences
         return wanted
+
+    def _measures(self) -> bool:
+        """Whether prices will be measured, by the recipe where that is left open."""
+        names = ("metric", "rule", "channels", "measured_prices")
+        config = LowRankConfig(param_ratio=1.0, **{name: getattr(self, name) for name in names})
+        return bool(with_recipe(config).measured_prices)
 
     def text_source(self, role: str) -> str:
         """Where the text of a role comes from, defaults filled in.

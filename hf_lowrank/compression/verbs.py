@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import nn
 
+from hf_lowrank.compression.recipe import recipe_of
 from hf_lowrank.compression.run import CompressionRun, RunOptions, Texts, check_goal, split_texts
 from hf_lowrank.compression.stages import check_stages, compress_in_stages
 from hf_lowrank.config import LowRankConfig
@@ -37,7 +38,8 @@ def compress(
 
     Args:
         model: The dense model; a transformers model, or any module with a `loss_function`.
-        config: Goal, metric, rule and targets; by default a loss tolerance of 0.05 nats. If its
+        config: Goal, metric, rule and targets; by default a loss tolerance of 0.05 nats. Where it
+            leaves channels and measured prices open, the best for the kind of model. If its
             `ranks` are filled, as in a checkpoint's config, they are replayed whatever the goal.
         calibration: Batches of forward inputs (tensors by name) for the moments.
         evaluation: Batches for the report's before and after; nothing else looks at them.
@@ -55,7 +57,10 @@ def compress(
         ConfigError, TargetError, DataError: Before anything is changed.
         NumericalError: A loss is NaN or infinite.
     """
-    config, chosen = config or LowRankConfig(), RunOptions(**options)
+    chosen = RunOptions(**options)
+    config = recipe_of(
+        model, config or LowRankConfig(), calibration, held_out, chosen.loss_function
+    )
     texts = split_texts(
         config, Texts(calibration, held_out, evaluation, foreign), chosen.recover_steps
     )
@@ -97,8 +102,15 @@ def sweep(
     Raises:
         ConfigError, TargetError, DataError: Before anything is changed.
     """
+    chosen = RunOptions(**options)
     configs = [
-        config.replace(param_ratio=ratio, loss_tolerance=None, rank=None, ranks=None)
+        recipe_of(
+            model,
+            config.replace(param_ratio=ratio, loss_tolerance=None, rank=None, ranks=None),
+            calibration,
+            held_out,
+            chosen.loss_function,
+        )
         for ratio in param_ratios
     ]
     if not configs:
@@ -106,7 +118,6 @@ def sweep(
     targets = find_targets(model, configs[0])
     for each in configs:
         check_goal(targets, each)
-    chosen = RunOptions(**options)
     if chosen.stages != 1:
         raise ConfigError("stages lead to one size; call compress for each.")
     texts = split_texts(
