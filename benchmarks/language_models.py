@@ -78,7 +78,6 @@ class SystemsArguments:
 def compare_all_systems(args: SystemsArguments) -> None:
     """Every system at every size, row by row; a killed run goes on where it was."""
     model, tokenizer = load_causal_lm(args.model, args.dtype)
-    splits = args.calibration != "demo"  # the demo text has a part of its own for each role
 
     def read(source: str, role: str, part: tuple[float, float] = (0.0, 1.0)) -> Sequence[Batch]:
         count = getattr(args, f"{role}_sequences")
@@ -91,8 +90,8 @@ def compare_all_systems(args: SystemsArguments) -> None:
     if args.out_of_domain:
         evaluation["out_of_domain"] = read(args.out_of_domain, "evaluation")
     texts = BenchmarkTexts(
-        read(args.calibration, "calibration", (0.0, 0.75) if splits else (0.0, 1.0)),
-        read(args.calibration, "held_out", (0.75, 1.0) if splits else (0.0, 1.0)),
+        read(args.calibration, "calibration", (0.0, 0.75)),
+        read(args.calibration, "held_out", (0.75, 1.0)),
         evaluation,
     )
     folder = Path(args.folder)

@@ -23,7 +23,7 @@ from hf_lowrank.compression.options import Run, Texts
 from hf_lowrank.config import LowRankConfig, option
 from hf_lowrank.errors import ConfigError
 from hf_lowrank.inputs.sources import load_causal_lm
-from hf_lowrank.inputs.text import DEMO, token_batches
+from hf_lowrank.inputs.text import token_batches
 from hf_lowrank.measuring.items import Batch
 from hf_lowrank.modeling.targets import find_targets
 from hf_lowrank.ranks.plan import RankPlan
@@ -126,7 +126,7 @@ def _read_sets(
             sequences=getattr(args, f"{role}_sequences"),
             sequence_length=args.sequence_length,
             role=role,
-            part=(0.0, 1.0) if args.calibration == DEMO else part,  # split by role already
+            part=part,
         )
     return sets
 

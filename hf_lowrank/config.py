@@ -101,16 +101,17 @@ class LowRankConfig(QuantizationConfigMixin):
         "searched for a given param_ratio: " + ", ".join(SEARCH_NAMES) + ". Default: price with "
         "the kfac metric (the only one it works with), uniform with the others.",
     )
-    channels: bool = option(
-        False,
+    channels: bool | None = option(
+        None,
         "Let feed-forwards lose channels, too: each is narrowed or its layers are factorized, "
-        "whichever the prices favour. Needs metric kfac and rule price.",
+        "whichever the prices favour. Needs metric kfac and rule price, and is then the default on "
+        "causal language models.",
     )
-    measured_prices: bool = option(
-        False,
+    measured_prices: bool | None = option(
+        None,
         "Correct the prices of each part of the model (tenths of the depth, feed-forwards and the "
         "rest) by how far it departs from the dense model when it is cut alone, on 8 windows of "
-        "held-out text. Needs rule price and a causal language model.",
+        "held-out text. Needs rule price and a causal language model, and is then the default.",
     )
     search_trials: int = option(
         24, "Plans that a search of ranks may measure on held-out calibration data."
@@ -170,8 +171,9 @@ class LowRankConfig(QuantizationConfigMixin):
                     f"metric {self.metric!r}. Choose another rule or metric 'kfac'."
                 )
         for name in ("channels", "measured_prices"):
-            if not isinstance(getattr(self, name), bool):
-                raise ConfigError(f"{name} must be true or false, got {getattr(self, name)!r}.")
+            value = getattr(self, name)
+            if value is not None and not isinstance(value, bool):
+                raise ConfigError(f"{name} must be true, false or left open, got {value!r}.")
         for name in ("channels", "measured_prices"):
             self._check_prices(name)
         for name in ("input_damping", "output_damping"):
@@ -210,7 +212,8 @@ class LowRankConfig(QuantizationConfigMixin):
         choices = {"goal": self.goal, "rule": self.effective_rule, "metric": self.metric}
         for name, (kind, readers) in READERS.items():
             value = getattr(self, name)
-            if value != _FIELDS[name].default and choices[kind] not in readers:
+            is_given = value != _FIELDS[name].default and value is not False
+            if is_given and choices[kind] not in readers:
                 raise ConfigError(
                     f"{name}={value!r} would do nothing with {kind} {choices[kind]!r}: it is read "
                     f"with {kind} {' or '.join(readers)}. Leave it out, or choose such a {kind}."
@@ -270,7 +273,9 @@ class LowRankConfig(QuantizationConfigMixin):
     @property
     def searches(self) -> bool:
         """Whether something is measured on held-out data to find the ranks."""
-        return self.goal == "loss_tolerance" or self.rule in SEARCH_NAMES or self.measured_prices
+        if self.goal == "loss_tolerance" or self.rule in SEARCH_NAMES:
+            return True
+        return bool(self.measured_prices)
 
     @property
     def effective_tolerance(self) -> float:

@@ -3,6 +3,8 @@ r"""Comparisons whose figures are in the docs; each writes its rows as JSON with
 python scripts/benchmark.py metrics --calibration FILE --evaluation FILE --output result.json
 python scripts/benchmark.py systems --calibration FILE --evaluation FILE --folder rows
 python scripts/benchmark.py show --rows rows --picture systems.svg
+python scripts/benchmark.py recipe --calibration FILE "FILE + OTHER:0.25" --evaluation FILE OTHER \
+    --questions arc_easy.jsonl piqa.jsonl --output_dir rows
 python scripts/benchmark.py perturbation --calibration FILE --held_out_sequences 8 \
     --param_ratio 0.8 --output perturbation.json --picture perturbation.svg
 python scripts/benchmark.py glue --model FOLDER --data_dir GLUE --tasks mrpc rte --folder rows
@@ -34,10 +36,12 @@ from benchmarks.language_models import (
 from benchmarks.perturbation import PerturbationArguments, measure_perturbations
 from benchmarks.pruned_ranks import PrunedRanksArguments, compare_pruned_ranks
 from benchmarks.qa import QaTableArguments, fill_qa_table
+from benchmarks.recipe import RecipeArguments, compare_recipes
 from benchmarks.stored_rows import ShowArguments, show_rows
 from hf_lowrank.cli.arguments import parse_arguments, user_errors
 
 COMMANDS = {
+    "recipe": (RecipeArguments, compare_recipes),
     "recovery": (RecoveryArguments, measure_recoveries),
     "metrics": (MetricsArguments, compare_all_metrics),
     "systems": (SystemsArguments, compare_all_systems),

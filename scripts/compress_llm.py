@@ -22,7 +22,9 @@ from hf_lowrank.evaluation.samples import continue_prompts, side_by_side
 from hf_lowrank.evaluation.size import model_sizes
 from hf_lowrank.files import check_output_folder, write_text
 from hf_lowrank.inputs.sources import check_windows, load_causal_lm
+from hf_lowrank.inputs.start_token import start_text
 from hf_lowrank.measuring.distributed import current_processes
+from hf_lowrank.measuring.progress import announce, working_on
 from hf_lowrank.modeling.targets import find_targets
 from hf_lowrank.report.page.page import comparison_page
 from hf_lowrank.report.page.plots import can_draw
@@ -32,14 +34,17 @@ from hf_lowrank.report.text.table import format_report, format_sweep
 def main() -> None:
     """Parses, loads, compresses, prints, saves, publishes."""
     with user_errors():
-        run(*parse_several((CompressionArguments, PublishingArguments), __doc__))
+        args, publishing = parse_several((CompressionArguments, PublishingArguments), __doc__)
+        with working_on(args.model):
+            run(args, publishing)
 
 
 def run(args: CompressionArguments, publishing: PublishingArguments) -> None:
     """The whole job; see the fields of the arguments."""
     config, folder = args.to_config(), Path(args.output_dir) if args.output_dir else None
     sizes = check_before_loading(args, publishing, folder)
-    model, tokenizer = load_causal_lm(args.model, args.dtype, args.device)
+    announce(f"load {args.model}")
+    model, tokenizer = load_causal_lm(args.model, args.dtype, args.device, args.trust_remote_code)
     targets = find_targets(model, config)
     for ratio in args.param_ratio or []:
         check_goal(targets, config.replace(param_ratio=ratio))
@@ -49,6 +54,9 @@ def run(args: CompressionArguments, publishing: PublishingArguments) -> None:
     texts = read_texts(args, tokenizer)
     for role, batches in texts.items():
         check_windows(model, batches, args.text_source(role))
+    used = {role: args.text_source(role) for role in texts if role != "held_out"}
+    if start := start_text(tokenizer):
+        used["start_token"] = start
     prompts = args.prompts() if folder else []
     dense = continue_prompts(model, tokenizer, prompts)
     reports: dict[str, Report] = {}
@@ -57,8 +65,7 @@ def run(args: CompressionArguments, publishing: PublishingArguments) -> None:
         if not is_main:  # under accelerate launch all processes compress, one prints and saves
             continue
         name_models(report, args.model, publishing)
-        calibration, evaluation = map(args.text_source, ("calibration", "evaluation"))
-        report.data = replace(report.data, calibration=calibration, evaluation=evaluation)
+        report.data = replace(report.data, **used)
         written = continue_prompts(model, tokenizer, prompts)
         report.samples = side_by_side(prompts, dense, written)
         print(format_report(report), flush=True)

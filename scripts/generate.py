@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from transformers import AutoTokenizer
 
 import hf_lowrank
 from hf_lowrank.cli.arguments import parse_arguments, user_errors
 from hf_lowrank.config import option
 from hf_lowrank.errors import ConfigError, DataError
+from hf_lowrank.inputs.start_token import encode_prompt
 
 
 @dataclass
@@ -33,9 +35,10 @@ def main() -> None:
             tokenizer = AutoTokenizer.from_pretrained(args.model)
         except (OSError, ValueError) as error:
             raise DataError(f"{args.model}: has no readable tokenizer.") from error
-        inputs = tokenizer(args.prompt, return_tensors="pt")
+        ids = encode_prompt(tokenizer, args.prompt)
         output = model.generate(
-            **inputs,
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
             max_new_tokens=args.max_new_tokens,
             repetition_penalty=args.repetition_penalty,
             do_sample=False,

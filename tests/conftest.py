@@ -10,7 +10,16 @@ for _path in Path(__file__).parent.iterdir():  # helpers fail with details, too
     elif (_path / "__init__.py").exists():
         pytest.register_assert_rewrite(f"tests.{_path.name}")
 
+from hf_lowrank.compression import recipe  # noqa: E402
 from tests.tiny_models import Batch, tiny_llama, written_batches  # noqa: E402
+
+
+@pytest.fixture(autouse=True)
+def ranks_alone(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a test leaves open is ranks alone, but for tests of what is chosen by default."""
+    if "default_recipe" not in request.keywords:
+        for name in recipe.RECIPES:
+            monkeypatch.setitem(recipe.RECIPES, name, {"channels": False, "measured_prices": False})
 
 
 @pytest.fixture(scope="session")

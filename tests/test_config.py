@@ -73,7 +73,7 @@ def test_price_needs_the_metric_that_has_prices():
             {"rank": 4},
             r"^channels=True would do nothing with goal 'rank': it is read with goal par",
         ),
-        ({"channels": "yes"}, r"^channels must be true or false, got 'yes'\."),
+        ({"channels": "yes"}, r"^channels must be true, false or left open, got 'yes'\."),
     ],
 )
 def test_channels_need_prices_and_a_goal_that_trades(settings, message):

@@ -13,10 +13,14 @@ from typing import Any, TypeVar
 
 from transformers import HfArgumentParser
 
+from hf_lowrank.compression.recipe import with_recipe
 from hf_lowrank.compression.recovery import RECOVERIES, recovery_settings
 from hf_lowrank.compression.stages import check_stages
 from hf_lowrank.config import SEARCH_NAMES, LowRankConfig, config_option, option
 from hf_lowrank.errors import ConfigError, DataError, LowRankError
+from hf_lowrank.inputs.demo_text import DEMO, DEMO_GRAPHS, DEMO_LICENSES
+from hf_lowrank.inputs.sources import TRUST_HELP
+from hf_lowrank.inputs.text import shares
 from hf_lowrank.report.provenance import commit
 
 Parsed = TypeVar("Parsed")
@@ -106,6 +110,9 @@ class PublishingArguments:
         return f"{self.push_to_hub}-{size}" if self.push_to_hub and size else self.push_to_hub
 
 
+_TEXT = "Salesforce/wikitext:wikitext-2-raw-v1"
+_FOREIGN = "allenai/c4:en:validation"
+_DEMO_MIXTURE = f"{DEMO} + {DEMO_GRAPHS}:0.25"
 SAMPLE_PROMPTS = ("The capital of France is", "In Python, a list is")
 _COUNTS = (
     "calibration_sequences",
@@ -131,23 +138,30 @@ class CompressionArguments:
     loss_tolerance: float | None = config_option("loss_tolerance")
     metric: str = config_option("metric")
     rule: str | None = config_option("rule")
-    channels: bool = config_option("channels")
-    measured_prices: bool = config_option("measured_prices")
+    channels: bool | None = config_option("channels")
+    measured_prices: bool | None = config_option("measured_prices")
     search_trials: int = config_option("search_trials")
     target_modules: list[str] | None = config_option("target_modules")
     exclude_modules: list[str] | None = config_option("exclude_modules")
     label_source: str = config_option("label_source")
     calibration: str | None = option(
         None,
-        "Calibration text: a .txt, .jsonl or .parquet file, a Hub dataset (name:config:split), or "
-        "'demo'. Default: the demo text for the demo model, else WikiText-2 from the Hub.",
+        "Calibration text: a .txt, .jsonl or .parquet file, a Hub dataset (name:config:split), "
+        "'demo', or several in shares: 'wiki.txt + mail.txt:0.25'. Default: built-in texts "
+        f"({_DEMO_MIXTURE}) for the demo model, else WikiText-2 from the Hub.",
     )
     calibration_sequences: int = option(64, "Token windows for calibration.")
     sequence_length: int = option(256, "Tokens in each window.")
     evaluation: str | None = option(
         None, "Evaluation text, like --calibration; 'none' skips the evaluation."
     )
-    evaluation_sequences: int = option(32, "Token windows for evaluation.")
+    evaluation_sequences: int = option(32, "Token windows for each evaluation.")
+    foreign_evaluation: str | None = option(
+        None,
+        "Second evaluation text, of a kind that calibration saw nothing of; 'none' skips it. "
+        "Default: C4 from the Hub where calibration is on WikiText-2 by default, else a built-in "
+        f"text ({DEMO_LICENSES}).",
+    )
     held_out_sequences: int = option(
         32,
         "Token windows on which a loss tolerance is tested, ranks are searched for, prices are "
@@ -176,6 +190,7 @@ class CompressionArguments:
     batch_size: int = option(4, "Token windows in a batch.")
     dtype: str = option("auto", "auto (as stored), float32, bfloat16 or float16.")
     device: str = option("cpu", "Device of the model.")
+    trust_remote_code: bool = option(False, TRUST_HELP)
     output_dir: str | None = option(None, "Folder for the compressed model and report.json.")
     overwrite_output_dir: bool = option(False, "Replace an output folder that is not empty.")
     html_report: bool = option(
@@ -225,20 +240,29 @@ class CompressionArguments:
             if getattr(self, name) < least:
                 raise ConfigError(f"{name} must be at least {least}, got {getattr(self, name)}.")
         recovery_settings(self.recover, self.recover_steps)
-        if (
-            self.calibration
-            and self.calibration == self.evaluation
-            and Path(self.calibration).is_file()
-        ):
-            raise DataError(
-                f"{self.calibration}: is both calibration and evaluation text; the result would "
-                "look better than it is. Give two files."
-            )
+        if self.foreign_evaluation not in (None, "none") and self.evaluation == "none":
+            raise ConfigError("foreign_evaluation is a second text; give --evaluation as well.")
+        self._check_texts()
         if self.prompts() and self.sample_prompt and not self.output_dir:
             raise ConfigError("sample_prompt is for the report; give --output_dir as well.")
         config = LowRankConfig(**(values | {"param_ratio": ratios[0] if ratios else None}))
         check_stages(config, self.stages, self.recover_steps)
         return config
+
+    def _check_texts(self) -> None:
+        """Refuses a file, or for the foreign text any source, with two roles."""
+        texts = {role: set(shares(self.text_source(role))) for role in self.text_roles()}
+        for role, others in (
+            ("evaluation", ["calibration"]),
+            ("foreign", ["calibration", "evaluation"]),
+        ):
+            for other in others:
+                for each in texts.get(role, set()) & texts.get(other, set()):
+                    if role == "foreign" or Path(each).is_file():
+                        raise DataError(
+                            f"{each}: is both {other} and {role} text; the result would "
+                            "look better than it is. Give two files."
+                        )
 
     def sizes(self) -> list[str]:
         """Name of each size's folder below the output folder; "" for the folder itself."""
@@ -254,15 +278,35 @@ class CompressionArguments:
         """Token windows by role: tolerances, searches and recovery need held-out text, too."""
         wanted = {"calibration": self.calibration_sequences}
         searches = self.param_ratio is None or self.rule in SEARCH_NAMES
-        if searches or self.measured_prices or self.joint or self.recover_steps > 0:
+        if searches or self._measures() or self.joint or self.recover_steps > 0:
             wanted["held_out"] = self.held_out_sequences
         if self.evaluation != "none":
             wanted["evaluation"] = self.evaluation_sequences
+            if self.text_source("foreign") != "none":
+                wanted["foreign"] = self.evaluation_sequences
         return wanted
 
+    def _measures(self) -> bool:
+        """Whether prices will be measured, by the recipe where that is left open."""
+        names = ("metric", "rule", "channels", "measured_prices")
+        config = LowRankConfig(param_ratio=1.0, **{name: getattr(self, name) for name in names})
+        return bool(with_recipe(config).measured_prices)
+
     def text_source(self, role: str) -> str:
-        """Where the text of a role comes from, defaults filled in."""
-        chosen = self.evaluation if role == "evaluation" else self.calibration
+        """Where the text of a role comes from, defaults filled in.
+
+        Args:
+            role: "calibration", "held_out", "evaluation" or "foreign".
+        """
+        given = {"evaluation": self.evaluation, "foreign": self.foreign_evaluation}
+        chosen = given.get(role, self.calibration)
         if chosen is not None:
             return chosen
-        return "demo" if self.model == "demo" else "Salesforce/wikitext:wikitext-2-raw-v1"
+        is_on_hub = self.model != DEMO and self.calibration is None
+        if role == "foreign":
+            used = {*shares(self.text_source("calibration")), self.text_source("evaluation")}
+            free = (name for name in (DEMO_LICENSES, DEMO_GRAPHS, DEMO) if name not in used)
+            return _FOREIGN if is_on_hub else next(free, "none")
+        if role == "evaluation":
+            return DEMO if self.model == DEMO else _TEXT
+        return _DEMO_MIXTURE if self.model == DEMO else _TEXT

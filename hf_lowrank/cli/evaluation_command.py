@@ -12,7 +12,8 @@ from hf_lowrank.evaluation.assisted import measure_assisted
 from hf_lowrank.evaluation.harness import check_harness
 from hf_lowrank.evaluation.int8 import check_int8, quantize_int8_
 from hf_lowrank.evaluation.speed import SpeedSettings
-from hf_lowrank.inputs.sources import check_windows, load_any_causal_lm
+from hf_lowrank.inputs.sources import TRUST_HELP, check_windows, load_any_causal_lm
+from hf_lowrank.inputs.start_token import encode_prompt, start_text
 from hf_lowrank.inputs.text import check_local_text, token_batches
 
 
@@ -43,6 +44,7 @@ class EvaluationArguments:
     data_dir: str | None = option(None, "Folder with GLUE's original files; default: the Hub.")
     dtype: str = option("auto", "auto (as stored), float32, bfloat16 or float16.")
     device: str = option("cpu", "Device of the models.")
+    trust_remote_code: bool = option(False, TRUST_HELP)
     output: str = option("outputs/evaluation.json", "JSON file with the result.")
 
     def sources(self) -> dict[str, str]:
@@ -72,7 +74,7 @@ def evaluate(args: EvaluationArguments) -> Result:
     if args.evaluation != "none":
         check_local_text(args.evaluation, "evaluation")
     loaded = {
-        name: load_any_causal_lm(source, args.dtype, args.device)
+        name: load_any_causal_lm(source, args.dtype, args.device, args.trust_remote_code)
         for name, source in args.sources().items()
     }
     models, tokenizer = {name: model for name, (model, _) in loaded.items()}, loaded["model"][1]
@@ -94,8 +96,9 @@ def evaluate(args: EvaluationArguments) -> Result:
     result = evaluate_models(
         models, tokenizer, text=text, tasks=tasks or None, speed=speed if args.speed else None
     )
+    result["start_token"] = start_text(tokenizer)
     if args.assisted:
-        prompts = [tokenizer(p, return_tensors="pt")["input_ids"] for p in SAMPLE_PROMPTS]
+        prompts = [encode_prompt(tokenizer, prompt) for prompt in SAMPLE_PROMPTS]
         found = measure_assisted(models["baseline"], models["model"], prompts, args.new_tokens)
         result["assisted"] = found.to_dict()
     return result

@@ -15,8 +15,9 @@ from hf_lowrank.cli.saving import save_compressed
 from hf_lowrank.compression.joint.system import compress_jointly
 from hf_lowrank.compression.verbs import compress, sweep
 from hf_lowrank.files import check_cache_folder, check_output_folder
+from hf_lowrank.inputs.demo_text import BUILT_IN, DEMO
 from hf_lowrank.inputs.sources import check_hub_id, hub_id
-from hf_lowrank.inputs.text import DEMO, check_local_text
+from hf_lowrank.inputs.text import check_local_text, shares
 from hf_lowrank.report.page.plots import can_draw
 from hf_lowrank.report.provenance import command_line
 from hf_lowrank.report.schema import Report
@@ -27,12 +28,12 @@ def check_before_loading(
 ) -> dict[str, str | None]:
     """Runs the checks that need no model; returns each size's repository by folder name."""
     if folder:
-        texts = {args.text_source(role) for role in args.text_roles()} - {DEMO}
+        texts = {each for role in args.text_roles() for each in shares(args.text_source(role))}
         check_output_folder(
             folder,
             args.overwrite_output_dir,
             source=None if args.model == DEMO else Path(args.model),
-            texts=[Path(text) for text in sorted(texts)],
+            texts=[Path(text) for text in sorted(texts - set(BUILT_IN))],
             cache=Path(args.cache_dir) if args.cache_dir else None,
         )
     if args.cache_dir:
@@ -118,6 +119,7 @@ def compressed(
             gradient,
             acceptance,
             texts.get("evaluation"),
+            foreign=texts.get("foreign"),
             cache_dir=args.cache_dir,
             speed=args.speed,
         ).report

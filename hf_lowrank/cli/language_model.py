@@ -18,7 +18,8 @@ from hf_lowrank.config import LowRankConfig, config_option, option
 from hf_lowrank.errors import DataError
 from hf_lowrank.evaluation.perplexity import measure_loss
 from hf_lowrank.evaluation.size import compare, counts_left, model_sizes
-from hf_lowrank.inputs.sources import check_windows, load_causal_lm
+from hf_lowrank.inputs.sources import TRUST_HELP, check_windows, load_causal_lm
+from hf_lowrank.inputs.start_token import start_text
 from hf_lowrank.inputs.text import token_batches
 from hf_lowrank.measuring.items import Batch
 from hf_lowrank.modeling.targets import find_targets, untouched_weights
@@ -42,6 +43,7 @@ class LanguageModelArguments:
     evaluation_sequences: int = option(32, "Token windows for evaluation.")
     sequence_length: int = option(256, "Tokens in each window.")
     dtype: str = option("float32", "Data type of the weights; bf16 autocast is --bf16.")
+    trust_remote_code: bool = option(False, TRUST_HELP)
     target_modules: list[str] | None = config_option("target_modules")
     exclude_modules: list[str] | None = config_option("exclude_modules")
 
@@ -81,7 +83,9 @@ def train_language_model(
     checkpoint = _checkpoint(training)
     if args.train == args.evaluation and args.train != "demo":
         raise DataError(f"{args.train}: is both training and evaluation text; give two files.")
-    model, tokenizer = load_causal_lm(args.model, args.dtype)
+    model, tokenizer = load_causal_lm(
+        args.model, args.dtype, trust_remote_code=args.trust_remote_code
+    )
     texts = _texts(args, model, tokenizer, training.per_device_eval_batch_size)
     config = LowRankConfig(target_modules=args.target_modules, exclude_modules=args.exclude_modules)
     dense_sizes = model_sizes(model)
@@ -124,6 +128,7 @@ def train_language_model(
             train=args.train,
             train_tokens=sum(batch["input_ids"].numel() for batch in texts["train"]),
             evaluation=args.evaluation,
+            start_token=start_text(tokenizer),
             selections=trainer.selections,
         ),
     )

@@ -5,14 +5,15 @@ from __future__ import annotations
 from typing import Any
 
 from hf_lowrank.cli.arguments import CompressionArguments
-from hf_lowrank.inputs.text import DEMO, token_batches
+from hf_lowrank.inputs.demo_text import BUILT_IN
+from hf_lowrank.inputs.text import token_batches
 
 
 def read_texts(args: CompressionArguments, tokenizer: Any) -> dict[str, Any]:  # noqa: ANN401
     """Batches by role; held-out text is the end of the calibration text."""
     wanted = args.text_roles()
     parts = {}
-    if "held_out" in wanted and args.text_source("calibration") != DEMO:
+    if "held_out" in wanted:
         parts = {"calibration": (0.0, 0.75), "held_out": (0.75, 1.0)}
     return {
         role: token_batches(
@@ -20,9 +21,10 @@ def read_texts(args: CompressionArguments, tokenizer: Any) -> dict[str, Any]:  #
             tokenizer,
             sequences=sequences,
             sequence_length=args.sequence_length,
-            role=role,
+            role="evaluation" if role == "foreign" else role,
             part=parts.get(role, (0.0, 1.0)),
             batch_size=args.batch_size,
+            at_most=role == "foreign" and args.text_source(role) in BUILT_IN,
         )
         for role, sequences in wanted.items()
     }

@@ -7,9 +7,9 @@ and the config are put back.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import nn
 
@@ -21,7 +21,7 @@ from hf_lowrank.config import LowRankConfig
 from hf_lowrank.evaluation.perplexity import LossMeasurement, measure_loss
 from hf_lowrank.evaluation.size import compare, counts_left, model_sizes
 from hf_lowrank.evaluation.speed import speed_before_and_after
-from hf_lowrank.measuring.items import Batch, is_causal_lm
+from hf_lowrank.measuring.items import is_causal_lm
 from hf_lowrank.modeling.marks import attach_config
 from hf_lowrank.modeling.surgery import factorize_, restore_
 from hf_lowrank.modeling.targets import untouched_weights
@@ -39,21 +39,18 @@ class Dense:
         layers: Its targeted layers by name.
         sizes: (parameters, bytes) of the whole model.
         untouched: Matrices inside the blocks that are no targets, and their parameters.
-        losses: On the evaluation text, None without one.
+        losses: On each text that the report measures, by the name of its field.
     """
 
     layers: Mapping[str, nn.Module]
     sizes: tuple[int, int]
     untouched: Mapping[str, int]
-    losses: LossMeasurement | None = None
+    losses: Mapping[str, LossMeasurement] = field(default_factory=dict)
 
 
 def measure_dense(model: nn.Module, targets: Mapping[str, nn.Module], run: Run) -> Dense:
     """What must be known of a dense model before it is cut."""
-    losses = None
-    if run.texts.evaluation is not None:
-        with run.stopwatch.phase("evaluation"):
-            losses = _measure(model, run.texts.evaluation, "evaluate dense", run)
+    losses = _measure(model, "evaluate dense", run)
     return Dense(targets, model_sizes(model), untouched_weights(model, targets), losses)
 
 
@@ -106,11 +103,8 @@ def apply(model: nn.Module, decision: Decision, dense: Dense, run: Run) -> Repor
             decided = config.replace(ranks=dict(plan.ranks), narrowed=narrowed, form="factors")
             attach_config(model, decided)
         recovery = _recover(model, config, dense, run)
-        evaluation = None
-        if dense.losses is not None and run.texts.evaluation is not None:
-            with run.stopwatch.phase("evaluation"):
-                after = _measure(model, run.texts.evaluation, "evaluate compressed", run)
-                evaluation = compare(dense.losses, after)
+        after = _measure(model, "evaluate compressed", run)
+        evaluations = {name: compare(dense.losses[name], after[name]) for name in after}
         speed = _speed(model, dense, run) if is_cut else None
         predicted = analysis.predicted_rise(plan)
         parameters, size = counts_left(dense.sizes, model, plan)
@@ -125,7 +119,8 @@ def apply(model: nn.Module, decision: Decision, dense: Dense, run: Run) -> Repor
             bytes=size,
             ranks=dict(plan.ranks),
             narrowed=dict(plan.narrowed),
-            evaluation=evaluation,
+            evaluation=evaluations.get("evaluation"),
+            foreign_evaluation=evaluations.get("foreign_evaluation"),
             speed=speed,
             predicted_loss_difference=None if math.isnan(predicted) else predicted,
             seconds=dict(run.stopwatch.seconds),
@@ -142,15 +137,20 @@ def apply(model: nn.Module, decision: Decision, dense: Dense, run: Run) -> Repor
         )
 
 
-def _measure(
-    model: nn.Module, batches: Sequence[Batch], description: str, run: Run
-) -> LossMeasurement:
-    return measure_loss(
-        model,
-        batches,
-        loss_function=run.options.loss_function,
-        progress=description if run.options.progress else None,
-    )
+def _measure(model: nn.Module, description: str, run: Run) -> dict[str, LossMeasurement]:
+    """Losses on each text that the report measures, by the name of its field."""
+    if not run.texts.reported:
+        return {}
+    with run.stopwatch.phase("evaluation"):
+        return {
+            name: measure_loss(
+                model,
+                batches,
+                loss_function=run.options.loss_function,
+                progress=description if run.progress else None,
+            )
+            for name, batches in run.texts.reported.items()
+        }
 
 
 def _recover(model: nn.Module, config: LowRankConfig, dense: Dense, run: Run) -> Recovery | None:

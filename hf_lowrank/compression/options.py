@@ -21,17 +21,25 @@ from hf_lowrank.measuring.losses import check_losses
 
 @dataclass(frozen=True)
 class Texts:
-    """The three disjoint sets of batches of a run.
+    """The disjoint sets of batches of a run.
 
     Attributes:
         calibration: For the moments.
         held_out: For the search of a loss tolerance or of ranks, and to correct prices.
         evaluation: For the report alone.
+        foreign: For the report alone, too: text of a kind that calibration saw nothing of.
     """
 
     calibration: Sequence[Batch] | None = None
     held_out: Sequence[Batch] | None = None
     evaluation: Sequence[Batch] | None = None
+    foreign: Sequence[Batch] | None = None
+
+    @property
+    def reported(self) -> dict[str, Sequence[Batch]]:
+        """What the report measures, by the name of its field."""
+        found = {"evaluation": self.evaluation, "foreign_evaluation": self.foreign}
+        return {name: batches for name, batches in found.items() if batches is not None}
 
 
 @dataclass(frozen=True)
@@ -121,7 +129,7 @@ def read_texts(model: nn.Module, own_loss: bool, **sets: Iterable[Batch] | None)
         for role, batches in sets.items()
         if batches is not None
     }
-    for role in ("held_out", "evaluation"):
+    for role in ("held_out", "evaluation", "foreign"):
         if own_loss and found.get(role):
             check_losses(model, found[role][0])
     return Texts(**found)

@@ -98,7 +98,7 @@ def earlier_stages(model: nn.Module, config: LowRankConfig, dense: Dense, run: R
     """
     options, reports = run.options, []
     goals = stage_goals(config.param_ratio or 1.0, options.stages, options.recover_steps)
-    unread = dataclasses.replace(run.texts, evaluation=None)
+    unread = dataclasses.replace(run.texts, evaluation=None, foreign=None)
     for ratio, steps in goals[:-1]:
         own = dataclasses.replace(options, recover_steps=steps, speed=False)
         part = dataclasses.replace(run, texts=unread, options=own)

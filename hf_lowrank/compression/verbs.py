@@ -12,8 +12,16 @@ from hf_lowrank.compression.analysis import analyze
 from hf_lowrank.compression.application import apply, cut, make_dense_again, measure_dense
 from hf_lowrank.compression.decision import decide
 from hf_lowrank.compression.goals import check_goal
-from hf_lowrank.compression.options import Run, RunOptions, Stopwatch, read_texts, split_texts
+from hf_lowrank.compression.options import (
+    Run,
+    RunOptions,
+    Stopwatch,
+    Texts,
+    read_texts,
+    split_texts,
+)
 from hf_lowrank.compression.prices import check_measurable
+from hf_lowrank.compression.recipe import recipe_of
 from hf_lowrank.compression.recovery import check_recoverable, recovery_settings
 from hf_lowrank.compression.stages import check_stages, compress_in_stages
 from hf_lowrank.config import LowRankConfig
@@ -30,6 +38,7 @@ def compress(
     evaluation: Iterable[Batch] | None = None,
     *,
     held_out: Iterable[Batch] | None = None,
+    foreign: Iterable[Batch] | None = None,
     loss_function: LossFunction | None = None,
     recover_steps: int = 0,
     recover: str | None = None,
@@ -48,7 +57,8 @@ def compress(
 
     Args:
         model: The dense model; a transformers model, or any module with a `loss_function`.
-        config: Goal, metric, rule and targets; by default a loss tolerance of 0.05 nats. If its
+        config: Goal, metric, rule and targets; by default a loss tolerance of 0.05 nats. Where it
+            leaves channels and measured prices open, the best for the kind of model. If its
             `ranks` are filled, as in a checkpoint's config, they are replayed whatever the goal.
         calibration: Batches of forward inputs (tensors by name) for the moments, as any iterable;
             read once, see `checked_batches`.
@@ -56,6 +66,8 @@ def compress(
         held_out: Batches on which a loss tolerance is tested, ranks are searched for, prices are
             corrected and a recovery is judged. By default the last quarter of the calibration
             batches, which then do not enter the moments.
+        foreign: Batches of another kind than the calibration's, for a second before and after in
+            the report: a model that was cut looks better on text like its calibration than it is.
         loss_function: See `RunOptions`, as all that follow.
         recover_steps: Steps of training the factors after the cut.
         recover: What they train, "factors" or "lora".
@@ -82,11 +94,17 @@ def compress(
         speed=speed,
         progress=progress,
     )
-    config = config or LowRankConfig()
-    check_stages(config, stages, recover_steps)
-    run = start_run(
-        model, config, options, calibration=calibration, held_out=held_out, evaluation=evaluation
+    texts = read_texts(
+        model,
+        loss_function is None,
+        calibration=calibration,
+        held_out=held_out,
+        evaluation=evaluation,
+        foreign=foreign,
     )
+    config = recipe_of(model, config or LowRankConfig(), texts, loss_function)
+    check_stages(config, stages, recover_steps)
+    run = start_run(config, texts, options)
     targets = find_targets(model, config)
     check_run(model, targets, config, run)
     dense = measure_dense(model, targets, run)
@@ -103,6 +121,7 @@ def sweep(
     evaluation: Iterable[Batch] | None = None,
     *,
     held_out: Iterable[Batch] | None = None,
+    foreign: Iterable[Batch] | None = None,
     loss_function: LossFunction | None = None,
     recover_steps: int = 0,
     recover: str | None = None,
@@ -122,6 +141,7 @@ def sweep(
         calibration: As in `compress`, as all that follow.
         evaluation: Batches for the reports' before and after.
         held_out: Batches for searches, prices and recovery.
+        foreign: Batches of another kind, for the reports, too.
         loss_function: Loss of a batch.
         recover_steps: Steps of training the factors after each cut.
         recover: What they train.
@@ -145,14 +165,21 @@ def sweep(
         speed=speed,
         progress=progress,
     )
-    configs = [
-        config.replace(param_ratio=ratio, loss_tolerance=None, rank=None, ranks=None)
-        for ratio in param_ratios
-    ]
-    if not configs:
+    if not param_ratios:
         return
-    sets = {"calibration": calibration, "held_out": held_out, "evaluation": evaluation}
-    run = start_run(model, configs[0], options, **sets)
+    texts = read_texts(
+        model,
+        loss_function is None,
+        calibration=calibration,
+        held_out=held_out,
+        evaluation=evaluation,
+        foreign=foreign,
+    )
+    goals = {"loss_tolerance": None, "rank": None, "ranks": None}
+    first = config.replace(param_ratio=param_ratios[0], **goals)
+    recipe = recipe_of(model, first, texts, loss_function)
+    configs = [recipe.replace(param_ratio=ratio) for ratio in param_ratios]
+    run = start_run(recipe, texts, options)
     targets = find_targets(model, configs[0])
     for each in configs:
         check_run(model, targets, each, run)
@@ -167,25 +194,12 @@ def sweep(
             make_dense_again(model, targets)
 
 
-def start_run(
-    model: nn.Module,
-    config: LowRankConfig,
-    options: RunOptions,
-    **sets: Iterable[Batch] | None,
-) -> Run:
-    """The run of a verb: its batches read and checked, its texts split, its processes joined.
-
-    Args:
-        model: The model that will read the batches.
-        config: Says whether held-out text is needed.
-        options: A `loss_function` among them makes the model's usual inputs optional.
-        **sets: Batches by their role in `Texts`.
+def start_run(config: LowRankConfig, texts: Texts, options: RunOptions) -> Run:
+    """The run of a verb: its texts split, its processes joined.
 
     Raises:
-        DataError: With the set and the batch; or held-out text is needed and there is too little
-            calibration data.
+        DataError: Held-out text is needed and there is too little calibration data.
     """
-    texts = read_texts(model, options.loss_function is None, **sets)
     split = split_texts(config, texts, options.recover_steps)
     return Run(split, options, processes=current_processes())
 

@@ -10,6 +10,7 @@ from typing import Any
 from torch import nn
 
 from hf_lowrank.errors import ConfigError, DataError
+from hf_lowrank.inputs.start_token import start_tokens
 
 
 def check_harness(include_path: str | None = None) -> None:
@@ -34,7 +35,7 @@ def run_tasks(
     limit: int | None = None,
     batch_size: int = 4,
 ) -> dict[str, dict[str, float]]:
-    """Metrics by task.
+    """Metrics by task; each text begins with the tokenizer's start token, if it has one.
 
     Args:
         model: A causal language model.
@@ -59,7 +60,12 @@ def run_tasks(
         raise DataError(f"lm-eval has no task {', '.join(unknown)}; give --include_path?")
     try:
         found = lm_eval.simple_evaluate(
-            model=HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size),
+            model=HFLM(
+                pretrained=model,
+                tokenizer=tokenizer,
+                batch_size=batch_size,
+                add_bos_token=bool(start_tokens(tokenizer)),
+            ),
             tasks=list(tasks),
             task_manager=manager,
             limit=limit,

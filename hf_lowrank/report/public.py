@@ -6,7 +6,12 @@ import json
 import shlex
 from typing import Any
 
-from hf_lowrank.report.card.card_parts import is_local, last_component, looks_local
+from hf_lowrank.report.card.card_parts import (
+    is_local,
+    last_component,
+    looks_local,
+    without_folders,
+)
 from hf_lowrank.report.schema import report_text
 
 _WITH_SOURCES = ("model", "data", "arguments")
@@ -40,8 +45,8 @@ def _public(value: Any, shortened: dict[str, str]) -> Any:  # noqa: ANN401
         return {key: _public(item, shortened) for key, item in value.items()}
     if isinstance(value, list):
         return [_public(item, shortened) for item in value]
-    if isinstance(value, str) and is_local(value):
-        shortened[value] = last_component(value)
+    if isinstance(value, str) and (is_local(value) or " + " in value):
+        shortened[value] = without_folders(value)
         return shortened[value]
     return value
 

@@ -48,6 +48,7 @@ class Report:
         ranks: Rank by layer name, None for dense or narrowed.
         narrowed: (out_features, in_features) of the layers that lost channels.
         evaluation: Quality before and after, or None if there was no evaluation text.
+        foreign_evaluation: The same on a second text, of a kind that calibration saw nothing of.
         predicted_loss_difference: Sum of the dropped components' prices, nats, or None where the
             metric predicts nothing.
         seconds: Wall time by phase.
@@ -76,6 +77,7 @@ class Report:
     ranks: dict[str, int | None]
     config: Settings = field(default_factory=Settings)
     evaluation: Evaluation | None = None
+    foreign_evaluation: Evaluation | None = None
     predicted_loss_difference: float | None = None
     seconds: dict[str, float] = field(default_factory=dict)
     probes: list[Probe] = field(default_factory=list)

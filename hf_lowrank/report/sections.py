@@ -301,6 +301,8 @@ class Data:
         train: Source of the training text.
         train_tokens: Tokens in it.
         evaluation: Source of the evaluation text.
+        foreign: Source of the second text, of a kind that calibration saw nothing of.
+        start_token: What every window begins with, where the tokenizer adds a start token.
         selections: What each rank selection did in low-rank training.
     """
 
@@ -309,6 +311,8 @@ class Data:
     train: str | None = None
     train_tokens: int | None = None
     evaluation: str | None = None
+    foreign: str | None = None
+    start_token: str | None = None
     selections: list[dict[str, object]] | None = None
 
     def to_dict(self) -> dict[str, object]:

@@ -14,18 +14,44 @@ import pytest
 import torch
 
 from hf_lowrank.errors import DataError
+from hf_lowrank.inputs import demo_text
 from hf_lowrank.inputs import text as text_module
-from hf_lowrank.inputs.text import ROLES, read_text, token_batches
+from hf_lowrank.inputs.demo_text import BUILT_IN, DEMO_GRAPHS, DEMO_LICENSES, ROLES
+from hf_lowrank.inputs.text import (
+    read_text,
+    shares,
+    token_batches,
+    windows_of_each,
+)
 
 Row = dict[str, Any]
 
 
 class Counting:
-    """A tokenizer whose tokens are the numbers in the text."""
+    """A tokenizer whose tokens are the numbers in the text, any other word is 0."""
+
+    bos_token_id = None
+    start: tuple[int, ...] = ()
+    end: tuple[int, ...] = ()
 
     def __call__(self, text: str, **settings: Any) -> dict[str, list[int]]:
-        assert settings["add_special_tokens"] is False
-        return {"input_ids": [int(word) for word in text.split()]}
+        ids = [int(word) % 10_000 if word.isdigit() else 0 for word in text.split()]
+        if settings["add_special_tokens"]:
+            ids = [*self.start, *ids, *self.end]
+        return {"input_ids": ids}
+
+
+class Starting(Counting):
+    """Puts 5000 before each text."""
+
+    bos_token_id = 5000
+    start = (5000,)
+
+
+class StartingTwice(Counting):
+    """Puts two tokens before each text, as GLM does."""
+
+    start = (5000, 6000)
 
 
 @pytest.fixture
@@ -84,6 +110,105 @@ def test_parts_share_no_token(numbers: str):
 def test_a_text_just_long_enough_is_used_up(numbers: str):
     windows = windows_of(numbers, 100, 10)
     assert list(itertools.chain.from_iterable(windows)) == list(range(1000))
+
+
+def test_each_window_begins_with_the_start_token_within_its_length(numbers: str):
+    (first, second) = token_batches(
+        numbers, Starting(), sequences=5, sequence_length=101, batch_size=3
+    )
+    assert first.keys() == second.keys() == {"input_ids"}
+    windows = torch.cat([first["input_ids"], second["input_ids"]])
+    assert windows.shape == (5, 101)
+    assert (windows[:, 0] == 5000).all()
+    plain = windows_of(numbers, 5, 100)
+    assert windows[:, 1:].tolist() == plain
+    assert windows.diff(dim=1)[:, 1:].unique().tolist() == [1]
+
+
+def test_start_tokens_need_no_text(numbers: str):
+    (batch,) = token_batches(numbers, Starting(), sequences=10, sequence_length=101, batch_size=10)
+    assert batch["input_ids"][:, 1:].flatten().tolist() == list(range(1000))
+    message = "1000 tokens are there for calibration, but 10 sequences of 101 need 1010"
+    with pytest.raises(DataError, match=message):
+        token_batches(numbers, Starting(), sequences=10, sequence_length=102)
+
+
+def test_no_token_of_a_longer_start_is_a_target(numbers: str):
+    (batch,) = token_batches(numbers, StartingTwice(), sequences=2, sequence_length=6)
+    assert batch["input_ids"][0].tolist() == [5000, 6000, 0, 1, 2, 3]
+    assert batch["labels"][0].tolist() == [-100, -100, 0, 1, 2, 3]
+    with pytest.raises(DataError, match="sequence_length must be at least 3, got 2"):
+        token_batches(numbers, StartingTwice(), sequences=2, sequence_length=2)
+
+
+# Mixtures
+
+
+@pytest.fixture
+def thousands(tmp_path: Path) -> str:
+    """A text of the numbers 1000 to 1999."""
+    path = tmp_path / "thousands.txt"
+    path.write_text(" ".join(map(str, range(1000, 2000))), encoding="utf-8")
+    return str(path)
+
+
+def test_a_mixture_takes_its_shares_in_turn(numbers: str, thousands: str):
+    windows = windows_of(f"{numbers} + {thousands}:0.25", 16, 10)
+    kinds = [window[0] // 1000 for window in windows]
+    assert kinds.count(1) == 4
+    assert [sum(kinds[i : i + 4]) for i in range(0, 16, 4)] == [1, 1, 1, 1]
+    alone = windows_of(numbers, 12, 10), windows_of(thousands, 4, 10)
+    assert [w for w in windows if w[0] < 1000] == alone[0]
+    assert [w for w in windows if w[0] >= 1000] == alone[1]
+
+
+@pytest.mark.parametrize(
+    ("sources", "expected"),
+    [
+        ("a", {"a": 1.0}),
+        ("a:0.5", {"a:0.5": 1.0}),  # one source alone has no share
+        ("a+b", {"a+b": 1.0}),
+        ("a + b", {"a": 0.5, "b": 0.5}),
+        ("a  +  b:0.25", {"a": 0.75, "b": 0.25}),
+        ("x/y:z:train:0.5 + b:.2 + c", {"x/y:z:train": 0.5, "b": 0.2, "c": pytest.approx(0.3)}),
+        ("x/y:z + w/v:1.5", {"x/y:z": 0.5, "w/v:1.5": 0.5}),  # 1.5 is a config's name
+    ],
+)
+def test_shares(sources: str, expected: dict[str, float]):
+    assert shares(sources) == expected
+
+
+@pytest.mark.parametrize(
+    ("sources", "message"),
+    [
+        ("a:0.5 + b:0.2", r"a:0.5 \+ b:0.2: the shares of a mixture must be above 0 and sum to 1"),
+        ("a:0.7 + b:0.4 + c", "must be above 0 and sum to 1"),
+        ("a:1 + b", "must be above 0 and sum to 1; a source without one gets what the others"),
+        ("a:0 + b", "must be above 0"),
+        ("a + a:0.5", "a: stands twice in one mixture; give it one share"),
+    ],
+)
+def test_shares_that_do_not_add_up(sources: str, message: str):
+    with pytest.raises(DataError, match=message):
+        shares(sources)
+
+
+@pytest.mark.parametrize(
+    ("sources", "sequences", "expected"),
+    [
+        ("a + b", 5, [3, 2]),
+        ("a + b:0.25", 32, [24, 8]),
+        ("a + b + c", 64, [22, 21, 21]),
+        ("a:0.9 + b", 10, [9, 1]),
+    ],
+)
+def test_the_windows_of_a_mixture_add_up(sources: str, sequences: int, expected: list[int]):
+    assert list(windows_of_each(sources, sequences).values()) == expected
+
+
+def test_a_share_without_a_window_is_refused():
+    with pytest.raises(DataError, match="b: its share of 4 windows is none; ask for more"):
+        windows_of_each("a + b:0.1", 4)
 
 
 @pytest.mark.parametrize(
@@ -248,7 +373,7 @@ def test_a_broken_row_is_named_by_its_line(tmp_path: Path):
 def test_a_row_without_text(tmp_path: Path, suffix: str, row: Row):
     source = write_rows(tmp_path / f"rows.{suffix}", [row])
     with pytest.raises(
-        DataError, match="has no text column; one of text, content, sentence, document is needed"
+        DataError, match="1 has no text column; one of text, content, sentence, document is needed"
     ):
         read_text(source)
 
@@ -257,7 +382,7 @@ def test_a_row_without_text(tmp_path: Path, suffix: str, row: Row):
 def test_a_row_that_is_no_object(tmp_path: Path, line: str):
     path = tmp_path / "rows.jsonl"
     path.write_text(line + "\n")
-    with pytest.raises(DataError, match="a row has no text column"):
+    with pytest.raises(DataError, match="line 1 has no text column"):
         read_text(str(path))
 
 
@@ -266,6 +391,37 @@ def test_a_file_that_is_not_parquet(tmp_path: Path, content: bytes):
     path = tmp_path / "a.parquet"
     path.write_bytes(content)
     with pytest.raises(DataError, match=r"a\.parquet: is not a readable parquet file \("):
+        read_text(str(path))
+
+
+@pytest.mark.parametrize(("suffix", "place"), [("jsonl", "line"), ("parquet", "row")])
+def test_a_row_whose_text_is_null_is_named(tmp_path: Path, suffix: str, place: str):
+    source = write_rows(tmp_path / f"rows.{suffix}", [{"text": "a"}, {"text": None}])
+    message = rf"{suffix}: {place} 2 has no text, its 'text' is null; leave such rows out\.$"
+    with pytest.raises(DataError, match=message):
+        read_text(source)
+
+
+@pytest.mark.parametrize("name", ["rows.JSONL", "rows.Json", "rows.PARQUET"])
+def test_suffixes_may_be_written_in_capitals(tmp_path: Path, name: str):
+    path = tmp_path / name
+    source = write_rows(tmp_path / name.lower(), [{"text": "one"}, {"text": "two"}])
+    path = Path(source).rename(path)
+    assert read_text(str(path)) == "one\n\ntwo"
+    with pytest.raises(DataError, match=r"no such file\.$"):
+        read_text("missing." + path.suffix)
+
+
+def test_half_a_character_is_replaced_and_two_halves_are_joined(tmp_path: Path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"text": "cut \\ud83d emoji \\udc00 whole \\ud83d\\ude00"}\n')
+    assert read_text(str(path)) == "cut \ufffd emoji \ufffd whole \U0001f600"
+
+
+def test_json_that_is_nested_too_deeply(tmp_path: Path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"text": "a"}\n{"text": ' + "[" * 200_000 + "]" * 200_000 + "}\n")
+    with pytest.raises(DataError, match=r"line 2 is nested too deeply to read\.$"):
         read_text(str(path))
 
 
@@ -278,12 +434,54 @@ def paragraphs(text: str) -> set[str]:
     return {paragraph for paragraph in found if len(paragraph) >= 40}
 
 
+@pytest.mark.parametrize("source", BUILT_IN)
 @pytest.mark.parametrize(("role", "other"), list(itertools.combinations(ROLES, 2)))
-def test_the_roles_of_the_demo_share_no_paragraph(role: str, other: str):
+def test_the_roles_of_a_built_in_text_share_no_paragraph(source: str, role: str, other: str):
     """Some topics repeat others: 'if' and 'else' are the same, 'compound' quotes both."""
-    one, two = (paragraphs(read_text("demo", name)) for name in (role, other))
+    one, two = (paragraphs(read_text(source, name)) for name in (role, other))
     shared = one & two
     assert not shared, f"{len(shared)} of {len(two)} paragraphs of {other} are also for {role}"
+
+
+@pytest.mark.parametrize("role", ROLES)
+def test_the_built_in_texts_have_nothing_in_common(role: str):
+    for one, other in itertools.combinations(BUILT_IN, 2):
+        assert not paragraphs(read_text(one, role)) & paragraphs(read_text(other, role))
+
+
+def test_the_other_built_in_texts_are_prose_and_long_enough():
+    """A quarter of the calibration of the demo, and all of its foreign evaluation."""
+    assert len(read_text(DEMO_GRAPHS, "calibration")) > 4 * 16 * 256
+    assert len(read_text(DEMO_GRAPHS, "held_out")) > 4 * 8 * 256
+    assert len(read_text(DEMO_LICENSES, "evaluation")) > 4 * 16 * 256  # fewer windows will do
+    assert "shortest path" in read_text(DEMO_GRAPHS)
+    assert "WITHOUT WARRANTIES" in read_text(DEMO_LICENSES)
+
+
+def test_built_in_texts_are_split_by_role_already():
+    settings = {"sequences": 3, "sequence_length": 64, "role": "held_out"}
+    whole = token_batches("demo", Counting(), **settings)
+    (batch,) = token_batches("demo", Counting(), part=(0.75, 1.0), **settings)
+    assert torch.equal(batch["input_ids"], whole[0]["input_ids"])
+
+
+def test_fewer_windows_will_do_where_the_text_is_too_short(numbers: str):
+    settings = {"sequences": 30, "sequence_length": 100, "batch_size": 64}
+    (batch,) = token_batches(numbers, Counting(), at_most=True, **settings)
+    assert batch["input_ids"].shape == (10, 100)
+    with pytest.raises(DataError, match="1000 tokens are there for calibration, but 1 sequences"):
+        token_batches(numbers, Counting(), sequences=2, sequence_length=2000, at_most=True)
+
+
+def test_a_built_in_text_whose_package_is_missing(monkeypatch: pytest.MonkeyPatch):
+    for read in BUILT_IN.values():
+        read.cache_clear()  # type: ignore[attr-defined]
+    monkeypatch.setattr(demo_text.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(DataError, match="demo-graphs: needs networkx, which comes with torch"):
+        read_text(DEMO_GRAPHS)
+    monkeypatch.setattr(demo_text, "_LICENSED", ("no-such-package",))
+    with pytest.raises(DataError, match="demo-licenses: no dependency is installed with its"):
+        read_text(DEMO_LICENSES)
 
 
 @pytest.mark.parametrize(
@@ -385,7 +583,7 @@ def test_a_dataset_that_cannot_be_read(monkeypatch: pytest.MonkeyPatch, error: E
 
 def test_a_dataset_without_a_text_column(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(datasets, "load_dataset", lambda *args, **kwargs: [{"premise": "a"}])
-    with pytest.raises(DataError, match="owner/name: a row has no text column"):
+    with pytest.raises(DataError, match="owner/name: row 1 has no text column"):
         read_text("owner/name")
 
 

@@ -38,7 +38,7 @@ ROOT = Path(__file__).resolve().parents[2]
 SPECIAL = ("<pad>", "<s>", "</s>")
 WORDS = tuple(f"w{number:02d}" for number in range(VOCABULARY - len(SPECIAL)))
 Refusal = Callable[..., str]  # runs with some changes and returns the error
-_PROGRESS = re.compile(r"\d+%\|")
+_PROGRESS = re.compile(r"\d+%\||^\.\.\. ")
 
 
 def word_tokenizer() -> PreTrainedTokenizerFast:
@@ -107,6 +107,7 @@ class Inputs(NamedTuple):
             "model": self.model,
             "calibration": self.calibration,
             "evaluation": self.evaluation,
+            "foreign_evaluation": "none",
             "calibration_sequences": 16,
             "evaluation_sequences": 16,
             "held_out_sequences": 8,

@@ -62,6 +62,7 @@ def compress_jointly(
     acceptance: Iterable[Batch],
     reported: Iterable[Batch] | None = None,
     *,
+    foreign: Iterable[Batch] | None = None,
     settings: JointSettings | None = None,
     loss_function: LossFunction | None = None,
     speed: bool = False,
@@ -81,6 +82,7 @@ def compress_jointly(
         gradient: Batches for the moments and the gradient.
         acceptance: Batches that decide which candidate is kept.
         reported: Batches for the report's before and after; nothing else looks at them.
+        foreign: As in `compress`.
         settings: What is tried.
         loss_function: See `RunOptions`, as all that follow.
         speed: Whether to time the model before and after.
@@ -99,7 +101,12 @@ def compress_jointly(
     _check(config)
     own_loss = loss_function is None
     texts = read_texts(
-        model, own_loss, calibration=gradient, held_out=acceptance, evaluation=reported
+        model,
+        own_loss,
+        calibration=gradient,
+        held_out=acceptance,
+        evaluation=reported,
+        foreign=foreign,
     )
     if not texts.calibration or not texts.held_out:
         raise DataError("Joint compression needs batches for the gradient and for acceptance.")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from dataclasses import dataclass
 from pathlib import PurePath
 from typing import NamedTuple
@@ -67,6 +68,7 @@ _KINDS = {
     "ForQuestionAnswering": ModelKind("question-answering", "AutoModelForQuestionAnswering", False),
 }
 _LOCAL_SUFFIXES = (".txt", ".jsonl", ".parquet", ".raw", ".json", ".gz", ".gguf")
+_MIXED = re.compile(r"(.*?)((?::[01]?(?:\.\d+)?)?)", re.DOTALL)  # a source and its share
 COMMON_LIMITS = (
     "Biases and other faults of the dense model are still there; its license applies.",
     "Fewer parameters are not always less time: each low-rank layer is two matrix products.",
@@ -110,8 +112,13 @@ def base_link(report: Report) -> str:
 
 
 def without_folders(source: str) -> str:
-    """The last component of a local path; a source on the Hub as it is."""
-    return last_component(source) if is_local(source) else source
+    """The last component of each local path of a mixture; sources on the Hub as they are."""
+    return " + ".join(map(_without_folder, source.split(" + ")))
+
+
+def _without_folder(source: str) -> str:
+    name, share = _MIXED.fullmatch(source).groups()  # type: ignore[union-attr]
+    return (last_component(name) if is_local(name) else name) + share
 
 
 def is_local(source: str) -> bool:

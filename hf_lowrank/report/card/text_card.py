@@ -19,7 +19,7 @@ from hf_lowrank.report.card.card_parts import (
 )
 from hf_lowrank.report.schema import Report
 from hf_lowrank.report.text.speed_table import speed_notes, speed_rows
-from hf_lowrank.report.text.table import describe_run, kept_steps, number, warnings
+from hf_lowrank.report.text.table import describe_run, evaluations, kept_steps, number, warnings
 
 
 @singledispatch
@@ -88,20 +88,27 @@ def _hub_dataset(source: str | None) -> str | None:
 
 
 def _described(source: str | None) -> str:
-    if source == "demo":
-        return "the demo text of hf_lowrank (Python's own help, split by topic)"
-    return without_folders(source or "") or "text whose source was not recorded"
+    built_in = {
+        "demo": "the demo text of hf_lowrank (Python's own help, split by topic)",
+        "demo-graphs": "docstrings of networkx",
+        "demo-licenses": "the licenses of the installed packages",
+    }
+    if not source:
+        return "text whose source was not recorded"
+    if " + " in source:
+        return f"a mixture ({without_folders(source)})"
+    return built_in.get(source) or without_folders(source)
 
 
 def _quality(report: Report) -> list[list[str]]:
-    found = report.evaluation
-    if found is None:
-        return []
-    before, after = found.perplexity_before, found.perplexity_after
-    rows = [["perplexity", number(before, ".2f"), number(after, ".2f"), ""]]
-    losses = [number(found.loss_before, ".4f"), number(found.loss_after, ".4f")]
-    loss = ["loss (nats per token)", *losses, ""]
-    return [*rows, loss] if model_kind(report).is_text else [loss]
+    rows = []
+    for what, (found, _) in evaluations(report).items():
+        if model_kind(report).is_text:
+            pair = [number(found.perplexity_before, ".2f"), number(found.perplexity_after, ".2f")]
+            rows.append([f"perplexity{what}", *pair, ""])
+        losses = [number(found.loss_before, ".4f"), number(found.loss_after, ".4f")]
+        rows.append([f"loss (nats per token){what}", *losses, ""])
+    return rows
 
 
 def _measured(report: Report) -> str:
@@ -114,24 +121,24 @@ def _measured(report: Report) -> str:
         if tokens:
             lines.append(f"{role}: {tokens:,} tokens of {_described(source)}.")
     speed = sentences(speed_notes(report))
-    found = report.evaluation
-    if found is None:
+    if report.evaluation is None:
         return "\n".join([*lines, "Quality: not measured.", *speed])
-    text = _described(report.data.evaluation)
-    rise, error = number(found.loss_difference, "+.4f"), number(found.standard_error, ".4f")
-    lines += [
-        f"Evaluation: {found.tokens:,} scored tokens of {text}, used for these figures alone.",
-        f"Both models read the same windows; their loss differs by {rise} ± {error} nats per token "
-        "(standard error over windows).",
-        *speed,
-    ]
-    return "\n".join(lines)
+    for what, (found, _) in evaluations(report).items():
+        text = _described(data.foreign if what else data.evaluation)
+        rise, error = number(found.loss_difference, "+.4f"), number(found.standard_error, ".4f")
+        kind = "Foreign text, unlike the calibration's" if what else "Evaluation"
+        lines += [
+            f"{kind}: {found.tokens:,} scored tokens of {text}, used for these figures alone.",
+            f"Both models read the same windows; their loss differs by {rise} ± {error} nats per "
+            "token (standard error over windows).",
+        ]
+    return "\n".join([*lines, *speed])
 
 
 def _limits(report: Report) -> list[str]:
     first = (
-        "Measured on the text above alone: on other text, other languages and downstream tasks the "
-        "loss may rise more."
+        f"Measured on the text{'' if report.foreign_evaluation is None else 's'} above alone: on "
+        "other text, other languages and downstream tasks the loss may rise more."
     )
     if report.evaluation is None:
         first = "The quality of this model was not measured."

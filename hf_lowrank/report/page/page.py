@@ -35,6 +35,7 @@ from hf_lowrank.report.text.table import (
     comparison_rows,
     describe_run,
     differences,
+    evaluations,
     number,
     probe_rows,
     rank_rows,
@@ -120,20 +121,19 @@ def _before_and_after(report: Report) -> list[str]:
         rows.append([*map(cell, texts), bar_cell(kept / dense)])
     parts = []
     bare = cell("", "td", ' class="bar"')
-    found = report.evaluation
-    if found is not None:
+    for what, (found, text) in evaluations(report).items():
         for name, before, after, spec in (
-            ("perplexity", found.perplexity_before, found.perplexity_after, ".2f"),
-            ("loss (nats/token)", found.loss_before, found.loss_after, ".4f"),
+            (f"perplexity{what}", found.perplexity_before, found.perplexity_after, ".2f"),
+            (f"loss (nats/token){what}", found.loss_before, found.loss_after, ".4f"),
         ):
             texts = [name, number(before, spec), number(after, spec), ""]
             rows.append([*map(cell, texts), bare])
         rise, error = number(found.loss_difference, "+.4f"), number(found.standard_error, ".4f")
-        source = without_folders(report.data.evaluation or "source not recorded")
+        kind = "foreign text, unlike the calibration's" if what else "evaluation text"
         parts.append(
             paragraph(
                 f"The loss differs by {rise} ± {error} nats per token over {found.tokens:,} tokens "
-                f"of evaluation text ({source})."
+                f"of {kind} ({without_folders(text)})."
             )
         )
     if report.predicted_loss_difference is not None:

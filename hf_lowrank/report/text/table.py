@@ -16,6 +16,8 @@ from hf_lowrank.report.text.speed_table import (
     speed_rows,
 )
 
+FOREIGN = ", foreign text"
+
 
 def format_report(report: Report) -> str:
     """One report as a table of what changed, the ranks by layer type and the seconds."""
@@ -32,15 +34,16 @@ def format_report(report: Report) -> str:
         ["megabytes", f"{size.dense / 1e6:.1f}", f"{size.kept / 1e6:.1f}", f"{size.share:.2%}"],
     ]
     lines = []
-    if report.evaluation is not None:
-        found = report.evaluation
+    for what, (found, source) in evaluations(report).items():
         rows.append(
-            ["perplexity", f"{found.perplexity_before:.2f}", f"{found.perplexity_after:.2f}"]
+            [f"perplexity{what}", f"{found.perplexity_before:.2f}", f"{found.perplexity_after:.2f}"]
         )
-        rows.append(["loss (nats/token)", f"{found.loss_before:.4f}", f"{found.loss_after:.4f}"])
+        loss = [f"{found.loss_before:.4f}", f"{found.loss_after:.4f}"]
+        rows.append([f"loss (nats/token){what}", *loss])
         lines.append(
             f"loss difference {found.loss_difference:+.4f} +- {found.standard_error:.4f} nats "
-            f"per token, over {found.tokens:,} tokens of evaluation text"
+            f"per token, over {found.tokens:,} tokens of "
+            + (f"foreign text ({source}), unlike the calibration's" if what else "evaluation text")
         )
     if report.predicted_loss_difference is not None:
         lines.append(f"predicted by the prices: {report.predicted_loss_difference:+.4f}")
@@ -71,6 +74,19 @@ def format_report(report: Report) -> str:
     return "\n".join(parts + warnings(report))
 
 
+def evaluations(report: Report) -> dict[str, tuple[Evaluation, str]]:
+    """What was measured with its source, by what a row's label ends in: "" and on foreign text."""
+    found = {
+        "": (report.evaluation, report.data.evaluation),
+        FOREIGN: (report.foreign_evaluation, report.data.foreign),
+    }
+    return {
+        what: (measured, str(source or "source not recorded"))
+        for what, (measured, source) in found.items()
+        if measured is not None
+    }
+
+
 def format_sweep(reports: Sequence[Report]) -> str:
     """Several sizes side by side, one line each."""
     rows = [["param_ratio", "kept parameters", "perplexity", "loss difference", "standard error"]]
@@ -85,6 +101,11 @@ def format_sweep(reports: Sequence[Report]) -> str:
                 "-" if found is None else f"{found.standard_error:.4f}",
             ]
         )
+    foreign = [report.foreign_evaluation for report in reports]
+    if any(foreign):
+        rows[0].append(f"perplexity{FOREIGN}")
+        for row, measured in zip(rows[1:], foreign, strict=True):
+            row.append("-" if measured is None else f"{measured.perplexity_after:.2f}")
     return align([row + more for row, more in zip(rows, speed_columns(reports), strict=True)])
 
 

@@ -1,0 +1,198 @@
+"""Which recipe is the default: channels, measured prices, calibration text; in and out of domain.
+
+Every recipe is judged on text of the calibration's kind, on text of another kind and on questions,
+none of which anything is tuned on. Rows are files of their own, so that a killed run goes on.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from benchmarks.zero_shot import Question, answer_questions, read_questions
+from hf_lowrank.compression.analysis import Analysis, analyze
+from hf_lowrank.compression.decision import decide
+from hf_lowrank.compression.options import Run, Texts
+from hf_lowrank.config import LowRankConfig, option
+from hf_lowrank.evaluation.perplexity import LossMeasurement, measure_loss
+from hf_lowrank.evaluation.size import compare
+from hf_lowrank.inputs.sources import load_causal_lm
+from hf_lowrank.inputs.start_token import start_text
+from hf_lowrank.inputs.text import token_batches
+from hf_lowrank.measuring.items import Batch
+from hf_lowrank.modeling.surgery import factorized
+from hf_lowrank.modeling.targets import find_targets
+from hf_lowrank.report.provenance import write_result
+
+RECIPES = {
+    "ranks": {"channels": False, "measured_prices": False},
+    "ranks+measured": {"channels": False, "measured_prices": True},
+    "channels": {"channels": True, "measured_prices": False},
+    "channels+measured": {"channels": True, "measured_prices": True},
+}
+
+
+@dataclass
+class RecipeArguments:
+    """Arguments of the comparison of recipes."""
+
+    model: str = option("demo", "Dense model, as in compress_llm.py.")
+    param_ratio: list[float] | None = option(None, "Sizes; default 0.9 0.8.")
+    recipes: list[str] | None = option(None, "Recipes; default " + " ".join(RECIPES) + ".")
+    calibration: list[str] | None = option(
+        None, "Calibration texts or mixtures, each tried; their last quarter is held out."
+    )
+    calibration_sequences: int = option(48, "Token windows for calibration.")
+    held_out_sequences: int = option(8, "Token windows on which prices are corrected.")
+    evaluation: list[str] | None = option(None, "Evaluation texts.")
+    evaluation_sequences: int = option(32, "Token windows of each.")
+    questions: list[str] | None = option(None, "Files of ARC or PIQA, as JSON lines.")
+    question_limit: int = option(300, "Questions of each, from the start.")
+    sequence_length: int = option(256, "Tokens in each window.")
+    batch_size: int = option(4, "Windows in a batch.")
+    dtype: str = option("float32", "Data type of the model.")
+    output_dir: str = option("outputs/recipe", "Folder of rows; those in it are not run again.")
+
+
+@dataclass(frozen=True)
+class Judges:
+    """What nothing is tuned on: texts and questions by name."""
+
+    texts: Mapping[str, Sequence[Batch]]
+    questions: Mapping[str, Sequence[Question]]
+    tokenizer: Any
+
+    def measure(self, model: nn.Module) -> tuple[dict[str, LossMeasurement], dict[str, list[bool]]]:
+        """Losses by text, and which questions were answered rightly."""
+        losses = {
+            name: measure_loss(model, batches, progress=f"evaluate, {name}")
+            for name, batches in self.texts.items()
+        }
+        answers = {
+            name: answer_questions(model, self.tokenizer, questions, f"answer, {name}")
+            for name, questions in self.questions.items()
+        }
+        return losses, answers
+
+
+def compare_recipes(args: RecipeArguments) -> None:
+    """Every recipe on every calibration text at every size, a file for each."""
+    model, tokenizer = load_causal_lm(args.model, args.dtype)
+
+    def read(source: str, role: str, part: tuple[float, float] = (0.0, 1.0)) -> list[Any]:
+        return token_batches(
+            source,
+            tokenizer,
+            sequences=getattr(args, f"{role}_sequences"),
+            sequence_length=args.sequence_length,
+            role=role,
+            part=part,
+            batch_size=args.batch_size,
+        )
+
+    judges = Judges(
+        {Path(text).name: read(text, "evaluation") for text in args.evaluation or ["demo"]},
+        {
+            Path(file).stem: read_questions(Path(file), args.question_limit)
+            for file in args.questions or []
+        },
+        tokenizer,
+    )
+    folder = Path(args.output_dir)
+    common = {"arguments": vars(args), "start_token": start_text(tokenizer)}
+    dense = judges.measure(model)
+    for calibration in args.calibration or ["demo"]:
+        texts = (
+            read(calibration, "calibration", (0.0, 0.75)),
+            read(calibration, "held_out", (0.75, 1.0)),
+        )
+        paths = {
+            (recipe, ratio): folder / f"{_short(calibration)}-{recipe}-{ratio}.json"
+            for ratio in args.param_ratio or [0.9, 0.8]
+            for recipe in args.recipes or RECIPES
+        }
+        analysis = None
+        for (recipe, ratio), path in paths.items():
+            if path.exists():
+                continue
+            if analysis is None:
+                config = LowRankConfig(param_ratio=ratio, channels=True)
+                targets, run = find_targets(model, config), Run(Texts(texts[0]))
+                analysis = analyze(model, targets, config, run)
+            row = {"recipe": recipe, "param_ratio": ratio, "calibration": calibration}
+            row |= _row(model, analysis, row, texts[1], judges, dense)
+            write_result(path, common | row)
+    rows = [json.loads(path.read_text("utf-8")) for path in sorted(folder.glob("*-*.json"))]
+    print(format_recipes(rows))
+
+
+def _row(
+    model: nn.Module,
+    analysis: Analysis,
+    row: Mapping[str, Any],
+    held_out: Sequence[Batch],
+    judges: Judges,
+    dense: tuple[Mapping[str, LossMeasurement], Mapping[str, Sequence[bool]]],
+) -> dict[str, Any]:
+    """One recipe at one size: seconds to choose, and what the judges say of both models."""
+    started, ratio = time.perf_counter(), row["param_ratio"]
+    config = analysis.config.replace(param_ratio=ratio, **RECIPES[row["recipe"]])
+    run = Run(Texts(held_out=held_out))
+    plan = decide(model, analysis.with_config(config), run).plan
+    seconds = time.perf_counter() - started
+    with factorized(model, analysis.factors, plan, analysis.orders):
+        losses, answers = judges.measure(model)
+    return {
+        "seconds": seconds,
+        "kept": plan.param_ratio,
+        "narrowed": len(plan.narrowed),
+        "texts": {n: dataclasses.asdict(compare(dense[0][n], losses[n])) for n in losses},
+        "questions": {name: _paired(dense[1][name], answers[name]) for name in answers},
+    }
+
+
+def _paired(before: Sequence[bool], after: Sequence[bool]) -> dict[str, float]:
+    """Accuracies, and their difference with its standard error over questions."""
+    size = len(before)
+    changes = [int(b) - int(a) for a, b in zip(before, after, strict=True)]
+    mean = sum(changes) / size
+    spread = sum((change - mean) ** 2 for change in changes) / max(1, size - 1)
+    return {
+        "before": sum(before) / size,
+        "after": sum(after) / size,
+        "difference": mean,
+        "standard_error": math.sqrt(spread / size),
+        "questions": size,
+    }
+
+
+def format_recipes(rows: Sequence[Mapping[str, Any]]) -> str:
+    """A row for each recipe: perplexity and rise of the loss on each text, accuracies."""
+    texts = list(dict.fromkeys(name for row in rows for name in row["texts"]))
+    questions = list(dict.fromkeys(name for row in rows for name in row["questions"]))
+    header = ["calibration", "size", "recipe", *texts, *questions]
+    lines = [header, ["---"] * len(header)]
+    for row in sorted(rows, key=lambda each: (each["calibration"], -each["param_ratio"])):
+        cells = [_short(row["calibration"]), f"{row['param_ratio']:g}", row["recipe"]]
+        for name in texts:
+            found = row["texts"][name]
+            rise, error = found["loss_difference"], found["standard_error"]
+            cells.append(f"{found['perplexity_after']:.2f} ({rise:+.3f} ± {error:.3f})")
+        for name in questions:
+            found = row["questions"][name]
+            cells.append(f"{found['after']:.1%} (of {found['before']:.1%})")
+        lines.append(cells)
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
+
+
+def _short(calibration: str) -> str:
+    """Names of a mixture's files, good for a file name."""
+    return "+".join(Path(each).name.replace(":", "_") for each in calibration.split(" + "))

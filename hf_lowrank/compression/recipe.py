@@ -1,0 +1,70 @@
+"""What a config leaves open: channels and measured prices, by what is best for a kind of model.
+
+Chosen by docs/results: on causal language models both together are the best at 0.8 and 0.6, on text
+of the calibration's kind and of another kind. On encoders with a task's labels channels did not
+help, and prices can't be measured.
+"""
+
+from __future__ import annotations
+
+from torch import nn
+
+from hf_lowrank.compression.options import Texts
+from hf_lowrank.config import LowRankConfig
+from hf_lowrank.measuring.causal import check_distillable
+from hf_lowrank.measuring.items import Batch, LossFunction, is_causal_lm
+
+RECIPES = {
+    "causal language model": {"channels": True, "measured_prices": True},
+    "other": {"channels": False, "measured_prices": False},
+}
+
+
+def with_recipe(
+    config: LowRankConfig, kind: str = "causal language model", *, measurable: bool = True
+) -> LowRankConfig:
+    """The config with `channels` and `measured_prices` filled in where they are None.
+
+    Both work on prices towards a size or a loss tolerance; with any other metric, rule or goal,
+    and where ranks are replayed, they are off.
+
+    Args:
+        config: What to do.
+        kind: A key of `RECIPES`.
+        measurable: Whether there is held-out text and a model on which prices can be measured.
+    """
+    on_prices = (config.metric, config.effective_rule) == ("kfac", "price")
+    if not on_prices or config.goal == "rank" or config.ranks is not None:
+        recipe = {"channels": False, "measured_prices": False}
+    else:
+        recipe = dict(RECIPES[kind])
+        recipe["measured_prices"] &= measurable
+    chosen = {name: on for name, on in recipe.items() if getattr(config, name) is None}
+    return config.replace(**chosen)
+
+
+def recipe_of(
+    model: nn.Module, config: LowRankConfig, texts: Texts, loss_function: LossFunction | None
+) -> LowRankConfig:
+    """`with_recipe` for a model and its batches.
+
+    Args:
+        model: The dense model.
+        config: What to do.
+        texts: As given; held-out text is taken off the calibration text where there is none.
+        loss_function: A loss of one's own, or None; prices are measured for next tokens only.
+    """
+    if not is_causal_lm(model):
+        return with_recipe(config, "other")
+    calibration = texts.calibration or []
+    batches = texts.held_out or (calibration if len(calibration) > 1 else [])
+    is_own = bool(batches) and loss_function is None
+    return with_recipe(config, measurable=is_own and _is_measurable(model, batches[0]))
+
+
+def _is_measurable(model: nn.Module, batch: Batch) -> bool:
+    try:
+        check_distillable(model, batch)
+    except Exception:  # what is wrong with the model or the batch, later checks will say
+        return False
+    return True
