@@ -19,6 +19,7 @@ from hf_lowrank.config import LowRankConfig, option
 from hf_lowrank.errors import ConfigError
 from hf_lowrank.files import write_text
 from hf_lowrank.inputs.sources import load_causal_lm
+from hf_lowrank.inputs.start_token import start_text
 from hf_lowrank.inputs.text import token_batches
 from hf_lowrank.measuring.losses import Batch
 
@@ -53,7 +54,9 @@ def compare_all_metrics(args: MetricsArguments) -> None:
     result = compare_metrics(model, args.param_ratio or [0.9, 0.8, 0.6, 0.4], *texts)
     print(format_metrics(result))
     print(", ".join(f"{name} {value:.1f} s" for name, value in result["seconds"].items()))
-    write_result(Path(args.output), {"arguments": vars(args)} | result)
+    write_result(
+        Path(args.output), {"arguments": vars(args), "start_token": start_text(tokenizer)} | result
+    )
 
 
 @dataclass
@@ -107,7 +110,8 @@ def compare_all_systems(args: SystemsArguments) -> None:
     compare_systems(model, texts, options, folder / "rows", same)
     rows = read_rows(folder / "rows")
     while True:
-        result = {"arguments": vars(args), "dense": dense_row(rows), "rows": rows}
+        result = {"arguments": vars(args), "start_token": start_text(tokenizer)}
+        result |= {"dense": dense_row(rows), "rows": rows}
         write_result(folder / "systems.json", result)
         write_text(folder / "systems.md", format_report(rows) + "\n")
         before, rows = rows, read_rows(folder / "rows")
@@ -164,4 +168,6 @@ def measure_recoveries(args: RecoveryArguments) -> None:
         LowRankConfig(channels=args.channels, measured_prices=args.measured_prices),
         args.stages,
     )
-    write_result(Path(args.output), {"arguments": vars(args)} | result)
+    write_result(
+        Path(args.output), {"arguments": vars(args), "start_token": start_text(tokenizer)} | result
+    )

@@ -24,6 +24,7 @@ from hf_lowrank.compression.joint.gradients import GradientReader
 from hf_lowrank.config import LowRankConfig, option
 from hf_lowrank.errors import ConfigError
 from hf_lowrank.inputs.sources import load_causal_lm
+from hf_lowrank.inputs.start_token import start_text
 from hf_lowrank.inputs.text import token_batches
 from hf_lowrank.measuring.losses import Batch
 from hf_lowrank.ranks.plan import RankPlan
@@ -69,7 +70,8 @@ def measure_perturbations(args: PerturbationArguments) -> None:
     reader = GradientReader(configs[0])
     analysis = analyze(model, configs[0], sets["gradient"], reader=reader)
     rows = measure_ranges(model, analysis, ratios, reader, sets, scales)
-    write_result(Path(args.output), {"arguments": vars(args), "ranges": rows})
+    common = {"arguments": vars(args), "start_token": start_text(tokenizer)}
+    write_result(Path(args.output), common | {"ranges": rows})
     try:
         draw_ranges(rows, Path(args.picture))
     except ConfigError as error:
