@@ -15,6 +15,7 @@ from benchmarks.systems import BenchmarkOptions, BenchmarkTexts, compare_systems
 from hf_lowrank.compression.recovery import RECOVERIES, RecoverySettings
 from hf_lowrank.config import LowRankConfig, config_option, option
 from hf_lowrank.inputs.sources import load_causal_lm
+from hf_lowrank.inputs.start_token import start_text
 from hf_lowrank.inputs.text import token_batches
 from hf_lowrank.measuring.items import Batch
 from hf_lowrank.report.provenance import write_result
@@ -50,7 +51,9 @@ def compare_all_metrics(args: MetricsArguments) -> None:
     result = compare_metrics(model, args.param_ratio or [0.9, 0.8, 0.6, 0.4], *texts)
     print(format_metrics(result))
     print(", ".join(f"{name} {value:.1f} s" for name, value in result["seconds"].items()))
-    write_result(Path(args.output), {"arguments": vars(args)} | result)
+    write_result(
+        Path(args.output), {"arguments": vars(args), "start_token": start_text(tokenizer)} | result
+    )
 
 
 @dataclass
@@ -99,6 +102,8 @@ def compare_all_systems(args: SystemsArguments) -> None:
         args.param_ratio or [0.8, 0.6, 0.4], args.systems or [], args.trials, args.seed
     )
     same = {k: v for k, v in vars(args).items() if k not in ("param_ratio", "systems", "folder")}
+    if start := start_text(tokenizer):
+        same["start_token"] = start
     compare_systems(model, texts, options, folder, same)
     print(format_report(read_rows(folder)))
 
@@ -147,4 +152,6 @@ def measure_recoveries(args: RecoveryArguments) -> None:
         LowRankConfig(channels=args.channels, measured_prices=args.measured_prices),
         args.stages,
     )
-    write_result(Path(args.output), {"arguments": vars(args)} | result)
+    write_result(
+        Path(args.output), {"arguments": vars(args), "start_token": start_text(tokenizer)} | result
+    )

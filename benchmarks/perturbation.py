@@ -23,6 +23,7 @@ from hf_lowrank.compression.options import Run, Texts
 from hf_lowrank.config import LowRankConfig, option
 from hf_lowrank.errors import ConfigError
 from hf_lowrank.inputs.sources import load_causal_lm
+from hf_lowrank.inputs.start_token import start_text
 from hf_lowrank.inputs.text import token_batches
 from hf_lowrank.measuring.items import Batch
 from hf_lowrank.modeling.targets import find_targets
@@ -70,7 +71,8 @@ def measure_perturbations(args: PerturbationArguments) -> None:
     targets, run = find_targets(model, configs[0]), Run(Texts(sets["gradient"]))
     analysis = analyze(model, targets, configs[0], run, with_gradients=True)
     rows = measure_ranges(model, analysis, ratios, sets, scales)
-    write_result(Path(args.output), {"arguments": vars(args), "ranges": rows})
+    common = {"arguments": vars(args), "start_token": start_text(tokenizer)}
+    write_result(Path(args.output), common | {"ranges": rows})
     try:
         draw_ranges(rows, Path(args.picture))
     except ConfigError as error:

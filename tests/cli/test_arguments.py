@@ -148,10 +148,53 @@ def test_both_goals_at_once(ratios: tuple[str, ...]):
 # text_source
 
 
-@pytest.mark.parametrize("role", ["calibration", "held_out", "evaluation"])
-def test_texts_by_default(role: str):
-    assert parse().text_source(role) == "demo"
-    assert parse("--model", "gpt2").text_source(role) == "Salesforce/wikitext:wikitext-2-raw-v1"
+WIKITEXT = "Salesforce/wikitext:wikitext-2-raw-v1"
+
+
+@pytest.mark.parametrize(
+    ("role", "demo", "other"),
+    [
+        ("calibration", "demo + demo-graphs:0.25", WIKITEXT),
+        ("held_out", "demo + demo-graphs:0.25", WIKITEXT),
+        ("evaluation", "demo", WIKITEXT),
+        ("foreign", "demo-licenses", "allenai/c4:en:validation"),
+    ],
+)
+def test_texts_by_default(role: str, demo: str, other: str):
+    assert parse().text_source(role) == demo
+    assert parse("--model", "gpt2").text_source(role) == other
+
+
+@pytest.mark.parametrize(
+    ("calibration", "foreign"),
+    [
+        ("a.txt", "demo-licenses"),
+        ("a.txt + demo-licenses:0.5", "demo-graphs"),
+        ("demo-licenses + demo-graphs", "demo"),
+        ("demo-licenses + demo-graphs + demo", "none"),
+    ],
+)
+def test_the_foreign_text_is_none_that_calibration_read(calibration: str, foreign: str):
+    chosen = parse("--model", "gpt2", "--calibration", calibration, "--evaluation", "b.txt")
+    assert chosen.text_source("foreign") == foreign
+    assert ("foreign" in chosen.text_roles()) == (foreign != "none")
+
+
+@pytest.mark.default_recipe
+@pytest.mark.parametrize(
+    ("words", "is_read"),
+    [
+        ((), True),
+        (("--measured_prices", "False"), False),
+        (("--metric", "plain"), False),
+        (("--rule", "energy"), False),
+        (("--channels", "False"), True),
+    ],
+)
+def test_held_out_text_is_read_where_prices_are_measured(words: tuple[str, ...], is_read: bool):
+    chosen = parse("--param_ratio", "0.8", *words)
+    chosen.to_config()
+    assert ("held_out" in chosen.text_roles()) == is_read
 
 
 def test_texts_that_were_chosen():
