@@ -10,7 +10,7 @@ import dataclasses
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import nn
@@ -40,21 +40,29 @@ class Dense:
         sizes: (parameters, bytes) of the whole model.
         untouched: Matrices inside the blocks that are no targets, and their parameters.
         losses: On the evaluation text, None without one.
+        left_dense: Reason by name, of layers that were asked for and can't be factorized.
     """
 
     layers: Mapping[str, nn.Module]
     sizes: tuple[int, int]
     untouched: Mapping[str, int]
     losses: LossMeasurement | None = None
+    left_dense: Mapping[str, str] = field(default_factory=dict)
 
 
-def measure_dense(model: nn.Module, targets: Mapping[str, nn.Module], run: Run) -> Dense:
+def measure_dense(
+    model: nn.Module,
+    targets: Mapping[str, nn.Module],
+    run: Run,
+    left_dense: Mapping[str, str] | None = None,
+) -> Dense:
     """What must be known of a dense model before it is cut."""
     losses = None
     if run.texts.evaluation is not None:
         with run.stopwatch.phase("evaluation"):
             losses = _measure(model, run.texts.evaluation, "evaluate dense", run)
-    return Dense(targets, model_sizes(model), untouched_weights(model, targets), losses)
+    untouched = untouched_weights(model, targets)
+    return Dense(targets, model_sizes(model), untouched, losses, left_dense or {})
 
 
 @contextmanager
@@ -127,7 +135,7 @@ def apply(model: nn.Module, decision: Decision, dense: Dense, run: Run) -> Repor
             held_out=None if decision.held_out is None else dataclasses.asdict(decision.held_out),
             recovery=None if recovery is None else dataclasses.asdict(recovery),
             measured_prices=[dict(part) for part in decision.parts],
-            failures=dict(analysis.failures),
+            failures={**dense.left_dense, **analysis.failures},
             untouched=dict(dense.untouched),
             data={"calibration_tokens": analysis.tokens},
             architecture=type(model).__name__,

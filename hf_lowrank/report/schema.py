@@ -68,7 +68,8 @@ class Report:
         stages: Of a compression in stages, for each its `param_ratio`, the predicted rise of its
             cut in nats (`predicted_loss_difference`), `recovery`, `measured_prices` and `failures`;
             `spectra` and these fields of the report itself are the last stage's.
-        failures: Reason by layer name, for layers kept dense because their decomposition failed.
+        failures: Reason by layer name, for layers kept dense because they can't be factorized, or
+            because their decomposition failed.
         untouched: Parameters of matrices inside the blocks that were no targets, by name.
         data: Which text was used for what.
         architecture: Class of the model.

@@ -13,8 +13,9 @@ from hf_lowrank.errors import ConfigError, TargetError
 from hf_lowrank.format.dense_linear import linear_weight
 from hf_lowrank.format.forms.factors import LowRankLinear
 from hf_lowrank.format.rebuild import factorized_layers, narrowed_layers
+from hf_lowrank.modeling.qualification import qualified
 from hf_lowrank.modeling.surgery import empty_lowrank, replace_layer_
-from hf_lowrank.modeling.targets import find_targets, fixed_ranks
+from hf_lowrank.modeling.targets import fixed_ranks
 from hf_lowrank.ranks.plan import break_even_rank
 
 
@@ -34,7 +35,7 @@ def to_training_form_(model: nn.Module, config: LowRankConfig) -> dict[str, LowR
 
     Raises:
         ConfigError: The config asks for channels of a dense model, which no training takes out.
-        TargetError, ConfigError: The model has narrowed layers alone; or see `find_targets`.
+        TargetError, ConfigError: The model has narrowed layers alone; or see `qualified`.
     """
     layers = factorized_layers(model)
     if layers:
@@ -50,7 +51,7 @@ def to_training_form_(model: nn.Module, config: LowRankConfig) -> dict[str, LowR
         )
     if config.channels:
         raise ConfigError("Training selects ranks only; set channels for compress, not here.")
-    targets = find_targets(model, config)
+    targets = qualified(model, config).targets
     fixed = fixed_ranks(targets, config)
     for name, dense in targets.items():
         rank = fixed.get(name, min(linear_weight(dense).shape))
