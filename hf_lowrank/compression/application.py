@@ -40,18 +40,26 @@ class Dense:
         sizes: (parameters, bytes) of the whole model.
         untouched: Matrices inside the blocks that are no targets, and their parameters.
         losses: On each text that the report measures, by the name of its field.
+        left_dense: Reason by name, of layers that were asked for and can't be factorized.
     """
 
     layers: Mapping[str, nn.Module]
     sizes: tuple[int, int]
     untouched: Mapping[str, int]
     losses: Mapping[str, LossMeasurement] = field(default_factory=dict)
+    left_dense: Mapping[str, str] = field(default_factory=dict)
 
 
-def measure_dense(model: nn.Module, targets: Mapping[str, nn.Module], run: Run) -> Dense:
+def measure_dense(
+    model: nn.Module,
+    targets: Mapping[str, nn.Module],
+    run: Run,
+    left_dense: Mapping[str, str] | None = None,
+) -> Dense:
     """What must be known of a dense model before it is cut."""
     losses = _measure(model, "evaluate dense", run)
-    return Dense(targets, model_sizes(model), untouched_weights(model, targets), losses)
+    untouched = untouched_weights(model, targets)
+    return Dense(targets, model_sizes(model), untouched, losses, left_dense or {})
 
 
 @contextmanager
@@ -128,7 +136,7 @@ def apply(model: nn.Module, decision: Decision, dense: Dense, run: Run) -> Repor
             held_out=decision.held_out,
             recovery=recovery,
             measured_prices=list(decision.parts),
-            failures=dict(analysis.failures),
+            failures={**dense.left_dense, **analysis.failures},
             untouched=dict(dense.untouched),
             data=Data(calibration_tokens=analysis.tokens),
             architecture=type(model).__name__,

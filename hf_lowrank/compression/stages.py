@@ -16,7 +16,6 @@ from hf_lowrank.config import SEARCH_NAMES, LowRankConfig
 from hf_lowrank.errors import ConfigError
 from hf_lowrank.format.rebuild import compressed_layers
 from hf_lowrank.modeling.surgery import merge_
-from hf_lowrank.modeling.targets import find_targets
 from hf_lowrank.report.schema import Report
 from hf_lowrank.report.sections import Stage
 
@@ -75,7 +74,7 @@ def compress_in_stages(model: nn.Module, config: LowRankConfig, dense: Dense, ru
         earlier = earlier_stages(model, config, dense, run)
         steps = stage_goals(ratio, options.stages, options.recover_steps)[-1][1]
         last = dataclasses.replace(run, options=dataclasses.replace(options, recover_steps=steps))
-        report = cut(model, find_targets(model, config), config, dense, last)
+        report = cut(model, _layers_now(model, dense), config, dense, last)
     stages = [
         Stage(
             param_ratio=stage.config.param_ratio or 1.0,
@@ -103,8 +102,13 @@ def earlier_stages(model: nn.Module, config: LowRankConfig, dense: Dense, run: R
         own = dataclasses.replace(options, recover_steps=steps, speed=False)
         part = dataclasses.replace(run, texts=unread, options=own)
         sized = config.replace(param_ratio=ratio)
-        reports.append(cut(model, find_targets(model, config), sized, dense, part))
+        reports.append(cut(model, _layers_now(model, dense), sized, dense, part))
         if compressed_layers(model):  # else there was nothing to drop
             with run.stopwatch.phase("surgery"):
                 merge_(model)
     return reports
+
+
+def _layers_now(model: nn.Module, dense: Dense) -> dict[str, nn.Module]:
+    """The targeted layers as the stages so far have left them."""
+    return {name: model.get_submodule(name) for name in dense.layers}

@@ -23,11 +23,11 @@ from hf_lowrank.compression.options import (
 from hf_lowrank.compression.prices import check_measurable
 from hf_lowrank.compression.recipe import recipe_of
 from hf_lowrank.compression.recovery import check_recoverable, recovery_settings
+from hf_lowrank.compression.run_targets import run_targets
 from hf_lowrank.compression.stages import check_stages, compress_in_stages
 from hf_lowrank.config import LowRankConfig
 from hf_lowrank.measuring.distributed import current_processes
 from hf_lowrank.measuring.items import Batch, LossFunction
-from hf_lowrank.modeling.targets import find_targets
 from hf_lowrank.report.schema import Report
 
 
@@ -105,9 +105,9 @@ def compress(
     config = recipe_of(model, config or LowRankConfig(), texts, loss_function)
     check_stages(config, stages, recover_steps)
     run = start_run(config, texts, options)
-    targets = find_targets(model, config)
+    targets, left_dense = run_targets(model, config, run)
     check_run(model, targets, config, run)
-    dense = measure_dense(model, targets, run)
+    dense = measure_dense(model, targets, run, left_dense)
     if stages > 1:
         return compress_in_stages(model, config, dense, run)
     return cut(model, targets, config, dense, run)
@@ -180,10 +180,10 @@ def sweep(
     recipe = recipe_of(model, first, texts, loss_function)
     configs = [recipe.replace(param_ratio=ratio) for ratio in param_ratios]
     run = start_run(recipe, texts, options)
-    targets = find_targets(model, configs[0])
+    targets, left_dense = run_targets(model, configs[0], run)
     for each in configs:
         check_run(model, targets, each, run)
-    dense = measure_dense(model, targets, run)
+    dense = measure_dense(model, targets, run, left_dense)
     analysis = analyze(model, targets, configs[0], run)
     for each in configs:
         own = dataclasses.replace(run, stopwatch=Stopwatch(run.stopwatch.seconds))

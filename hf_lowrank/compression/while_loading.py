@@ -14,13 +14,13 @@ from hf_lowrank.compression.analysis import analyze
 from hf_lowrank.compression.decision import decide
 from hf_lowrank.compression.goals import check_goal
 from hf_lowrank.compression.options import Run, RunOptions
+from hf_lowrank.compression.run_targets import run_targets
 from hf_lowrank.config import RULE_NAMES, LowRankConfig
 from hf_lowrank.decomposition.metrics import METRICS
 from hf_lowrank.errors import CheckpointError, ConfigError
 from hf_lowrank.format.layout import QUANT_METHOD
 from hf_lowrank.format.quantizer import LowRankQuantizer
 from hf_lowrank.modeling.surgery import factorize_
-from hf_lowrank.modeling.targets import find_targets
 
 
 class LowRankHfQuantizer(LowRankQuantizer):
@@ -77,9 +77,9 @@ class LowRankHfQuantizer(LowRankQuantizer):
 
 
 def _compress_without_data(model: nn.Module, config: LowRankConfig) -> LowRankConfig:
-    targets = find_targets(model, config)
-    check_goal(targets, config)
     quiet = Run(options=RunOptions(progress=False))
+    targets, _ = run_targets(model, config, quiet)
+    check_goal(targets, config)
     decision = decide(model, analyze(model, targets, config, quiet), quiet)
     factorize_(model, decision.analysis.factors, decision.plan)
     return config.replace(ranks=dict(decision.plan.ranks), narrowed=None, form="factors")

@@ -71,27 +71,14 @@ def collect_moments(
     compute = loss_function or partial(item_losses, label_source=label_source)
     device = next(model.parameters()).device
     losses = 0
-    with _frozen(model), collector.installed(), torch.random.fork_rng():
+    with frozen(model), collector.installed(), torch.random.fork_rng():
         for index, batch in enumerate(batches):
             if not processes.owns(index):
                 continue
             torch.manual_seed(seed + index)  # the same draws, whichever process has the batch
-            inputs = separate_lengths(model, {k: v.to(device) for k, v in batch.items()})
-            prepare_losses(model, inputs)
+            inputs = prepared(model, batch)
             collector.start_batch(inputs, has_decoder=is_encoder_decoder(model))
-            if not needs & GRADIENT_FIELDS:
-                with torch.no_grad():
-                    forward_body(model, inputs)
-                losses += 1
-            else:
-                with torch.enable_grad():
-                    result = compute(model, inputs)
-                    total = result.sums.sum()
-                if not bool(torch.isfinite(total.detach())):
-                    value = float(total.detach())
-                    raise NumericalError(f"The calibration loss is {value}, not a number.")
-                total.backward()
-                losses += int(result.counts.sum())
+            losses += run_batch(model, inputs, compute if needs & GRADIENT_FIELDS else None)
             collector.active = False
             if on_batch is not None:
                 on_batch()
@@ -100,6 +87,37 @@ def collect_moments(
     leaders = processes.merge(collector.shared.leaders)
     moments = sum_moments(collector.moments, device, processes)
     return _completed(moments, leaders, targets, whole if "input" in needs else ())
+
+
+def prepared(model: nn.Module, batch: Batch) -> Batch:
+    """The batch as calibration runs it: on the model's device, its lengths told apart."""
+    device = next(model.parameters()).device
+    inputs = separate_lengths(model, {name: value.to(device) for name, value in batch.items()})
+    prepare_losses(model, inputs)
+    return inputs
+
+
+def run_batch(model: nn.Module, batch: Batch, compute: LossFunction | None) -> int:
+    """One pass for the sake of hooks: forward alone, or with a loss forward and backward.
+
+    Returns:
+        Scored positions of the loss, or 1 without one.
+
+    Raises:
+        NumericalError: The loss is not finite.
+    """
+    if compute is None:
+        with torch.no_grad():
+            forward_body(model, batch)
+        return 1
+    with torch.enable_grad():
+        result = compute(model, batch)
+        total = result.sums.sum()
+    if not bool(torch.isfinite(total.detach())):
+        raise NumericalError(f"The calibration loss is {float(total.detach())}, not a number.")
+    if total.requires_grad:  # else no target lies on the gradient's path
+        total.backward()
+    return int(result.counts.sum())
 
 
 def _completed(
@@ -151,7 +169,7 @@ def _seen_by(layer: nn.Module, moments: Moments) -> SecondMoment:
 
 
 @contextmanager
-def _frozen(model: nn.Module) -> Iterator[None]:
+def frozen(model: nn.Module) -> Iterator[None]:
     """Eval mode and no parameter gradients, for the time of the block."""
     required = [parameter for parameter in model.parameters() if parameter.requires_grad]
     for parameter in required:

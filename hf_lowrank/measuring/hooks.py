@@ -27,6 +27,20 @@ INPUT_SIDES = ("input", "input_whole", "input_centred")
 GRADIENT_FIELDS = frozenset({"output", "gradient_rows", "gradient"})
 
 
+def watched(output: torch.Tensor) -> torch.Tensor | None:
+    """A layer's output in a form whose gradient can be watched; None in a part without gradients.
+
+    Where all parameters are frozen, the first target layers start the gradient's path. A model may
+    write into an output in place, which a leaf of the graph forbids and after which hooks of a view
+    are not called; so these two are copied.
+    """
+    if not torch.is_grad_enabled():
+        return None
+    if not output.requires_grad:
+        output = output.detach().requires_grad_()
+    return output.clone() if output.is_leaf or output._is_view() else output
+
+
 class Collector:
     """Hooks that add up this process's moments; symmetric ones in their lower blocks only.
 
@@ -80,14 +94,11 @@ class Collector:
         moment = self.moments[name]
         moment.tokens += int(mask.sum()) if mask is not None else args[0][..., 0].numel()
         self._add_input(name, layer, args[0], output.detach(), mask)
-        if not self.needs & GRADIENT_FIELDS:
-            return None
-        if not output.requires_grad:
-            # All parameters are frozen: the first target layers start the gradient's path.
-            output = output.detach().requires_grad_()
-        keep_input = args[0].detach() if self.needs & {"gradient", "gradient_rows"} else None
-        output.register_hook(partial(self._on_gradient, name, layer, mask, keep_input))
-        return output
+        result = watched(output) if self.needs & GRADIENT_FIELDS else None
+        if result is not None:
+            keep_input = args[0].detach() if self.needs & {"gradient", "gradient_rows"} else None
+            result.register_hook(partial(self._on_gradient, name, layer, mask, keep_input))
+        return result
 
     def _add_input(
         self,

@@ -18,7 +18,7 @@ class SharedInputs:
 
     def __init__(self) -> None:
         self.leaders: dict[tuple[str, str], str] = {}
-        self._seen: dict[tuple[str, int], tuple[weakref.ref[torch.Tensor], str]] = {}
+        self._seen: dict[tuple[str, int, int], tuple[weakref.ref[torch.Tensor], str]] = {}
 
     def start_batch(self) -> None:
         """Forgets the last batch's tensors."""
@@ -26,9 +26,10 @@ class SharedInputs:
 
     def leads(self, part: str, name: str, inputs: torch.Tensor) -> bool:
         """Whether this layer is the first of the batch to collect this part of this very tensor."""
-        known = self._seen.get((part, id(inputs)))
+        key = (part, id(inputs), inputs._version)  # another version after a write in place
+        known = self._seen.get(key)
         leader = name if known is None or known[0]() is not inputs else known[1]
-        self._seen[part, id(inputs)] = (weakref.ref(inputs), leader)
+        self._seen[key] = (weakref.ref(inputs), leader)
         before = self.leaders.setdefault((part, name), leader)
         if before != leader:
             raise NumericalError(

@@ -34,8 +34,8 @@ def find_targets(model: nn.Module, config: LowRankConfig) -> dict[str, nn.Module
     gain from any rank. A model without blocks offers all its linear layers but the last.
 
     Raises:
-        TargetError: The model is already compressed, a pattern matches nothing, or no layer
-            is left.
+        TargetError: The model is already compressed, has an adapter, a pattern matches nothing, or
+            no layer is left.
         ConfigError: A rank of `rank_pattern` or `rank` exceeds its layer's limit.
     """
     if any(isinstance(module, (LowRankLinear, NarrowedLinear)) for module in model.modules()):
@@ -43,6 +43,7 @@ def find_targets(model: nn.Module, config: LowRankConfig) -> dict[str, nn.Module
             "The model is already compressed; merge it first (hf_lowrank.merge) or start from "
             "the dense checkpoint."
         )
+    _refuse_adapter(model)
     quantizer = getattr(model, "hf_quantizer", None)
     method = quantizer.quantization_config.quant_method if quantizer is not None else QUANT_METHOD
     if method != QUANT_METHOD:
@@ -70,8 +71,7 @@ def fixed_ranks(targets: Mapping[str, nn.Module], config: LowRankConfig) -> dict
     """Ranks that the config fixes by hand, resolved to layer names; later patterns win."""
     fixed: dict[str, int | None] = {}
     for pattern, rank in config.rank_pattern.items():
-        selected = _select("rank_pattern", [pattern], targets)
-        fixed |= {name: rank for name in targets if name in selected}
+        fixed |= {name: rank for name in targets if match_name(name, pattern)}
     return fixed
 
 
@@ -127,6 +127,17 @@ def _default_targets(model: nn.Module, linears: Mapping[str, nn.Module]) -> set[
     }
 
 
+def _refuse_adapter(model: nn.Module) -> None:
+    """An adapter saves itself alone, so the compressed weights under it would be lost."""
+    for name, module in model.named_modules():
+        if type(module).__module__.partition(".")[0] == "peft":
+            where = f"{type(module).__name__} of peft" + (f" at {name}" if name else "")
+            raise TargetError(
+                f"The model has an adapter ({where}); merge it first (merge_and_unload), or start "
+                "from the model without it and train the adapter after the compression."
+            )
+
+
 def _refuse_head(model: nn.Module, targets: Mapping[str, nn.Module]) -> None:
     head = getattr(model, "get_output_embeddings", lambda: None)()
     for name, layer in targets.items():
@@ -143,6 +154,7 @@ def _is_below(name: str, ancestors: Iterable[str]) -> bool:
 
 
 def _check_ranks(targets: Mapping[str, nn.Module], config: LowRankConfig) -> None:
+    _select("rank_pattern", config.rank_pattern, targets)
     wanted = fixed_ranks(targets, config)
     if config.rank is not None:
         wanted = {name: wanted.get(name, config.rank) for name in targets}

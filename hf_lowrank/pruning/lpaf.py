@@ -23,7 +23,7 @@ from hf_lowrank.errors import ConfigError, DataError
 from hf_lowrank.format.dense_linear import linear_shape, linear_weight
 from hf_lowrank.format.rebuild import factorized_layers
 from hf_lowrank.measuring.items import Batch
-from hf_lowrank.modeling.targets import find_targets
+from hf_lowrank.modeling.qualification import qualified
 from hf_lowrank.pruning.mixed_trainer import MixedRankTrainer
 from hf_lowrank.pruning.pruned_ranks import mean_ranks
 from hf_lowrank.pruning.pruning_arguments import MixedRankArguments, PruningArguments
@@ -124,7 +124,7 @@ class _Run:
         self.model = model
         self.settings = settings
         self.store = store
-        self.targets = find_targets(model, settings.compression)
+        self.targets = qualified(model, settings.compression).targets
         self.shapes = {name: linear_shape(layer) for name, layer in self.targets.items()}
         self.records: dict[str, dict[str, Any]] = {}
         self.restored: list[str] = []

@@ -14,7 +14,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from hf_lowrank.config import LowRankConfig
 from hf_lowrank.errors import CheckpointError, ConfigError
 from hf_lowrank.files import atomic_file
-from hf_lowrank.modeling.targets import find_targets
+from hf_lowrank.modeling.qualification import qualified
 from hf_lowrank.pruning.masked import MaskedWeights
 from hf_lowrank.pruning.pruning_arguments import PruningArguments
 from hf_lowrank.pruning.schedule import density_at
@@ -44,7 +44,7 @@ class PruningTrainer(CheckedTrainer):
 
     Raises:
         ConfigError: The arguments are of the wrong class.
-        TargetError: See `find_targets`.
+        TargetError: See `qualified`.
     """
 
     args: PruningArguments
@@ -59,7 +59,7 @@ class PruningTrainer(CheckedTrainer):
     ) -> None:
         if not isinstance(args, PruningArguments):
             raise ConfigError(f"PruningTrainer needs PruningArguments, got {type(args).__name__}.")
-        targets = find_targets(model, lowrank_config or LowRankConfig())
+        targets = qualified(model, lowrank_config or LowRankConfig()).targets
         super().__init__(model, args=args, **kwargs)
         parameters = {name: cast(nn.Parameter, layer.weight) for name, layer in targets.items()}
         self.weights = MaskedWeights(parameters, args.pruning_criterion, args.pruning_scope)

@@ -56,7 +56,8 @@ class Report:
         held_out: The accepted loss difference on the search's own held-out text, or None.
         stages: Of a compression in stages; `spectra`, `recovery`, `measured_prices` and `failures`
             of the report itself are the last stage's.
-        failures: Reason by layer name, for layers kept dense because their decomposition failed.
+        failures: Reason by layer name, for layers kept dense because they can't be factorized, or
+            because their decomposition failed.
         untouched: Parameters of matrices inside the blocks that were no targets, by name.
         architecture: Class of the model.
         base_model: Hub id of the dense model, or None where it has none.

@@ -13,8 +13,9 @@ from hf_lowrank.errors import TargetError
 from hf_lowrank.format.dense_linear import linear_weight
 from hf_lowrank.format.forms.factors import LowRankLinear
 from hf_lowrank.format.rebuild import factorized_layers, narrowed_layers
+from hf_lowrank.modeling.qualification import qualified
 from hf_lowrank.modeling.surgery import empty_lowrank, replace_layer_
-from hf_lowrank.modeling.targets import find_targets, fixed_ranks
+from hf_lowrank.modeling.targets import fixed_ranks
 from hf_lowrank.ranks.plan import break_even_rank
 
 
@@ -33,7 +34,7 @@ def to_training_form_(model: nn.Module, config: LowRankConfig) -> dict[str, LowR
         The layers in training form, by name.
 
     Raises:
-        TargetError, ConfigError: The model has narrowed layers alone; or see `find_targets`.
+        TargetError, ConfigError: The model has narrowed layers alone; or see `qualified`.
     """
     layers = factorized_layers(model)
     if layers:
@@ -47,7 +48,7 @@ def to_training_form_(model: nn.Module, config: LowRankConfig) -> dict[str, LowR
             "The model's feed-forwards lost channels, but no layer has a rank, so there is none to "
             "select; train it with Trainer."
         )
-    targets = find_targets(model, config)
+    targets = qualified(model, config).targets
     fixed = fixed_ranks(targets, config)
     for name, dense in targets.items():
         rank = fixed.get(name, min(linear_weight(dense).shape))

@@ -45,8 +45,9 @@ def test_sweep_restores_the_dense_model_between_and_after(text):
     ):
         assert not is_dense(model)
         assert model.config.quantization_config.ranks
-    # Two calibration batches and one evaluation on the dense model, then one at each size.
-    assert seen == [True, True, True, False, False]
+    # The first batch dry, two calibration batches and one evaluation on the dense model, then one
+    # at each size.
+    assert seen == [True, True, True, True, False, False]
     assert equal_states(snapshot(model), before)
     assert dict(model.named_modules()) == modules
     assert not hasattr(model.config, "quantization_config")

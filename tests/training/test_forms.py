@@ -139,3 +139,15 @@ def test_inference_form_leaves_factors_and_dense_layers_alone():
 def test_current_ranks_are_none_where_a_layer_is_dense():
     model = nn.ModuleDict({"a": nn.Linear(4, 4), "b": hf_lowrank.LowRankLinear(4, 4, 1)})
     assert current_ranks(model, {"a": None, "b": None}) == {"a": None, "b": 1}
+
+
+def test_layers_that_cannot_be_factorized_stay_dense():
+    model = tiny_llama()
+    first, second = (layer.mlp.up_proj for layer in model.model.layers)
+    second.weight = first.weight
+    batch = token_batches(1)[0]
+    before = logits(model, batch)
+    layers = to_training_form_(model, LowRankConfig())
+    assert len(layers) == 12
+    assert {type(first), type(second)} == {nn.Linear}
+    torch.testing.assert_close(logits(model, batch), before, rtol=1e-4, atol=1e-4)

@@ -21,11 +21,11 @@ from hf_lowrank.compression.gradients import collect_gradients
 from hf_lowrank.compression.joint.candidates import Candidate, Candidates, JointSettings
 from hf_lowrank.compression.joint.disjoint import check_disjoint
 from hf_lowrank.compression.options import Run, RunOptions, read_texts
+from hf_lowrank.compression.run_targets import run_targets
 from hf_lowrank.config import LowRankConfig
 from hf_lowrank.errors import ConfigError, DataError
 from hf_lowrank.measuring.distributed import current_processes
 from hf_lowrank.measuring.items import Batch, LossFunction
-from hf_lowrank.modeling.targets import find_targets
 from hf_lowrank.ranks.tolerance import LossDifference, Probe
 from hf_lowrank.report.schema import Report
 from hf_lowrank.report.sections import Joint, Trial
@@ -119,9 +119,9 @@ def compress_jointly(
         progress=progress,
     )
     run = Run(texts, options)
-    targets = find_targets(model, config)
+    targets, left_dense = run_targets(model, config, run, with_gradients=True)
     check_goal(targets, config)
-    dense = measure_dense(model, targets, run)
+    dense = measure_dense(model, targets, run, left_dense)
     # Gradients need the labels of the data; a loss of one's own has no other labels.
     is_one_pass = config.label_source == "data" or not own_loss
     analysis = analyze(model, targets, config, run, with_gradients=is_one_pass)

@@ -10,6 +10,7 @@ from transformers.pytorch_utils import Conv1D
 
 from hf_lowrank.format.dense_linear import dense_layer, layer_options, linear_shape
 from hf_lowrank.format.forms.stored_form import CompressedLayer, StoredForm, register
+from hf_lowrank.format.weight_stand_in import WeightStandIn
 
 
 class LowRankLinear(CompressedLayer):
@@ -86,10 +87,10 @@ class LowRankLinear(CompressedLayer):
         """Shape and dtype of the dense weight, without its values: a tensor on the meta device.
 
         Modeling code asks a layer for `weight.dtype` or initialises `weight` in place; both work
-        on this stand-in at no cost. The values come from `dense_weight()`.
+        on this stand-in at no cost, all else raises. The values come from `dense_weight()`.
         """
-        factor = self.lowrank_B.weight
-        return torch.empty(self.out_features, self.in_features, dtype=factor.dtype, device="meta")
+        shape, dtype = (self.out_features, self.in_features), self.lowrank_B.weight.dtype
+        return torch.empty(shape, dtype=dtype, device="meta").as_subclass(WeightStandIn)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """Applies the layer to an input of shape (..., n); returns shape (..., m)."""
