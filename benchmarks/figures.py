@@ -13,7 +13,7 @@ from hf_lowrank.errors import ConfigError
 from hf_lowrank.files import write_text
 
 # Text as text, in a font that is everywhere or one of its width.
-_SMALL = {"svg.fonttype": "none", "font.sans-serif": ["DejaVu Sans", "Verdana"]}
+_SMALL: dict[Any, Any] = {"svg.fonttype": "none", "font.sans-serif": ["DejaVu Sans", "Verdana"]}
 _POINTS = 64  # of a drawn spectrum, at most
 # Told apart without colour.
 _LINES: tuple[dict[str, Any], ...] = (

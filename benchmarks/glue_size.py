@@ -40,6 +40,7 @@ class GlueSizeArguments(GlueTableArguments):
 
     output: str = option("outputs/glue-size.json", "JSON file for the result.")
     share: float = option(0.99, "Share of the dense score to keep on the held-out examples.")
+    output: str = option("outputs/glue-size.json", "JSON file with the sizes found.")
 
 
 def find_smallest_sizes(args: GlueSizeArguments) -> None:
