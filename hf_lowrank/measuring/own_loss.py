@@ -7,6 +7,7 @@ refused rather than guessed: speech recognition (CTC), ELECTRA's discriminator, 
 from __future__ import annotations
 
 import inspect
+import math
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -84,6 +85,8 @@ def _find_places(model: nn.Module, batch: Batch) -> LabelPlaces:
             own, logits = output.loss, output.logits.float()
         except (TypeError, ValueError, RuntimeError, IndexError):
             own, logits = None, forward(**probe, **options).logits.float()
+        if not bool(logits.isfinite().all()):
+            return LabelPlaces(True)  # broken weights show in the loss
         if own is None or logits.shape[1] != size or size < 2:
             return LabelPlaces(True, _refusal_of_sight(model, probe, logits))
         losses = {
@@ -158,6 +161,8 @@ def _compare(
     if own is None or not int(found.counts.sum()):
         return None
     mean = float(found.sums.sum() / found.counts.sum())
+    if not math.isfinite(mean):  # broken weights show in the loss
+        return None
     if _agree(model, float(own), mean):
         return ""
     return _refusal(model, f"is {float(own):.4g} where the shape of its logits says {mean:.4g}")
