@@ -38,7 +38,6 @@ Probe = dict[str, Any]
 class GlueSizeArguments(GlueTableArguments):
     """Arguments of the search for the smallest size; `epochs` 0 judges the cut itself."""
 
-    output: str = option("outputs/glue-size.json", "JSON file for the result.")
     share: float = option(0.99, "Share of the dense score to keep on the held-out examples.")
     output: str = option("outputs/glue-size.json", "JSON file with the sizes found.")
 

@@ -171,10 +171,6 @@ class LowRankConfig(QuantizationConfigMixin):
                     f"metric {self.metric!r}. Choose another rule or metric 'kfac'."
                 )
         for name in ("channels", "measured_prices"):
-            value = getattr(self, name)
-            if value is not None and not isinstance(value, bool):
-                raise ConfigError(f"{name} must be true, false or left open, got {value!r}.")
-        for name in ("channels", "measured_prices"):
             self._check_prices(name)
         for name in ("input_damping", "output_damping"):
             value = getattr(self, name)
@@ -220,9 +216,10 @@ class LowRankConfig(QuantizationConfigMixin):
                 )
 
     def _check_prices(self, name: str) -> None:
-        if not getattr(self, name):
-            return
-        if (self.metric, self.effective_rule) != ("kfac", "price"):
+        value = getattr(self, name)
+        if value is not None and not isinstance(value, bool):
+            raise ConfigError(f"{name} must be true, false or left open, got {value!r}.")
+        if value and (self.metric, self.effective_rule) != ("kfac", "price"):
             raise ConfigError(
                 f"{name} works on prices, which need metric 'kfac' and rule 'price'; got metric "
                 f"{self.metric!r} and rule {self.effective_rule!r}."
