@@ -1,4 +1,4 @@
-"""What a compression works with beside the model and its config: texts by role, and how to work."""
+"""What a compression works with beside the config: texts by role, how to work, and its layers."""
 
 from __future__ import annotations
 
@@ -12,11 +12,14 @@ from pathlib import Path
 from torch import nn
 
 from hf_lowrank.config import LowRankConfig
+from hf_lowrank.decomposition.metrics import METRICS
 from hf_lowrank.errors import DataError
 from hf_lowrank.measuring.batches import checked_batches
 from hf_lowrank.measuring.distributed import ALONE, Processes
+from hf_lowrank.measuring.hooks import GRADIENT_FIELDS
 from hf_lowrank.measuring.items import Batch, LossFunction
 from hf_lowrank.measuring.losses import check_losses
+from hf_lowrank.modeling.qualification import Qualified, qualified
 
 
 @dataclass(frozen=True)
@@ -154,3 +157,28 @@ def split_texts(config: LowRankConfig, texts: Texts, recover_steps: int = 0) -> 
         )
     size = max(1, len(batches) // 4)
     return dataclasses.replace(texts, calibration=batches[:-size], held_out=batches[-size:])
+
+
+def run_targets(
+    model: nn.Module, config: LowRankConfig, run: Run, *, with_gradients: bool = False
+) -> Qualified:
+    """The layers that can be factorized, and why others that were asked for stay dense.
+
+    Args:
+        model: The dense model.
+        config: Names the layers; its metric says whether a gradient must reach them.
+        run: Its first batch is tried, of the calibration text where there is one.
+        with_gradients: Whether gradients are read whatever the metric.
+
+    Raises:
+        TargetError, ConfigError, DataError, NumericalError: See `qualified`.
+    """
+    texts = (run.texts.calibration, run.texts.held_out, run.texts.evaluation)
+    return qualified(
+        model,
+        config,
+        next((batches[0] for batches in texts if batches), None),
+        needs_gradient=with_gradients or bool(METRICS[config.metric].needs & GRADIENT_FIELDS),
+        loss_function=run.options.loss_function,
+        processes=run.processes,
+    )

@@ -16,14 +16,13 @@ from hf_lowrank.compression.options import (
     Run,
     RunOptions,
     Stopwatch,
-    Texts,
     read_texts,
+    run_targets,
     split_texts,
 )
 from hf_lowrank.compression.prices import check_measurable
 from hf_lowrank.compression.recipe import recipe_of
 from hf_lowrank.compression.recovery import check_recoverable, recovery_settings
-from hf_lowrank.compression.run_targets import run_targets
 from hf_lowrank.compression.stages import check_stages, compress_in_stages
 from hf_lowrank.config import LowRankConfig
 from hf_lowrank.measuring.distributed import current_processes
@@ -104,7 +103,7 @@ def compress(
     )
     config = recipe_of(model, config or LowRankConfig(), texts, loss_function)
     check_stages(config, stages, recover_steps)
-    run = start_run(config, texts, options)
+    run = Run(split_texts(config, texts, recover_steps), options, processes=current_processes())
     targets, left_dense = run_targets(model, config, run)
     check_run(model, targets, config, run)
     dense = measure_dense(model, targets, run, left_dense)
@@ -179,7 +178,7 @@ def sweep(
     first = config.replace(param_ratio=param_ratios[0], **goals)
     recipe = recipe_of(model, first, texts, loss_function)
     configs = [recipe.replace(param_ratio=ratio) for ratio in param_ratios]
-    run = start_run(recipe, texts, options)
+    run = Run(split_texts(recipe, texts, recover_steps), options, processes=current_processes())
     targets, left_dense = run_targets(model, configs[0], run)
     for each in configs:
         check_run(model, targets, each, run)
@@ -192,16 +191,6 @@ def sweep(
             yield apply(model, decision, dense, own)
         finally:
             make_dense_again(model, targets)
-
-
-def start_run(config: LowRankConfig, texts: Texts, options: RunOptions) -> Run:
-    """The run of a verb: its texts split, its processes joined.
-
-    Raises:
-        DataError: Held-out text is needed and there is too little calibration data.
-    """
-    split = split_texts(config, texts, options.recover_steps)
-    return Run(split, options, processes=current_processes())
 
 
 def check_run(

@@ -13,8 +13,7 @@ from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_
 from hf_lowrank.compression.analysis import analyze
 from hf_lowrank.compression.decision import decide
 from hf_lowrank.compression.goals import check_goal
-from hf_lowrank.compression.options import Run, RunOptions
-from hf_lowrank.compression.run_targets import run_targets
+from hf_lowrank.compression.options import Run, RunOptions, run_targets
 from hf_lowrank.config import RULE_NAMES, LowRankConfig
 from hf_lowrank.decomposition.metrics import METRICS
 from hf_lowrank.errors import CheckpointError, ConfigError

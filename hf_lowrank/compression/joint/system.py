@@ -20,8 +20,7 @@ from hf_lowrank.compression.goals import check_goal
 from hf_lowrank.compression.gradients import collect_gradients
 from hf_lowrank.compression.joint.candidates import Candidate, Candidates, JointSettings
 from hf_lowrank.compression.joint.disjoint import check_disjoint
-from hf_lowrank.compression.options import Run, RunOptions, read_texts
-from hf_lowrank.compression.run_targets import run_targets
+from hf_lowrank.compression.options import Run, RunOptions, read_texts, run_targets
 from hf_lowrank.config import LowRankConfig
 from hf_lowrank.errors import ConfigError, DataError
 from hf_lowrank.measuring.distributed import current_processes
