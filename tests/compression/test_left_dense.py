@@ -189,9 +189,9 @@ def test_layers_that_share_a_weight_do_not_exceed_the_budget(tmp_path: Path):
     report = hf_lowrank.compress(model, LowRankConfig(param_ratio=0.5), batches, progress=False)
     assert model.model.layers[0].mlp.up_proj.weight is model.model.layers[1].mlp.up_proj.weight
     assert set(report.failures) == {f"model.layers.{index}.mlp.up_proj" for index in (0, 1)}
-    assert report.parameters["targeted_kept"] <= 0.5 * report.parameters["targeted_dense"]
+    assert report.parameters.targeted_kept <= 0.5 * report.parameters.targeted_dense
     kept = sum(parameter.numel() for parameter in model.parameters())
-    assert report.parameters["kept"] == kept
+    assert report.parameters.kept == kept
 
 
 def test_an_accelerated_model_is_compressed_where_it_lies():
