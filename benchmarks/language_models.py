@@ -110,8 +110,8 @@ def compare_all_systems(args: SystemsArguments) -> None:
     compare_systems(model, texts, options, folder / "rows", same)
     rows = read_rows(folder / "rows")
     while True:
-        result = {"arguments": vars(args), "start_token": start_text(tokenizer)}
-        result |= {"dense": dense_row(rows), "rows": rows}
+        result = {"arguments": vars(args), "dense": dense_row(rows), "rows": rows}
+        result["start_token"] = start_text(tokenizer)
         write_result(folder / "systems.json", result)
         write_text(folder / "systems.md", format_report(rows) + "\n")
         before, rows = rows, read_rows(folder / "rows")

@@ -61,7 +61,8 @@ def recipe_of(
     """
     if not is_causal_lm(model):
         return with_recipe(config, "other")
-    batches = held_out or (calibration if len(calibration or []) > 1 else None)
+    spare = calibration if calibration and len(calibration) > 1 else []
+    batches = held_out or spare
     is_measurable = bool(batches) and loss_function is None and _is_measurable(model, batches[0])
     return with_recipe(config, measurable=is_measurable)
 
