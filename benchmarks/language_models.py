@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from benchmarks.metrics import compare_metrics, format_metrics
 from benchmarks.recovery import measure_recovery
@@ -110,8 +111,8 @@ def compare_all_systems(args: SystemsArguments) -> None:
     compare_systems(model, texts, options, folder / "rows", same)
     rows = read_rows(folder / "rows")
     while True:
-        result = {"arguments": vars(args), "dense": dense_row(rows), "rows": rows}
-        result["start_token"] = start_text(tokenizer)
+        common = {"arguments": vars(args), "start_token": start_text(tokenizer)}
+        result: dict[str, Any] = common | {"dense": dense_row(rows), "rows": rows}
         write_result(folder / "systems.json", result)
         write_text(folder / "systems.md", format_report(rows) + "\n")
         before, rows = rows, read_rows(folder / "rows")
