@@ -110,6 +110,7 @@ class PublishingArguments:
         return f"{self.push_to_hub}-{size}" if self.push_to_hub and size else self.push_to_hub
 
 
+READ_AS = {"foreign": "evaluation"}  # the part of a text that a role reads, where not its own
 _TEXT = "Salesforce/wikitext:wikitext-2-raw-v1"
 _FOREIGN = "allenai/c4:en:validation"
 _DEMO_MIXTURE = f"{DEMO} + {DEMO_GRAPHS}:0.25"
