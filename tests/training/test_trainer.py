@@ -35,6 +35,8 @@ from tests.training import (
     trainer_for,
 )
 
+pytestmark = pytest.mark.oldest
+
 # The start
 
 
