@@ -12,6 +12,7 @@ python scripts/benchmark.py pruned-ranks --model FOLDER --data_dir GLUE --task m
     --final_density 0.25 --output ranks.json --picture ranks.svg
 python scripts/benchmark.py bounds --output bounds.json
 python scripts/benchmark.py damaged-checkpoints --count 10000 --output damaged_checkpoints.json
+python scripts/benchmark.py kills --count 100 --output kills.json
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from benchmarks.bounds import BoundsArguments, check_bounds
 from benchmarks.damaged_checkpoints import DamagedArguments, try_damaged_checkpoints
 from benchmarks.glue import GlueTableArguments, fill_glue_table
 from benchmarks.glue_size import GlueSizeArguments, find_smallest_sizes
+from benchmarks.kills import KillsArguments, kill_runs
 from benchmarks.language_models import (
     MetricsArguments,
     RecoveryArguments,
@@ -51,6 +53,7 @@ COMMANDS = {
     "pruned-ranks": (PrunedRanksArguments, compare_pruned_ranks),
     "bounds": (BoundsArguments, check_bounds),
     "damaged-checkpoints": (DamagedArguments, try_damaged_checkpoints),
+    "kills": (KillsArguments, kill_runs),
 }
 
 
