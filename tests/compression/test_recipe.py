@@ -7,6 +7,7 @@ import torch
 
 import hf_lowrank
 from hf_lowrank import LowRankConfig
+from hf_lowrank.compression.options import Texts
 from hf_lowrank.compression.recipe import recipe_of, with_recipe
 from tests.tiny_models import (
     Batch,
@@ -27,8 +28,8 @@ def parts(config: LowRankConfig) -> tuple[bool | None, bool | None]:
 def test_a_causal_language_model_gets_channels_and_measured_prices(text: list[Batch]):
     model = tiny_llama()
     report = hf_lowrank.compress(model, SIZE, text[:8], text[8:], progress=False)
-    assert report.config["channels"] is True
-    assert report.config["measured_prices"] is True
+    assert report.config.channels is True
+    assert report.config.measured_prices is True
     assert report.measured_prices
     explicit = SIZE.replace(channels=True, measured_prices=True)
     again = hf_lowrank.compress(tiny_llama(), explicit, text[:8], text[8:], progress=False)
@@ -39,7 +40,7 @@ def test_a_causal_language_model_gets_channels_and_measured_prices(text: list[Ba
 
 def test_a_tolerance_and_a_sweep_follow_the_recipe(text: list[Batch]):
     (report,) = hf_lowrank.sweep(tiny_llama(), SIZE, [0.7], text[:8], progress=False)
-    assert (report.config["channels"], report.config["measured_prices"]) == (True, True)
+    assert (report.config.channels, report.config.measured_prices) == (True, True)
     assert parts(with_recipe(LowRankConfig())) == (True, True)
 
 
@@ -77,17 +78,17 @@ def test_an_encoder_keeps_its_channels():
 def test_prices_are_not_measured_without_held_out_text():
     model = tiny_llama()
     one = token_batches(1)
-    assert parts(recipe_of(model, SIZE, one, None)) == (True, False)
-    assert parts(recipe_of(model, SIZE, None, None)) == (True, False)
-    assert parts(recipe_of(model, SIZE, one, one)) == (True, True)
-    assert parts(recipe_of(model, SIZE, token_batches(2), None)) == (True, True)
+    assert parts(recipe_of(model, SIZE, Texts(one), None)) == (True, False)
+    assert parts(recipe_of(model, SIZE, Texts(), None)) == (True, False)
+    assert parts(recipe_of(model, SIZE, Texts(one, one), None)) == (True, True)
+    assert parts(recipe_of(model, SIZE, Texts(token_batches(2)), None)) == (True, True)
 
 
 def test_prices_are_not_measured_for_a_loss_of_ones_own():
     def loss(model: torch.nn.Module, batch: Batch) -> Any:
         raise NotImplementedError
 
-    found = recipe_of(tiny_llama(), SIZE, token_batches(2), None, loss)
+    found = recipe_of(tiny_llama(), SIZE, Texts(token_batches(2)), loss)
     assert parts(found) == (True, False)
 
 
