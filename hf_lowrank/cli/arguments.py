@@ -88,7 +88,7 @@ def user_errors() -> Iterator[None]:
         yield
     except (LowRankError, OSError, SafetensorError, RuntimeError) as error:
         text = " ".join(str(error).split())
-        if isinstance(error, RuntimeError):
+        if isinstance(error, RuntimeError) and not isinstance(error, LowRankError):
             if "inline_container" not in text:  # what torch.save says when a disk is full
                 raise
             text = f"a file could not be written, the disk may be full ({text})."

@@ -75,7 +75,7 @@ def test_the_json_keeps_both(tmp_path: Path):
 
 
 def test_a_published_report_has_no_folders_of_a_mixture():
-    mixed = {"calibration": "demo + /home/ada/mail.txt:0.25", "evaluation": "x/y.txt + b.txt"}
+    mixed = Data(calibration="demo + /home/ada/mail.txt:0.25", evaluation="x/y.txt + b.txt")
     found = public_report(report_text(report(data=mixed).to_dict()))
     assert '"demo + mail.txt:0.25"' in found
     assert '"y.txt + b.txt"' in found

@@ -114,7 +114,7 @@ def test_sizes_finished_before_a_failure_stay_whole(
     save = hf_lowrank.Report.save
 
     def fail_on_second(self: hf_lowrank.Report, path: Path) -> None:
-        if self.config["param_ratio"] == 0.5:
+        if self.config.param_ratio == 0.5:
             full_disk()
         save(self, path)
 

@@ -28,7 +28,8 @@ def card_parts(report: Report) -> CardParts:
 
     A kind of report with another quality registers its own parts with `card_parts.register`.
     """
-    read = _hub_dataset(report.data.calibration or report.data.train)
+    texts = (report.data.calibration or report.data.train or "").split(" + ")
+    read = [name for text in texts if (name := _hub_dataset(text))]
     metrics = _metrics(report)
     return CardParts(
         title=_title(report),
@@ -41,7 +42,7 @@ def card_parts(report: Report) -> CardParts:
         made=describe_run(report),
         measured=_measured(report),
         limits=_limits(report),
-        datasets=[read] if read else None,
+        datasets=read or None,
         metrics=list(metrics) if metrics else None,
         results=[
             _result(report, name, value)
