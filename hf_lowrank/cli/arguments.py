@@ -88,7 +88,8 @@ def user_errors() -> Iterator[None]:
         yield
     except (LowRankError, OSError, SafetensorError, RuntimeError) as error:
         text = " ".join(str(error).split())
-        if isinstance(error, RuntimeError) and not isinstance(error, LowRankError):
+        is_known = isinstance(error, (LowRankError, SafetensorError))
+        if not is_known and getattr(error, "errno", None) is None:
             if "inline_container" not in text:  # what torch.save says when a disk is full
                 raise
             text = f"a file could not be written, the disk may be full ({text})."

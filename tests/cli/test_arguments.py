@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+from safetensors import SafetensorError
 from transformers import HfArgumentParser
 
 from hf_lowrank import errors
@@ -291,7 +292,28 @@ def test_an_interrupt_ends_with_its_usual_code(monkeypatch: pytest.MonkeyPatch):
     assert printed == "interrupted; nothing was saved under the output folder's name\n"
 
 
-@pytest.mark.parametrize("error", [ZeroDivisionError("bug"), ValueError("bug"), OSError("bug")])
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (OSError(28, "No space left", "a.pt"), "error: [Errno 28] No space left: 'a.pt'\n"),
+        (SafetensorError("I/O error"), "error: I/O error\n"),
+        (
+            RuntimeError("[enforce fail at inline_container.cc:6]"),
+            "error: a file could not be written, the disk may be full ([enforce fail at "
+            "inline_container.cc:6]).\n",
+        ),
+    ],
+)
+def test_troubles_of_the_disk_are_one_line_too(
+    error: Exception, line: str, monkeypatch: pytest.MonkeyPatch
+):
+    assert end_of(raising(error), monkeypatch) == (2, line)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [ZeroDivisionError("bug"), ValueError("bug"), OSError("bug"), RuntimeError("bug")],
+)
 def test_mistakes_of_the_program_keep_their_traceback(error: Exception):
     with pytest.raises(type(error), match="bug"), user_errors():
         raise error
