@@ -14,14 +14,26 @@ for _path in Path(__file__).parent.iterdir():  # helpers fail with details, too
 from hf_lowrank.compression import recipe  # noqa: E402
 from tests.tiny_models import Batch, tiny_llama, written_batches  # noqa: E402
 
+RECIPES = dict(recipe.RECIPES)
+RANKS_ALONE = {"channels": False, "measured_prices": False}
+
+
+@pytest.fixture(autouse=True, scope="session")
+def ranks_alone() -> Iterator[None]:
+    """What a test or a fixture leaves open is ranks alone."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in RECIPES:
+            patch.setitem(recipe.RECIPES, name, RANKS_ALONE)
+        yield
+
 
 @pytest.fixture(autouse=True)
-def ranks_alone(request: pytest.FixtureRequest) -> Iterator[None]:
-    """What a test leaves open is ranks alone, but for tests of what is chosen by default."""
+def default_recipe(request: pytest.FixtureRequest) -> Iterator[None]:
+    """But tests marked `default_recipe` get what a user gets."""
     with pytest.MonkeyPatch.context() as patch:  # a test may undo its own
-        if "default_recipe" not in request.keywords:
-            for name in recipe.RECIPES:
-                patch.setitem(recipe.RECIPES, name, {"channels": False, "measured_prices": False})
+        if "default_recipe" in request.keywords:
+            for name, chosen in RECIPES.items():
+                patch.setitem(recipe.RECIPES, name, chosen)
         yield
 
 
