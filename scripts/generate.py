@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from transformers import AutoTokenizer
 
 import hf_lowrank
 from hf_lowrank.cli.arguments import parse_arguments, user_errors
 from hf_lowrank.config import option
-from hf_lowrank.errors import ConfigError, DataError
+from hf_lowrank.errors import ConfigError
+from hf_lowrank.inputs.sources import TRUST_HELP, load_tokenizer
 from hf_lowrank.inputs.start_token import encode_prompt
 
 
@@ -22,6 +23,7 @@ class GenerationArguments:
     prompt: str = option("In Python, a list is", "Text to continue.")
     repetition_penalty: float = option(1.3, "Above 1: words are repeated less.")
     max_new_tokens: int = option(40, "Tokens to add at most.")
+    trust_remote_code: bool = option(False, TRUST_HELP)
 
 
 def main() -> None:
@@ -30,11 +32,8 @@ def main() -> None:
     with user_errors():
         if not args.prompt.strip() or args.max_new_tokens < 1:
             raise ConfigError("prompt must not be empty, and max_new_tokens must be at least 1.")
-        model = hf_lowrank.load(args.model)
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(args.model)
-        except (OSError, ValueError) as error:
-            raise DataError(f"{args.model}: has no readable tokenizer.") from error
+        model: Any = hf_lowrank.load(args.model)
+        tokenizer = load_tokenizer(args.model, args.trust_remote_code)
         ids = encode_prompt(tokenizer, args.prompt)
         output = model.generate(
             input_ids=ids,

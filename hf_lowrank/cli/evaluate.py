@@ -83,6 +83,7 @@ def score_classifiers(
     data_dir: str | None = None,
     dtype: str = "auto",
     device: str = "cpu",
+    trust_remote_code: bool = False,
 ) -> Result:
     """Fine-tuned classifiers on the validation examples of a GLUE task.
 
@@ -92,15 +93,22 @@ def score_classifiers(
         data_dir: Folder with the original files; None for the Hub.
         dtype: As for `load_classifier`.
         device: Where to put the models.
+        trust_remote_code: Whether code that lies beside the weights may run.
 
     Returns:
         As `evaluate_models`.
     """
     found: dict[str, Result] = {}
     for name, source in sources.items():
-        settings = GlueArguments(model=source, task=task, data_dir=data_dir, train_samples=2)
+        settings = GlueArguments(
+            model=source,
+            trust_remote_code=trust_remote_code,
+            task=task,
+            data_dir=data_dir,
+            train_samples=2,
+        )
         examples = load_glue_task(settings)
-        model = load_classifier(source, TASKS[task].num_labels, dtype, device)
+        model = load_classifier(source, TASKS[task].num_labels, dtype, device, trust_remote_code)
         scores = examples.score(model, examples.validation)
         found[name] = sizes_of(model) | {"tasks": {task: scores}}
     return {"models": found, "comparison": {}}

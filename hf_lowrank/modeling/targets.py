@@ -90,6 +90,22 @@ def untouched_weights(model: nn.Module, targets: Mapping[str, nn.Module]) -> dic
     }
 
 
+def refuse_unloaded(model: nn.Module) -> None:
+    """Refuses a model that has no device to send a batch to.
+
+    One that accelerate offloads in part works: what is offloaded stays dense.
+
+    Raises:
+        TargetError: Its first weights, the embeddings of most models, are on the meta device.
+    """
+    name, parameter = next(model.named_parameters(), ("", None))
+    if parameter is not None and parameter.device.type == "meta":
+        raise TargetError(
+            f"{name}: is on the meta device, offloaded or never loaded; load the model where its "
+            "weights fit, with a device_map that offloads none."
+        )
+
+
 def match_name(name: str, pattern: str) -> bool:
     """Whether a pattern means this module: in full, by trailing parts, or with wildcards.
 

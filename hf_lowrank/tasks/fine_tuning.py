@@ -39,7 +39,11 @@ def dense_model(task: Task, args: TaskArguments) -> nn.Module:
         with atomic_folder(folder) as temporary:
             model.save_pretrained(temporary)  # type: ignore[operator]
             task.tokenizer.save_pretrained(temporary)
-    dense: nn.Module = task.model_class.from_pretrained(folder, attn_implementation=attention(args))
+    dense: nn.Module = task.model_class.from_pretrained(
+        folder,
+        attn_implementation=attention(args),
+        trust_remote_code=args.trust_remote_code,
+    )
     return dense
 
 

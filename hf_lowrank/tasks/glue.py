@@ -16,8 +16,9 @@ from transformers import (
 
 from hf_lowrank.config import option
 from hf_lowrank.errors import DataError
+from hf_lowrank.inputs.sources import load_tokenizer
 from hf_lowrank.tasks.glue_data import HUB_DATASET, TASKS, hub_split, load_glue
-from hf_lowrank.tasks.models import load_tokenizer, new_model
+from hf_lowrank.tasks.models import new_model
 from hf_lowrank.tasks.prediction import predictions
 from hf_lowrank.tasks.task import Collator, Task
 from hf_lowrank.tasks.task_arguments import TaskArguments
@@ -50,7 +51,7 @@ def load_glue_task(args: GlueArguments) -> Task:
     """
     args.check()
     set_seed(args.seed)
-    tokenizer = load_tokenizer(args.model)
+    tokenizer = load_tokenizer(args.model, args.trust_remote_code)
     train = load_glue(args.task, "train", args.data_dir).shuffle(seed=args.seed)
     if args.train_samples:
         train = train.select(range(min(args.train_samples, len(train))))

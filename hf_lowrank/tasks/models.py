@@ -1,37 +1,18 @@
-"""Tokenizer and undecided model of a task, from the Hub or a folder."""
+"""The undecided model of a task, from the Hub or a folder."""
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoTokenizer
+from transformers import AutoConfig
 
-from hf_lowrank.errors import ConfigError, DataError
-from hf_lowrank.inputs.hub import prefer_offline_if_unreachable
+from hf_lowrank.errors import ConfigError
+from hf_lowrank.inputs.hub import reading
 from hf_lowrank.tasks.task_arguments import TaskArguments
 
 _ATTENTION_DROPOUT = ("attention_probs_dropout_prob", "attention_dropout")
-
-
-def load_tokenizer(model: str) -> Any:  # noqa: ANN401
-    """A model's tokenizer.
-
-    Raises:
-        DataError: There is no such folder, and no such model on the Hub or no Hub.
-    """
-    if not Path(model).is_dir():
-        prefer_offline_if_unreachable()
-    try:
-        return AutoTokenizer.from_pretrained(model)
-    except (OSError, ValueError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise DataError(
-            f"{model}: no such folder, and the Hub has no such model or can't be reached; "
-            f"offline, give a local folder. ({reason})"
-        ) from error
 
 
 def check_max_length(args: TaskArguments) -> None:
@@ -39,8 +20,9 @@ def check_max_length(args: TaskArguments) -> None:
 
     Raises:
         ConfigError: With both lengths.
+        DataError: The model's config can't be read.
     """
-    config = AutoConfig.from_pretrained(args.model)
+    config = model_config(args)
     limit = getattr(config, "max_position_embeddings", None)
     if limit is not None and 0 < limit < args.max_length:
         raise ConfigError(
@@ -48,15 +30,35 @@ def check_max_length(args: TaskArguments) -> None:
         )
 
 
+def model_config(args: TaskArguments, **changes: Any) -> Any:  # noqa: ANN401
+    """The model's config, changed as given.
+
+    Raises:
+        DataError: It can't be read, or needs code that may not run.
+    """
+    trusted = args.trust_remote_code
+    with reading(args.model, "model folder", trusted):
+        return AutoConfig.from_pretrained(args.model, trust_remote_code=trusted, **changes)
+
+
 def new_model(args: TaskArguments, model_class: Any, **changes: Any) -> nn.Module:  # noqa: ANN401
-    """The pretrained body in fp32 with a fresh head, its config changed as given."""
-    config = AutoConfig.from_pretrained(args.model, **changes)
+    """The pretrained body in fp32 with a fresh head, its config changed as given.
+
+    Raises:
+        DataError: The model can't be read, or needs code that may not run.
+    """
+    config = model_config(args, **changes)
     for name in _ATTENTION_DROPOUT:
         if hasattr(config, name):
             setattr(config, name, args.attention_dropout)
-    model: nn.Module = model_class.from_pretrained(
-        args.model, config=config, dtype=torch.float32, attn_implementation=attention(args)
-    )
+    with reading(args.model, "model folder", args.trust_remote_code):
+        model: nn.Module = model_class.from_pretrained(
+            args.model,
+            config=config,
+            dtype=torch.float32,
+            attn_implementation=attention(args),
+            trust_remote_code=args.trust_remote_code,
+        )
     return model
 
 

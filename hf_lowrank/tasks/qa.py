@@ -19,7 +19,8 @@ from transformers import AutoModelForQuestionAnswering, DataCollatorWithPadding,
 
 from hf_lowrank.config import option
 from hf_lowrank.errors import ConfigError
-from hf_lowrank.tasks.models import check_max_length, load_tokenizer, new_model
+from hf_lowrank.inputs.sources import load_tokenizer
+from hf_lowrank.tasks.models import check_max_length, new_model
 from hf_lowrank.tasks.prediction import predictions
 from hf_lowrank.tasks.squad_data import load_squad, split_by_article, take_questions
 from hf_lowrank.tasks.task import Collator, Task
@@ -77,7 +78,7 @@ def load_qa_task(args: QaArguments) -> Task:
     """
     args.check()
     set_seed(args.seed)
-    tokenizer = load_tokenizer(args.model)
+    tokenizer = load_tokenizer(args.model, args.trust_remote_code)
     check_max_length(args)
     if not tokenizer.is_fast:
         raise ConfigError(f"{args.model}: question answering needs a fast tokenizer.")

@@ -8,6 +8,7 @@ from typing import Any
 
 from hf_lowrank.config import LowRankConfig, option
 from hf_lowrank.errors import ConfigError
+from hf_lowrank.inputs.sources import TRUST_HELP
 
 # What the extra `tasks` installs, by the names that are imported.
 _PACKAGES = ("evaluate", "scipy", "sklearn")
@@ -50,6 +51,7 @@ class TaskArguments:
     """What a run on a task is made of; see `run_task`."""
 
     model: str = option("sentence-transformers/all-MiniLM-L6-v2", "Encoder: Hub id or folder.")
+    trust_remote_code: bool = option(False, TRUST_HELP)
     task: str = option("task", "Name of the task.")
     method: str = option("kfac", "Method: " + ", ".join(METHOD_NAMES) + ".")
     param_ratio: float | None = option(None, "Goal: kept share of the encoder's linear parameters.")

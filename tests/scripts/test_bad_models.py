@@ -148,7 +148,9 @@ def test_weights_that_are_not_numbers(refused: Refusal, broken: Path):
 @pytest.mark.usefixtures("no_calibration")
 def test_a_model_that_is_no_causal_language_model(refused: Refusal, tmp_path: Path):
     folder = save_checkpoint(tmp_path / "model", tiny_models.tiny_t5())
-    assert refused(model=folder).startswith(f"{folder}: is not a readable model folder: ")
+    assert refused(model=folder).startswith(
+        f"{folder}: holds a T5ForConditionalGeneration, not a causal language model"
+    )
 
 
 def test_windows_longer_than_the_model_can_read(refused: Refusal, tmp_path: Path):
