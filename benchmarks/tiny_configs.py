@@ -68,9 +68,25 @@ _KINDS = "layer_types", "layers_block_type", "mlp_layer_types", "block_types"
 _SPREAD = {"initializer_range": 0.2, "init_std": 0.2, "initializer_factor": 1.0}
 # What a type's field names do not tell: values by model type.
 _OVERRIDES: dict[str, dict[str, Any]] = {
-    "mamba2": {"num_heads": 8},
+    "bamba": {"attn_layer_indices": [1]},
+    "cohere_compass_text": {"layer_types": ["full_attention", "sliding_attention"]},
+    "dbrx": {"attn_config": {"kv_n_heads": 2, "rope_theta": 10000.0}},
+    "deepseek_v2": {"num_experts_per_tok": 2, "n_group": 1, "topk_group": 1},
+    "dots1": {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2},
+    "esm": {"vocab_size": 99},
+    "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
+    "granitemoehybrid": {"layer_types": ["linear_attention", "full_attention"]},
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
+    "layoutlmv3": {"coordinate_size": 6, "shape_size": 4},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
+    "lilt": {"hidden_size": 48, "channel_shrink_ratio": 2},
+    "mamba2": {"num_heads": 8},
+    "neomme": {"head_dim": 16},
+    "reformer": {"is_decoder": True, "axial_pos_shape": [8, 8], "axial_pos_embds_dim": [16, 16]},
+    "recurrent_gemma": {"num_hidden_layers": 3},
+    "xlstm": {"num_heads": 2},
     "xmod": {"default_language": "en_XX"},
+    "zamba": {"num_hidden_layers": 6, "attn_layer_period": 3, "attn_layer_offset": 2},
 }
 
 
@@ -128,7 +144,7 @@ def _small_fields(config_class: Any) -> dict[str, Any]:  # noqa: ANN401
         if isinstance(own, PretrainedConfig) and part is not config_class:
             fields[name] = {"model_type": own.model_type} | _small_fields(type(own))
     fields |= _layer_kinds(default, {field.name for field in dataclasses.fields(config_class)})
-    _equal_heads(default, fields)
+    _attention({field.name: field.default for field in dataclasses.fields(config_class)}, fields)
     return fields | _OVERRIDES.get(config_class.model_type, {})
 
 
@@ -155,9 +171,10 @@ def _layer_kinds(default: Any, names: set[str]) -> dict[str, Any]:  # noqa: ANN4
     return {"num_hidden_layers": number} | cycled
 
 
-def _equal_heads(default: object, fields: dict[str, Any]) -> None:
-    """Where keys have as many heads as queries by default, they keep them."""
-    names = "num_key_value_heads", "num_attention_heads"
-    keys, queries = (getattr(default, name, None) for name in names)
-    if keys is not None and keys == queries and names[0] in fields:
-        fields[names[0]] = fields.get(names[1], queries)
+def _attention(defaults: dict[str, Any], fields: dict[str, Any]) -> None:
+    """Where keys have as many heads as queries by default, they keep them; no size is left open."""
+    keys, queries = "num_key_value_heads", "num_attention_heads"
+    if queries in defaults and keys in defaults and defaults[keys] in (None, defaults[queries]):
+        fields[keys] = fields.get(queries, defaults[queries])
+    if defaults.get("head_dim", 0) is None and "qk_rope_head_dim" not in defaults:
+        fields["head_dim"] = HEAD_DIM

@@ -8,11 +8,14 @@ import torch
 import hf_lowrank
 from hf_lowrank import LowRankConfig
 from hf_lowrank.compression.recipe import recipe_of, with_recipe
+from hf_lowrank.errors import TargetError
 from tests.tiny_models import (
     Batch,
+    num_lowrank,
     sentence_batches,
     tiny_bert_classifier,
     tiny_llama,
+    tiny_mixtral,
     token_batches,
 )
 
@@ -27,8 +30,8 @@ def parts(config: LowRankConfig) -> tuple[bool | None, bool | None]:
 def test_a_causal_language_model_gets_channels_and_measured_prices(text: list[Batch]):
     model = tiny_llama()
     report = hf_lowrank.compress(model, SIZE, text[:8], text[8:], progress=False)
-    assert report.config["channels"] is True
-    assert report.config["measured_prices"] is True
+    assert report.config.channels is True
+    assert report.config.measured_prices is True
     assert report.measured_prices
     explicit = SIZE.replace(channels=True, measured_prices=True)
     again = hf_lowrank.compress(tiny_llama(), explicit, text[:8], text[8:], progress=False)
@@ -39,7 +42,7 @@ def test_a_causal_language_model_gets_channels_and_measured_prices(text: list[Ba
 
 def test_a_tolerance_and_a_sweep_follow_the_recipe(text: list[Batch]):
     (report,) = hf_lowrank.sweep(tiny_llama(), SIZE, [0.7], text[:8], progress=False)
-    assert (report.config["channels"], report.config["measured_prices"]) == (True, True)
+    assert (report.config.channels, report.config.measured_prices) == (True, True)
     assert parts(with_recipe(LowRankConfig())) == (True, True)
 
 
@@ -72,6 +75,23 @@ def test_an_encoder_keeps_its_channels():
     assert parts(recipe_of(model, SIZE, batches, None)) == (False, False)
     report = hf_lowrank.compress(model, SIZE, batches, progress=False)
     assert not report.narrowed
+
+
+def test_a_mixture_of_experts_has_no_channels_to_take_and_is_compressed(text: list[Batch]):
+    model = tiny_mixtral()
+    report = hf_lowrank.compress(model, SIZE, text[:8], progress=False)
+    assert (report.config.channels, report.config.measured_prices) == (False, True)
+    assert num_lowrank(model)
+
+
+def test_channels_that_are_asked_for_are_refused_before_the_model_is_measured(text: list[Batch]):
+    model = tiny_mixtral()
+    asked = SIZE.replace(channels=True)
+    calls = []
+    model.register_forward_hook(lambda *args: calls.append(1))
+    with pytest.raises(TargetError, match=r"MixtralForCausalLM has no feed-forward of a known"):
+        hf_lowrank.compress(model, asked, text[:8], text[8:], progress=False)
+    assert len(calls) < 8
 
 
 def test_prices_are_not_measured_without_held_out_text():
