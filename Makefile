@@ -18,7 +18,7 @@ BIN := $(VENV)/bin
 PROMPT ?= In Python, a list is
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-remote-4.57 mutants check format clean
+.PHONY: help venv demo test test-oldest test-newest test-remote-4.57 mutants check format clean
 
 
 help: ## Print this list.
@@ -55,9 +55,23 @@ demo: venv ## Compress a small language model on the CPU and let it write.
 test: venv ## Run the tests, offline.
 	HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_FLAGS) tests
 
+# Naming the files keeps pytest from importing the others, which need more extras.
+define test_marked
+	test -x $(1)/bin/python || $(PYTHON) -m venv $(1)
+	$(1)/bin/python -m pip install $(PIP_FLAGS) $(2) $$(grep '^torch==' constraints.txt) pytest pytest-xdist -e '.[peft]'
+	HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false OMP_NUM_THREADS=1 $(1)/bin/python -m pytest $(PYTEST_FLAGS) -W default -m oldest $$(grep -rl --include='*.py' 'pytest.mark.oldest' tests)
+endef
+
+test-oldest: ## Run the tests marked `oldest` with the oldest dependencies.
+	$(call test_marked,.venv-oldest,-c constraints-oldest.txt)
+
+test-newest: ## Run them with the newest dependencies that the index has, torch apart.
+	$(call test_marked,.venv-newest,--upgrade --upgrade-strategy eager)
+
 mutants: venv ## Plant bugs and count those that the tests find; GROUPS="ranks ..." for some.
 	$(BIN)/python -m pip install $(PIP_FLAGS) -c constraints.txt -e '.[mutation]'
 	HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false OMP_NUM_THREADS=1 $(BIN)/python tests/mutation/plant.py $(GROUPS)
+
 test-remote-4.57: venv ## Load checkpoints in transformers 4.57, by the code beside their weights.
 	test -x .venv-4.57/bin/python || $(PYTHON) -m venv .venv-4.57
 	.venv-4.57/bin/python -m pip install $(PIP_FLAGS) 'transformers==4.57.*' safetensors numpy $$(grep '^torch==' constraints.txt)
@@ -73,5 +87,5 @@ format: venv ## Format, and fix what the linter can fix.
 	$(BIN)/python -m ruff check --fix .
 
 clean: ## Remove .venv, caches, build products and the demo's output.
-	rm -rf .venv .venv-4.57 .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist outputs/demo
+	rm -rf .venv .venv-4.57 .venv-oldest .venv-newest .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist outputs/demo
 	find hf_lowrank scripts tests -type d -name __pycache__ -prune -exec rm -rf {} +

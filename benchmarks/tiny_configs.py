@@ -69,8 +69,10 @@ _SPREAD = {"initializer_range": 0.2, "init_std": 0.2, "initializer_factor": 1.0}
 # What a type's field names do not tell: values by model type.
 _OVERRIDES: dict[str, dict[str, Any]] = {
     "bamba": {"attn_layer_indices": [1]},
-    "cohere_compass_text": {"layer_types": ["full_attention", "sliding_attention"]},
-    "dbrx": {"attn_config": {"kv_n_heads": 2, "rope_theta": 10000.0}},
+    "cohere_compass_text": {
+        "rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 1e4}}
+    },
+    "dbrx": {"attn_config": {"kv_n_heads": 2, "rope_theta": 1e4, "clip_qkv": 8.0}},
     "deepseek_v2": {"num_experts_per_tok": 2, "n_group": 1, "topk_group": 1},
     "dots1": {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2},
     "esm": {"vocab_size": 99},
@@ -84,9 +86,12 @@ _OVERRIDES: dict[str, dict[str, Any]] = {
     "neomme": {"head_dim": 16},
     "reformer": {"is_decoder": True, "axial_pos_shape": [8, 8], "axial_pos_embds_dim": [16, 16]},
     "recurrent_gemma": {"num_hidden_layers": 3},
-    "xlstm": {"num_heads": 2},
+    "xlstm": {"num_heads": 2, "hidden_size": 128},
     "xmod": {"default_language": "en_XX"},
-    "zamba": {"num_hidden_layers": 6, "attn_layer_period": 3, "attn_layer_offset": 2},
+    "zamba": {
+        "num_hidden_layers": 6,
+        "layers_block_type": ["linear_attention", "linear_attention", "hybrid"] * 2,
+    },
 }
 
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from glob import escape
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -101,39 +101,38 @@ def _check_apart(folder: Path, reads: Iterable[Path], cache: Path | None) -> Non
 def atomic_folder(folder: Path, overwrite: bool = False) -> Iterator[Path]:
     """A temporary folder beside `folder` that takes its name when the block ends well.
 
+    What killed runs left there under such names is then removed.
+
     Raises:
         StorageError: Writing failed; nothing is left under either name.
     """
     folder = folder.resolve()
-    temporary = folder.with_name(f".{folder.name}.tmp-{os.getpid()}")
     previous = folder.with_name(f".{folder.name}.old-{os.getpid()}")
     try:
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-        yield temporary
-        if folder.exists() and (overwrite or not any(folder.iterdir())):
-            folder.rename(previous)
-        temporary.rename(folder)
+        with _temporary(folder) as temporary:
+            made = temporary.stat()
+            yield temporary
+            if not os.path.samestat(made, temporary.stat()):  # what was written first is lost
+                raise FileNotFoundError("its temporary folder was removed meanwhile")
+            if folder.exists():
+                if not overwrite and any(folder.iterdir()):
+                    raise FileExistsError("it holds files that another run wrote meanwhile")
+                folder.rename(previous)
+            temporary.rename(folder)
     except (OSError, SafetensorError) as error:
         raise StorageError(f"{folder}: could not be written ({error}).") from error
     finally:
         if previous.exists() and not folder.exists():
             previous.rename(folder)
-        shutil.rmtree(temporary, ignore_errors=True)
         shutil.rmtree(previous, ignore_errors=True)
 
 
 @contextmanager
 def atomic_file(path: Path) -> Iterator[Path]:
-    """A temporary name beside `path`; the file takes its own name when the block ends well."""
-    temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        yield temporary
-        temporary.replace(path)
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
+    """A temporary name for `path`; the file takes its own name when the block ends well."""
+    with _temporary(path) as temporary:
+        yield temporary / path.name
+        (temporary / path.name).replace(path)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -142,12 +141,45 @@ def write_text(path: Path, text: str) -> None:
     Raises:
         StorageError: Writing failed; a previous file is still there.
     """
-    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(text, encoding="utf-8")
-        temporary.replace(path)
+        with atomic_file(path) as temporary:
+            temporary.write_text(text, encoding="utf-8")
     except OSError as error:
         raise StorageError(f"{path}: could not be written ({error.strerror or error}).") from error
+
+
+@contextmanager
+def _temporary(path: Path) -> Iterator[Path]:
+    """A folder beside `path`, locked while this process lives; removed if it is still there."""
+    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
+    lock = None
+    try:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        lock = _lock(temporary)
+        yield temporary
+        start = f".{escape(path.name)}"
+        for left in (*path.parent.glob(f"{start}.tmp-*"), *path.parent.glob(f"{start}.old-*")):
+            if (free := _lock(left)) is not None:  # of a process that is no more
+                shutil.rmtree(left, ignore_errors=True)
+                os.close(free)
     finally:
-        temporary.unlink(missing_ok=True)
+        shutil.rmtree(temporary, ignore_errors=True)
+        if lock is not None:
+            os.close(lock)
+
+
+def _lock(folder: Path) -> int | None:
+    """A lock that ends with this process; None if another has it, or where there are no locks."""
+    try:
+        import fcntl  # not on Windows
+
+        file = os.open(folder, os.O_RDONLY)
+    except (ImportError, OSError):
+        return None
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(file)
+        return None
+    return file

@@ -14,6 +14,8 @@ python scripts/benchmark.py pruned-ranks --model FOLDER --data_dir GLUE --task m
     --final_density 0.25 --output ranks.json --picture ranks.svg
 python scripts/benchmark.py bounds --output bounds.json
 python scripts/benchmark.py architectures --output architectures.json --page architectures.md
+python scripts/benchmark.py damaged-checkpoints --count 10000 --output damaged_checkpoints.json
+python scripts/benchmark.py kills --count 100 --output kills.json
 """
 
 from __future__ import annotations
@@ -25,8 +27,10 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # benchmarks/ is not install
 
 from benchmarks.architectures import ArchitecturesArguments, sweep_architectures
 from benchmarks.bounds import BoundsArguments, check_bounds
+from benchmarks.damaged_checkpoints import DamagedArguments, try_damaged_checkpoints
 from benchmarks.glue import GlueTableArguments, fill_glue_table
 from benchmarks.glue_size import GlueSizeArguments, find_smallest_sizes
+from benchmarks.kills import KillsArguments, kill_runs
 from benchmarks.language_models import (
     MetricsArguments,
     RecoveryArguments,
@@ -55,6 +59,8 @@ COMMANDS = {
     "pruned-ranks": (PrunedRanksArguments, compare_pruned_ranks),
     "bounds": (BoundsArguments, check_bounds),
     "architectures": (ArchitecturesArguments, sweep_architectures),
+    "damaged-checkpoints": (DamagedArguments, try_damaged_checkpoints),
+    "kills": (KillsArguments, kill_runs),
 }
 
 

@@ -1,5 +1,6 @@
 """What tests in several folders start from."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -15,11 +16,13 @@ from tests.tiny_models import Batch, tiny_llama, written_batches  # noqa: E402
 
 
 @pytest.fixture(autouse=True)
-def ranks_alone(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+def ranks_alone(request: pytest.FixtureRequest) -> Iterator[None]:
     """What a test leaves open is ranks alone, but for tests of what is chosen by default."""
-    if "default_recipe" not in request.keywords:
-        for name in recipe.RECIPES:
-            monkeypatch.setitem(recipe.RECIPES, name, {"channels": False, "measured_prices": False})
+    with pytest.MonkeyPatch.context() as patch:  # a test may undo its own
+        if "default_recipe" not in request.keywords:
+            for name in recipe.RECIPES:
+                patch.setitem(recipe.RECIPES, name, {"channels": False, "measured_prices": False})
+        yield
 
 
 @pytest.fixture(scope="session")

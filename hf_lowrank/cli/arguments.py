@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+from safetensors import SafetensorError
 from transformers import HfArgumentParser
 
 from hf_lowrank.compression.recipe import with_recipe
@@ -66,11 +67,16 @@ def parse_several(
 
 @contextmanager
 def user_errors() -> Iterator[None]:
-    """Turns an expected error into one line on stderr and exit code 2."""
+    """Turns an expected error, or one of the disk, into one line on stderr and exit code 2."""
     try:
         yield
-    except LowRankError as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+    except (LowRankError, OSError, SafetensorError, RuntimeError) as error:
+        text = " ".join(str(error).split())
+        if isinstance(error, RuntimeError):
+            if "inline_container" not in text:  # what torch.save says when a disk is full
+                raise
+            text = f"a file could not be written, the disk may be full ({text})."
+        print(f"error: {text}", file=sys.stderr)
         raise SystemExit(2) from error
     except KeyboardInterrupt:
         print("interrupted; nothing was saved under the output folder's name", file=sys.stderr)
@@ -110,6 +116,7 @@ class PublishingArguments:
         return f"{self.push_to_hub}-{size}" if self.push_to_hub and size else self.push_to_hub
 
 
+READ_AS = {"foreign": "evaluation"}  # the part of a text that a role reads, where not its own
 _TEXT = "Salesforce/wikitext:wikitext-2-raw-v1"
 _FOREIGN = "allenai/c4:en:validation"
 _DEMO_MIXTURE = f"{DEMO} + {DEMO_GRAPHS}:0.25"

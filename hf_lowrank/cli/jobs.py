@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from hf_lowrank.cli.arguments import CompressionArguments, PublishingArguments
+from hf_lowrank.cli.arguments import READ_AS, CompressionArguments, PublishingArguments
 from hf_lowrank.cli.publishing import check_repository, publish
 from hf_lowrank.cli.saving import save_compressed
 from hf_lowrank.compression.joint.system import compress_jointly
@@ -39,7 +39,7 @@ def check_before_loading(
     if args.cache_dir:
         check_cache_folder(Path(args.cache_dir))
     for role in args.text_roles():
-        check_local_text(args.text_source(role), role)
+        check_local_text(args.text_source(role), READ_AS.get(role, role))
     if folder and args.html_report and not can_draw():
         print(
             "report.html is left out: it needs matplotlib (pip install 'hf-lowrank[plots]')",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,7 +12,7 @@ import torch
 from datasets import Dataset
 from torch import nn
 from transformers import default_data_collator
-from transformers.trainer_utils import get_last_checkpoint
+from transformers.trainer import TRAINER_STATE_NAME
 
 from hf_lowrank.compression.options import Stopwatch
 from hf_lowrank.config import LowRankConfig, config_option, option
@@ -71,8 +72,8 @@ def train_language_model(
 
     Args:
         args: Model and text.
-        training: How to train. A `resume_from_checkpoint` of "last" takes the last checkpoint in
-            its `output_dir`.
+        training: How to train. A `resume_from_checkpoint` of "last" takes the last whole
+            checkpoint in its `output_dir`.
 
     Returns:
         The model ready to ship, its tokenizer and the report, whose `data` holds `selections`.
@@ -179,8 +180,17 @@ def _checkpoint(training: LowRankTrainingArguments) -> str | None:
         if not Path(wanted).is_dir():
             raise DataError(f"resume_from_checkpoint: {wanted}: no such folder.")
         return wanted
-    folder = str(training.output_dir)
-    found = get_last_checkpoint(folder) if Path(folder).is_dir() else None
-    if found is None:
+    folder = Path(str(training.output_dir))
+    found = [path for path in folder.glob("checkpoint-*") if _is_whole(path)]
+    if not found:
         raise DataError(f"resume_from_checkpoint: {folder} holds no checkpoint.")
-    return str(found)
+    return str(max(found, key=lambda path: int(path.name.rpartition("-")[2])))
+
+
+def _is_whole(checkpoint: Path) -> bool:
+    """Whether its last file, which `Trainer` writes in place like all of them, is readable."""
+    try:
+        json.loads((checkpoint / TRAINER_STATE_NAME).read_text("utf-8"))
+    except (OSError, ValueError):
+        return False
+    return checkpoint.name.rpartition("-")[2].isdecimal()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from hf_lowrank.cli.arguments import CompressionArguments
+from hf_lowrank.cli.arguments import READ_AS, CompressionArguments
 from hf_lowrank.inputs.demo_text import BUILT_IN
 from hf_lowrank.inputs.text import token_batches
 
@@ -21,7 +21,7 @@ def read_texts(args: CompressionArguments, tokenizer: Any) -> dict[str, Any]:  #
             tokenizer,
             sequences=sequences,
             sequence_length=args.sequence_length,
-            role="evaluation" if role == "foreign" else role,
+            role=READ_AS.get(role, role),
             part=parts.get(role, (0.0, 1.0)),
             batch_size=args.batch_size,
             at_most=role == "foreign" and args.text_source(role) in BUILT_IN,

@@ -8,7 +8,7 @@ from typing import TypeVar
 
 from hf_lowrank.cli.arguments import PublishingArguments, parse_several, user_errors
 from hf_lowrank.cli.jobs import check_publishing, name_models, save_and_publish
-from hf_lowrank.files import check_output_folder
+from hf_lowrank.files import check_cache_folder, check_output_folder
 from hf_lowrank.report.text.table import align
 from hf_lowrank.tasks.task import Task
 from hf_lowrank.tasks.task_arguments import TaskArguments
@@ -37,6 +37,7 @@ def task_command(
         folder = Path(args.output_dir) if args.output_dir else None
         if folder:
             check_output_folder(folder, overwrite=False, cache=Path(args.cache_dir))
+        check_cache_folder(Path(args.cache_dir))
         repo_id = check_publishing(publishing, args.output_dir)[""]
         task = load_task(args)
         model, report = run_task(task, args)

@@ -34,8 +34,9 @@ class CheckedTrainer(Trainer):
 
         It is 1 where Trainer divides the sum of both by the accumulation steps afterwards.
         """
-        if self.loss_is_scaled_for_ga is not None:
-            is_scaled = bool(self.loss_is_scaled_for_ga)
+        said = getattr(self, "loss_is_scaled_for_ga", None)  # transformers 5.0 does not have it
+        if said is not None:
+            is_scaled = bool(said)
         else:
             by_items = self.model_accepts_loss_kwargs and num_items_in_batch is not None
             is_scaled = bool(by_items or self.compute_loss_func is not None)

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 from hf_lowrank import LowRankConfig, Report, compress
 from hf_lowrank.cli.saving import save_compressed
 from hf_lowrank.errors import StorageError
-from hf_lowrank.files import atomic_folder, check_output_folder
+from hf_lowrank.files import atomic_folder, check_output_folder, write_text
 from tests.scripts import leftovers, word_tokenizer
 from tests.tiny_models import tiny_llama
 
@@ -73,7 +73,7 @@ def test_a_failed_write_is_a_storage_error_with_its_reason(tmp_path: Path, error
 def test_a_folder_that_holds_something_is_kept_unless_it_may_be_replaced(tmp_path: Path):
     (tmp_path / "out").mkdir()
     write(tmp_path / "out", "old")
-    with pytest.raises(StorageError, match="could not be written"):
+    with pytest.raises(StorageError, match=r"written \(it holds files that another run wrote mea"):
         write_all(tmp_path / "out")
     assert (tmp_path / "out" / "file.txt").read_text() == "old"
     assert leftovers(tmp_path) == []
@@ -125,6 +125,55 @@ def test_a_stale_temporary_folder_is_not_in_the_way(tmp_path: Path):
     with atomic_folder(tmp_path / "out") as temporary:
         write(temporary)
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["file.txt"]
+
+
+@pytest.mark.parametrize("kind", ["tmp", "old"])
+def test_what_killed_runs_left_is_removed_once_a_run_is_through(tmp_path: Path, kind: str):
+    left, other = tmp_path / f".out.{kind}-999999", tmp_path / f".outer.{kind}-999999"
+    for folder in (left, other):
+        folder.mkdir()
+        write(folder)
+    with pytest.raises(StorageError):
+        fail_while_writing(tmp_path / "out", OSError("full"))
+    assert left.exists()
+    write_all(tmp_path / "out")
+    assert sorted(path.name for path in tmp_path.iterdir()) == [other.name, "out"]
+
+
+def test_what_a_run_is_writing_is_not_removed_by_another(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    with atomic_folder(tmp_path / "out", overwrite=True) as temporary:
+        write(temporary, "first")
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "getpid", lambda: 999_999)
+            write_all(tmp_path / "out", overwrite=True)
+        assert (temporary / "file.txt").read_text() == "first"
+    assert (tmp_path / "out" / "file.txt").read_text() == "first"
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_temporary_folder_that_was_removed_meanwhile_never_takes_the_name(tmp_path: Path):
+    """Later steps of saving make it again, without what the first had written."""
+
+    def lose_the_first_files() -> None:
+        with atomic_folder(tmp_path / "out") as temporary:
+            shutil.rmtree(temporary)
+            temporary.mkdir()
+            write(temporary)
+
+    with pytest.raises(StorageError, match=r"written \(its temporary folder was removed meanwhile"):
+        lose_the_first_files()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_killed_write_of_a_file_is_cleaned_up_by_the_next(tmp_path: Path):
+    left = tmp_path / ".report.json.tmp-999999"
+    left.mkdir()
+    write(left)
+    write_text(tmp_path / "report.json", "{}")
+    assert [path.name for path in tmp_path.iterdir()] == ["report.json"]
+    assert (tmp_path / "report.json").read_text() == "{}"
 
 
 def test_a_relative_folder_does_not_follow_a_change_of_directory(

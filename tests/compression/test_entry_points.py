@@ -1,5 +1,6 @@
 """`get_lowrank_model`, and a module from outside transformers."""
 
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -9,6 +10,8 @@ from hf_lowrank import LowRankConfig, LowRankLinear, compress, get_lowrank_model
 from hf_lowrank.measuring.items import ItemLosses
 from tests.compression import is_dense
 from tests.tiny_models import tiny_gpt2, tiny_llama
+
+pytestmark = pytest.mark.oldest
 
 
 def test_get_lowrank_model_returns_the_same_model_ready_to_train(text):

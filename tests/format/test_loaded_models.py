@@ -15,6 +15,8 @@ from hf_lowrank import merge
 from tests.format import BATCH, LAYER, load_clean, same_tensors
 from tests.tiny_models import logits, num_lowrank, tiny_gpt2, tiny_llama, token_batches
 
+pytestmark = pytest.mark.oldest
+
 # Using a loaded model
 
 

@@ -20,6 +20,8 @@ from hf_lowrank.format import native_classes
 from hf_lowrank.format.bundle import loading_code
 from tests.tiny_models import batches_for, logits, tiny_bert_classifier, tiny_gpt2, tiny_llama
 
+pytestmark = pytest.mark.oldest
+
 AUTO_CLASSES = {
     "llama": "AutoModelForCausalLM",
     "gpt2": "AutoModelForCausalLM",

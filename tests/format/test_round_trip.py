@@ -22,6 +22,8 @@ from hf_lowrank.modeling.marks import attach_config
 from tests.format import BATCH, LAYER, RANK, load_clean, same_tensors
 from tests.tiny_models import logits, num_lowrank, tiny_llama
 
+pytestmark = pytest.mark.oldest
+
 
 def test_auto_class_gives_the_native_class_and_equal_logits(saved):
     model = load_clean(AutoModelForCausalLM, saved.folder)

@@ -11,6 +11,8 @@ from hf_lowrank.errors import ConfigError, TargetError
 from tests.format import load_clean, same_tensors
 from tests.tiny_models import num_lowrank, tiny_bert_classifier, tiny_llama
 
+pytestmark = pytest.mark.oldest
+
 
 @pytest.mark.parametrize("goal", [{"param_ratio": 0.8}, {"rank": 5}])
 def test_compressing_while_loading_equals_compress(dense_folder, goal, tmp_path):

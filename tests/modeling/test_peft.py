@@ -31,6 +31,8 @@ from tests.tiny_models import (
     written_batches,
 )
 
+pytestmark = pytest.mark.oldest
+
 LORA = RecoverySettings(steps=20, learning_rate=1e-2, kind="lora", lora_rank=4)
 PLAIN = LowRankConfig(param_ratio=0.5, metric="plain")
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from transformers import BertForQuestionAnswering, BertForSequenceClassification, TrainingArguments
+from transformers import BertForQuestionAnswering, BertForSequenceClassification
 
 import hf_lowrank
 from hf_lowrank.errors import ConfigError, TargetError
@@ -28,12 +28,7 @@ from tests.tiny_models import (
     tiny_gpt2,
     tiny_llama,
 )
-from tests.training import StopAt, arguments, sentence_rows, settings
-
-# Renamed in the course of transformers 5.
-CHECKPOINTING = "activation_checkpointing"
-if not hasattr(TrainingArguments, CHECKPOINTING):
-    CHECKPOINTING = "gradient_checkpointing"
+from tests.training import CHECKPOINTING, StopAt, arguments, sentence_rows, settings
 
 
 def cut_bert() -> tuple[Any, dict[str, nn.Module]]:

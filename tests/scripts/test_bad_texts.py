@@ -20,9 +20,9 @@ def bad_text(kind: str, folder: Path) -> tuple[Path, str]:
         "blank.txt": (b" \n\t\n", "holds no text."),
         "binary.txt": (bytes(range(256)), "is not UTF-8 text."),
         "broken.jsonl": (b'{"text": "a"}\n{"text": \n', "line 2 is not a JSON object."),
-        "columns.jsonl": (b'{"body": "a"}\n', "a row has no text column"),
-        "number.jsonl": (b'{"text": 3}\n', "a row has no text column"),
-        "list.jsonl": (b"[1, 2]\n", "a row has no text column"),
+        "columns.jsonl": (b'{"body": "a"}\n', "line 1 has no text column"),
+        "number.jsonl": (b'{"text": 3}\n', "line 1 has no text column"),
+        "list.jsonl": (b"[1, 2]\n", "line 1 has no text column"),
         "empty.jsonl": (b"", "holds no text."),
         "junk.parquet": (b"junk", "is not a readable parquet file"),
         "empty.parquet": (b"", "is not a readable parquet file"),
@@ -36,7 +36,7 @@ def bad_text(kind: str, folder: Path) -> tuple[Path, str]:
         return path, "is a folder, not a text file."
     if kind == "columns.parquet":
         pyarrow.parquet.write_table(pyarrow.table({"body": ["a"]}), path)
-        return path, "a row has no text column"
+        return path, "row 1 has no text column"
     return path, "no such file."
 
 

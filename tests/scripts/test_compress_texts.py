@@ -41,19 +41,28 @@ def test_held_out_text_is_not_calibration_text(
         assert set(windows) <= starts
 
 
-def test_the_demo_uses_three_parts_of_the_demo_text(
+def test_the_demo_reads_built_in_texts_alone(
     compress_llm: InProcess, inputs: Inputs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr(sources, "_demo_folder", lambda: inputs.model)
     done = compress_llm(
         *inputs.arguments(
-            model=None, calibration=None, evaluation=None, output_dir=tmp_path / "small"
+            model=None,
+            calibration=None,
+            evaluation=None,
+            foreign_evaluation=None,
+            output_dir=tmp_path / "small",
         )
     )
     assert done.code == 0
     report = read_report(tmp_path / "small")
     assert report["model"] == "demo"
-    assert (report["data"]["calibration"], report["data"]["evaluation"]) == ("demo", "demo")
+    texts = {role: report["data"][role] for role in ("calibration", "evaluation", "foreign")}
+    assert texts == {
+        "calibration": "demo + demo-graphs:0.25",
+        "evaluation": "demo",
+        "foreign": "demo-licenses",
+    }
     assert report["probes"]
 
 

@@ -57,7 +57,6 @@ def test_every_window_of_a_run_begins_with_the_start_token(
     for role in ("calibration", "held_out", "evaluation", "foreign"):
         for batch in seen[role]:
             assert (batch["input_ids"][:, 0] == BEGIN).all()
-            assert not (batch["input_ids"][:, 1:] == BEGIN).any()
             assert batch["input_ids"].shape[1] == 32
     report = read_report(tmp_path / "small")
     assert report["data"]["start_token"] == "<s>"
@@ -139,11 +138,13 @@ def test_the_foreign_text_is_measured_and_named(
 def test_a_sweep_measures_the_foreign_text_at_each_size(
     compress_llm: InProcess, inputs: Inputs, tmp_path: Path
 ):
-    arguments = inputs.arguments(foreign_evaluation=None, output_dir=tmp_path / "small")
+    other = tmp_path / "other.txt"
+    other.write_text(" ".join(["w09 w03 w11"] * 400), "utf-8")
+    arguments = inputs.arguments(foreign_evaluation=other, output_dir=tmp_path / "small")
     done = compress_llm(*arguments, "--param_ratio", 0.8, 0.6)
     assert done.code == 0, done.err
     reports = [read_report(tmp_path / "small" / size) for size in ("0.8", "0.6")]
-    assert [each["data"]["foreign"] for each in reports] == ["demo-licenses"] * 2
+    assert [each["data"]["foreign"] for each in reports] == [str(other)] * 2
     losses = [each["foreign_evaluation"]["loss_after"] for each in reports]
     assert losses[0] != losses[1]
     assert "perplexity, foreign text" in done.out.splitlines()[-3]

@@ -1,6 +1,7 @@
 """`scripts/train_llm.py` on a tiny Llama: trains, cuts, saves, resumes, refuses."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import torch
 
 import hf_lowrank
 from hf_lowrank.format.rebuild import factorized_layers
+from hf_lowrank.training.trainer import LowRankTrainer
 from tests.scripts import Finished, InProcess, Inputs
 
 
@@ -67,6 +69,35 @@ def test_a_run_goes_on_from_its_last_checkpoint(run: Any, tmp_path: Path):
     )
     assert first.keys() == second.keys()
     assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_a_checkpoint_that_a_kill_left_half_written_is_passed_over(
+    run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """`Trainer` writes into the folder itself, trainer_state.json last."""
+    output = tmp_path / "out"
+    done = run(output_dir=output, target_param_ratio=0.5)
+    assert done.code == 0, done.err
+    whole = (output / "final" / "model.safetensors").read_bytes()
+    shutil.rmtree(output / "final")
+    for state in (None, '{"epoch": 1'):
+        (output / "checkpoint-8" / "trainer_state.json").unlink()
+        if state is not None:
+            (output / "checkpoint-8" / "trainer_state.json").write_text(state, "utf-8")
+        taken = []
+        train = LowRankTrainer.train
+
+        def note(self: Any, taken: Any = taken, train: Any = train, **options: Any) -> Any:
+            taken.append(Path(options["resume_from_checkpoint"]).name)
+            return train(self, **options)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(LowRankTrainer, "train", note)
+            again = run(output_dir=output, target_param_ratio=0.5, resume_from_checkpoint="last")
+        assert again.code == 0, again.err
+        assert taken == ["checkpoint-4"]
+        assert (output / "final" / "model.safetensors").read_bytes() == whole
+        shutil.rmtree(output / "final")
 
 
 @pytest.mark.parametrize(

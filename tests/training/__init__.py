@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainingArguments
 
 from hf_lowrank.decomposition.thin import thin_svd
 from hf_lowrank.format.dense_linear import linear_shape
@@ -24,6 +24,10 @@ from tests.tiny_models import (
 )
 
 Rows = list[dict[str, torch.Tensor]]
+# Renamed in the course of transformers 5.
+CHECKPOINTING = "activation_checkpointing"
+if not hasattr(TrainingArguments, CHECKPOINTING):
+    CHECKPOINTING = "gradient_checkpointing"
 
 
 def rows_of(batches: Sequence[Batch]) -> Rows:

@@ -25,6 +25,7 @@ from tests.tiny_models import (
     token_batches,
 )
 from tests.training import (
+    CHECKPOINTING,
     PoisonAt,
     StopAt,
     arguments,
@@ -34,6 +35,8 @@ from tests.training import (
     text_rows,
     trainer_for,
 )
+
+pytestmark = pytest.mark.oldest
 
 # The start
 
@@ -188,7 +191,7 @@ def test_the_training_form_saves_and_loads(tmp_path: Path):
 # Other ways to train
 
 
-@pytest.mark.parametrize("changes", [{"activation_checkpointing": True}, {"bf16": True}], ids=str)
+@pytest.mark.parametrize("changes", [{CHECKPOINTING: True}, {"bf16": True}], ids=str)
 @pytest.mark.parametrize(
     ("build", "rule"), [(tiny_bert_classifier, "relative"), (tiny_llama, "price")]
 )
