@@ -91,8 +91,7 @@ def sweep_architectures(args: ArchitecturesArguments) -> None:
         if _is_done(rows.get(case), args.again or ()):
             continue
         rows[case] = {
-            recipe: asdict(_apart(case, recipe, args.seconds, args.memory_gib))
-            for recipe in RECIPES
+            recipe: asdict(apart(case, recipe, args.seconds, args.memory_gib)) for recipe in RECIPES
         }
         shown = ", ".join(f"{name} {trip['outcome']}" for name, trip in rows[case].items())
         print(f"{case.task} {case.model_class} ({case.model_type}): {shown}", flush=True)
@@ -130,8 +129,15 @@ def _write(args: ArchitecturesArguments, rows: dict[Case, dict[str, Any]]) -> No
         write_text(Path(args.page), format_page(listed, every))
 
 
-def _apart(case: Case, recipe: str, seconds: int, memory_gib: float) -> Trip:
-    """A round trip in a forked process, which has everything imported."""
+def apart(case: Case, recipe: str, seconds: int, memory_gib: float) -> Trip:
+    """A round trip in a forked process, which has everything imported.
+
+    Args:
+        case: The class.
+        recipe: Of `RECIPES`.
+        seconds: Processor time that it may take; by the clock ten times as much.
+        memory_gib: Memory that it may take beyond this process's, GiB.
+    """
     reading, writing = os.pipe()
     process = os.fork()
     if process == 0:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import math
 import tempfile
 from dataclasses import dataclass, field
@@ -11,7 +10,6 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import AutoConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 import hf_lowrank
@@ -71,6 +69,8 @@ def round_trip(case: Case, recipe: str) -> Trip:
     try:
         with tempfile.TemporaryDirectory() as folder:
             _travel(case, recipe, Path(folder), trip)
+    except DifferenceError as error:
+        trip.outcome, trip.detail = "differs", str(error)
     except Exception as error:  # what this is there to find
         trip.detail = first_line(error)
         if trip.step in ("build", "dense"):
