@@ -41,6 +41,8 @@ def _batch(model: Any, task: str, generator: torch.Generator) -> dict[str, Any]:
     shape = (_ITEMS, 2, _LENGTH) if task == "MULTIPLE_CHOICE" else (_ITEMS, _LENGTH)
     tokens = torch.randint(_SPECIAL, last, shape, generator=generator)
     tokens[..., -1] = _end_token(model.config)
+    if task in ("QUESTION_ANSWERING", "MULTIPLE_CHOICE") and hasattr(config, "sep_token_id"):
+        tokens[..., [4, 5, -1]] = min(config.sep_token_id or 0, last)  # as around a question
     batch = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
     accepted = inspect.signature(model.forward).parameters
     if "attention_mask" not in accepted and "kwargs" not in accepted:

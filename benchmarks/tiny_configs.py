@@ -84,7 +84,7 @@ _OVERRIDES: dict[str, dict[str, Any]] = {
     "lilt": {"hidden_size": 48, "channel_shrink_ratio": 2},
     "mamba2": {"num_heads": 8},
     "neomme": {"head_dim": 16},
-    "reformer": {"is_decoder": True, "axial_pos_shape": [8, 8], "axial_pos_embds_dim": [16, 16]},
+    "reformer": {"axial_pos_shape": [8, 8], "axial_pos_embds_dim": [16, 16]},
     "recurrent_gemma": {"num_hidden_layers": 3},
     "xlstm": {"num_heads": 2, "hidden_size": 128},
     "xmod": {"default_language": "en_XX"},

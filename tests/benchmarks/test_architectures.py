@@ -86,6 +86,15 @@ def test_a_loaded_model_that_differs_is_seen(monkeypatch: pytest.MonkeyPatch):
     assert trip.detail.startswith("by ")
 
 
+def test_what_the_dense_model_loses_too_is_told_apart(monkeypatch: pytest.MonkeyPatch):
+    def lose(*args: Any) -> Any:
+        raise OSError("planted")
+
+    monkeypatch.setattr(round_trip, "_auto_load", lose)
+    trip = round_trip.round_trip(QUICK, "plain")
+    assert (trip.outcome, trip.step, trip.detail) == ("transformers", "auto", "OSError: planted")
+
+
 def test_a_refusal_is_recorded_with_its_sentence(monkeypatch: pytest.MonkeyPatch):
     def refuse(*args: Any) -> None:
         raise ConfigError("a planted\nrefusal")
@@ -143,7 +152,7 @@ def test_a_stopped_sweep_goes_on_and_tries_again_what_is_asked(
     assert found["counts"] == {"default": {"ok": 1, "failed": 1}, "plain": {"ok": 1, "failed": 1}}
     text = page.read_text("utf-8")
     assert f"2 of {len(all_cases(TASKS))} classes were tried." in text
-    assert "| causal lm | default | 1 | 1 | 0 | 0 | 1 | 0 |" in text
+    assert "| causal lm | default | 1 | 1 | 0 | 0 | 1 | 0 | 0 |" in text
     assert "- default, merge: a\\_b\n  LlamaForCausalLM" in text
     assert "- causal lm: GPT2LMHeadModel" in text
 
