@@ -96,11 +96,11 @@ def measure_recovery(
         row["seconds"] = seconds + run.stopwatch.seconds.get("recovery", 0.0)
         row["total_seconds"] = total + seconds
         row["rise_left"] = _rises_left(dense, cut, after)
-        if prices.config != config or stages > 1:
+        if config.channels or config.measured_prices or stages > 1:
             with factorized(model, prices.factors, prices.plan_for_ratio(ratio)):
                 alone = perplexities()
             row |= {"price_alone": alone, "of_price_alone": _rises_left(dense, alone, after)}
-        row["stages"] = [stage.recovery for stage in done]
+        row["stages"] = [stage.recovery and asdict(stage.recovery) for stage in done]
         rows.append(row | {"recovery": asdict(result)})
         print(format_row(rows[-1]), flush=True)
     return {"dense": dense, "settings": asdict(settings), "rows": rows}

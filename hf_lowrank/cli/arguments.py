@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 
 from safetensors import SafetensorError
 from transformers import HfArgumentParser
+from transformers.hf_argparser import string_to_bool
 
 from hf_lowrank.compression.recipe import with_recipe
 from hf_lowrank.compression.recovery import RECOVERIES, recovery_settings
@@ -57,12 +58,27 @@ def parse_several(
         description=description,
         formatter_class=HelpFormatter,
     )
+    _complete_switches(parser)
     *parsed, unknown = parser.parse_args_into_dataclasses(
         command_line and list(command_line), return_remaining_strings=True
     )
     if unknown:
         parser.error(f"unrecognized arguments: {' '.join(unknown)}")
     return tuple(parsed)
+
+
+def _complete_switches(parser: argparse.ArgumentParser) -> None:
+    """Lets switches that may be left open be given as others are: `--x` and `--no_x`."""
+    for action in list(parser._actions):
+        if action.type is string_to_bool and action.nargs is None:
+            action.nargs, action.const = "?", True
+            parser.add_argument(
+                f"--no_{action.dest}",
+                action="store_false",
+                dest=action.dest,
+                default=argparse.SUPPRESS,
+                help=f"Switch {action.dest} off.",
+            )
 
 
 @contextmanager

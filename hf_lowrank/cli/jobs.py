@@ -109,7 +109,7 @@ def compressed(
 ) -> Iterator[Report]:
     """One report for each size asked for; the model is compressed while it is handled."""
     config = args.to_config()
-    names = ("cache_dir", "recover_steps", "recover", "stages", "speed")
+    names = ("cache_dir", "recover_steps", "recover", "speed")
     options = {name: getattr(args, name) for name in names} | texts
     if args.joint:
         gradient, acceptance = texts["calibration"], texts["held_out"]
@@ -126,4 +126,4 @@ def compressed(
     elif args.param_ratio and len(args.param_ratio) > 1:
         yield from sweep(model, config, args.param_ratio, **options)
     else:
-        yield compress(model, config, **options)
+        yield compress(model, config, stages=args.stages, **options)

@@ -2,8 +2,7 @@
 
 Chosen by docs/results: on causal language models both together are the best at 0.8 and 0.6, on text
 of the calibration's kind and of another kind. On encoders with a task's labels channels did not
-help, and prices can't be measured. Where no feed-forward is of a known kind, as in mixtures of
-experts, there are no channels to take.
+help, and prices can't be measured.
 """
 
 from __future__ import annotations
@@ -12,7 +11,8 @@ from torch import nn
 
 from hf_lowrank.compression.options import Texts
 from hf_lowrank.config import LowRankConfig
-from hf_lowrank.format.feed_forward import has_feed_forwards
+from hf_lowrank.errors import TargetError
+from hf_lowrank.format.feed_forward import find_feed_forwards
 from hf_lowrank.measuring.causal import check_distillable
 from hf_lowrank.measuring.items import Batch, LossFunction, is_causal_lm
 from hf_lowrank.modeling.targets import find_targets
@@ -62,10 +62,19 @@ def recipe_of(
     calibration = texts.calibration or []
     batches = texts.held_out or (calibration if len(calibration) > 1 else [])
     is_own = bool(batches) and loss_function is None
-    chosen = with_recipe(config, measurable=is_own and _is_measurable(model, batches[0]))
-    if config.channels is None and chosen.channels:
-        return chosen.replace(channels=has_feed_forwards(model, find_targets(model, config)))
-    return chosen
+    found = with_recipe(config, measurable=is_own and _is_measurable(model, batches[0]))
+    if found.channels and config.channels is None and not _has_channels(model, config):
+        return found.replace(channels=False)
+    return found
+
+
+def _has_channels(model: nn.Module, config: LowRankConfig) -> bool:
+    """Whether there is a feed-forward of a known kind among the layers that the config names."""
+    targets = find_targets(model, config)
+    try:
+        return bool(find_feed_forwards(model, targets))
+    except TargetError:
+        return False
 
 
 def _is_measurable(model: nn.Module, batch: Batch) -> bool:

@@ -57,7 +57,8 @@ def find_feed_forwards(model: nn.Module, targets: Iterable[str]) -> list[FeedFor
     Raises:
         TargetError: There is none of a known kind.
     """
-    found = _by_channel(model, targets)
+    named = named_feed_forwards(model, targets)
+    found = [block for parent, block in named if _acts_by_channel(model, parent, block)]
     if not found:
         known = "; ".join(f"{', '.join(inputs)} and {output}" for inputs, output in _PATTERNS)
         raise TargetError(
@@ -65,16 +66,6 @@ def find_feed_forwards(model: nn.Module, targets: Iterable[str]) -> list[FeedFor
             f"({known}), so no channels can be taken out."
         )
     return found
-
-
-def has_feed_forwards(model: nn.Module, targets: Iterable[str]) -> bool:
-    """Whether `find_feed_forwards` finds one."""
-    return bool(_by_channel(model, targets))
-
-
-def _by_channel(model: nn.Module, targets: Iterable[str]) -> list[FeedForward]:
-    named = named_feed_forwards(model, targets)
-    return [block for parent, block in named if _acts_by_channel(model, parent, block)]
 
 
 def named_feed_forwards(model: nn.Module, names: Iterable[str]) -> list[tuple[str, FeedForward]]:

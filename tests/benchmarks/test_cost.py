@@ -65,6 +65,19 @@ def run(place: Path, folder: Path, method: str, **changes: Any) -> tuple[Any, di
     return load_glue_task(args), run_row(args, load_glue_task, folder / "rows")
 
 
+# What is asked once of a model: its own loss on two items, one item of each text that is scored,
+# and one batch of eight that shows which layers qualify (with gradients where the metric has them).
+CHECKS = {
+    "dense": (2, 0),
+    "svd": (2 + 1 + 8, 0),
+    "kfac": (2 + 1 + 8, 8),
+    "rank-selection": (2 + 2 + 1, 0),
+    "rank-selection-price": (2 + 2 + 1, 0),
+    "lpaf": (2 + 2 + 5 + 8, 0),
+    "joint": (2 + 1 + 1 + 8, 8),
+}
+
+
 def expected(method: str, task: Any, report: dict[str, Any]) -> tuple[int, int]:
     """Sequences forward, and those of them with gradients, of one epoch."""
     train, held_out, dev = len(task.train), len(task.held_out), len(task.validation)
@@ -104,7 +117,9 @@ def test_a_run_is_counted_exactly(
 ):
     task, report = run(place, tmp_path, method, **changes)  # trains the dense model, too
     cost = report["cost"]
-    assert (cost["forwards"], cost["backwards"]) == expected(method, task, report)
+    forwards, backwards = expected(method, task, report)
+    checks = CHECKS[method]
+    assert (cost["forwards"], cost["backwards"]) == (forwards + checks[0], backwards + checks[1])
     if decompositions is None:  # every target, and the factors that were corrected
         assert TARGETS <= cost["decompositions"] == report["joint"]["decompositions"]
     else:

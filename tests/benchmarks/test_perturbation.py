@@ -37,7 +37,7 @@ def run(inputs, tmp_path: Path, monkeypatch, capsys):
     places = {name: tmp_path / name for name in ("output", "picture")}
 
     def start(*words, **changes):
-        settings = dict.fromkeys(dropped) | places | changes
+        settings = dict.fromkeys(dropped) | {"foreign_evaluation": None} | places | changes
         return command("perturbation", *inputs.arguments(**settings), *words)
 
     return start

@@ -57,7 +57,7 @@ def test_rows_say_what_was_kept_and_what_it_cost(texts, tmp_path: Path):
     assert (by_name["svd-llm"]["forwards"], by_name["svd-llm"]["backwards"]) == (12, 0)
     assert (by_name["kfac+price"]["forwards"], by_name["kfac+price"]["backwards"]) == (12, 12)
     assert by_name["kim2020+kfac"]["forwards"] == 12 + 8 * (1 + 3)
-    assert by_name["joint"]["backwards"] == 12
+    assert by_name["joint"]["backwards"] == 12 + 4  # one batch shows which layers qualify
     assert by_name["kfac+price"]["in_domain"] != by_name["svd"]["in_domain"]
     after = model.state_dict()
     assert all(torch.equal(before[name], after[name]) for name in before)
@@ -172,7 +172,7 @@ def test_the_command(tmp_path: Path, monkeypatch, capsys):
     run = InProcess("benchmark", monkeypatch, capsys)
     folder = tmp_path / "rows"
     unknown = dict.fromkeys(("html_report", "sample_prompt", "speed", "output_dir"))
-    given = inputs.arguments(folder=folder, **unknown)
+    given = inputs.arguments(folder=folder, foreign_evaluation=None, **unknown)
     arguments = ["systems", *given, "--param_ratio", "0.6", "0.4", "--systems"]
     finished = run(*arguments, "svd-llm", "kfac+price")
     assert finished.code == 0, finished.err

@@ -110,12 +110,12 @@ def test_without_arguments_the_config_is_the_default_one():
 
 def test_settings_reach_the_config():
     given = (
-        "--param_ratio 0.7 --metric whitened --rule energy --target_modules q_proj v_proj "
+        "--param_ratio 0.7 --metric fisher-rows --rule energy --target_modules q_proj v_proj "
         "--exclude_modules layers.0.* --label_source model --seed 5"
     )
     assert parse(*given.split()).to_config() == LowRankConfig(
         param_ratio=0.7,
-        metric="whitened",
+        metric="fisher-rows",
         rule="energy",
         target_modules=["q_proj", "v_proj"],
         exclude_modules=["layers.0.*"],

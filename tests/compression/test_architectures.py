@@ -96,7 +96,12 @@ class Run(NamedTuple):
 def run(request, tmp_path_factory):
     dense, model = TINY_MODELS[request.param](), TINY_MODELS[request.param]()
     batches = batches_for(model)
-    report = compress(model, LowRankConfig(param_ratio=RATIO), batches, progress=False)
+    report = compress(
+        model,
+        LowRankConfig(param_ratio=RATIO, channels=False, measured_prices=False),
+        batches,
+        progress=False,
+    )
     folder: Path = tmp_path_factory.mktemp(request.param)
     model.save_pretrained(folder)
     return Run(request.param, dense, model, hf_lowrank.load(folder), report, batches[0])

@@ -7,6 +7,7 @@ import torch
 
 import hf_lowrank
 from hf_lowrank import LowRankConfig
+from hf_lowrank.compression.options import Texts
 from hf_lowrank.compression.recipe import recipe_of, with_recipe
 from hf_lowrank.errors import TargetError
 from tests.tiny_models import (
@@ -97,17 +98,17 @@ def test_channels_that_are_asked_for_are_refused_before_the_model_is_measured(te
 def test_prices_are_not_measured_without_held_out_text():
     model = tiny_llama()
     one = token_batches(1)
-    assert parts(recipe_of(model, SIZE, one, None)) == (True, False)
-    assert parts(recipe_of(model, SIZE, None, None)) == (True, False)
-    assert parts(recipe_of(model, SIZE, one, one)) == (True, True)
-    assert parts(recipe_of(model, SIZE, token_batches(2), None)) == (True, True)
+    assert parts(recipe_of(model, SIZE, Texts(one), None)) == (True, False)
+    assert parts(recipe_of(model, SIZE, Texts(), None)) == (True, False)
+    assert parts(recipe_of(model, SIZE, Texts(one, one), None)) == (True, True)
+    assert parts(recipe_of(model, SIZE, Texts(token_batches(2)), None)) == (True, True)
 
 
 def test_prices_are_not_measured_for_a_loss_of_ones_own():
     def loss(model: torch.nn.Module, batch: Batch) -> Any:
         raise NotImplementedError
 
-    found = recipe_of(tiny_llama(), SIZE, token_batches(2), None, loss)
+    found = recipe_of(tiny_llama(), SIZE, Texts(token_batches(2)), loss)
     assert parts(found) == (True, False)
 
 

@@ -1,10 +1,14 @@
 """The speed in the report of a run: of the right weights, in every kind of run, if asked."""
 
+import dataclasses
+
 import pytest
 
 from hf_lowrank import LowRankConfig, compress, sweep
 from hf_lowrank.compression import application
-from hf_lowrank.compression.application import cut, measure_dense
+from hf_lowrank.compression.analysis import analyze
+from hf_lowrank.compression.application import measure_dense
+from hf_lowrank.compression.decision import decide
 from hf_lowrank.compression.joint.system import compress_jointly
 from hf_lowrank.compression.options import Run, RunOptions
 from hf_lowrank.measuring.distributed import Processes
@@ -102,8 +106,10 @@ def test_of_several_processes_only_the_first_is_timed_and_all_report_it(timed):
             return {"call": "of the first"}
 
     model = tiny_llama()
-    run = Run(options=RunOptions(speed=True, progress=False), processes=Second(1, 2))
+    alone = Run(options=RunOptions(speed=True, progress=False))
+    second = dataclasses.replace(alone, processes=Second(1, 2))
     targets = find_targets(model, PLAIN)
-    report = cut(model, targets, PLAIN, measure_dense(model, targets, run), run)
+    decision = decide(model, analyze(model, targets, PLAIN, alone), alone)
+    report = application.apply(model, decision, measure_dense(model, targets, alone), second)
     assert report.speed == {"call": "of the first"}
     assert timed == []

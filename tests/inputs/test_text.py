@@ -455,7 +455,7 @@ def test_the_other_built_in_texts_are_prose_and_long_enough():
     assert len(read_text(DEMO_GRAPHS, "held_out")) > 4 * 8 * 256
     assert len(read_text(DEMO_LICENSES, "evaluation")) > 4 * 16 * 256  # fewer windows will do
     assert "shortest path" in read_text(DEMO_GRAPHS)
-    assert "WITHOUT WARRANTIES" in read_text(DEMO_LICENSES)
+    assert "copyright" in read_text(DEMO_LICENSES).lower()
 
 
 def test_built_in_texts_are_split_by_role_already():

@@ -216,7 +216,9 @@ def test_every_set_is_checked_before_any_work(role):
 
 @pytest.mark.parametrize("role", ["held_out", "evaluation"])
 def test_a_loss_that_cannot_be_known_is_refused_before_any_work(role, monkeypatch):
-    monkeypatch.setattr("hf_lowrank.compression.run.analyze", lambda *a, **k: pytest.fail("worked"))
+    monkeypatch.setattr(
+        "hf_lowrank.compression.application.analyze", lambda *a, **k: pytest.fail("worked")
+    )
     sets = {"calibration": sentence_batches(2), role: token_batches(1)}
     with pytest.raises(DataError, match="The batches have no 'labels', which BertForSequenceClass"):
         compress(tiny_bert_classifier(), LowRankConfig(param_ratio=0.7), **sets, progress=False)
@@ -336,7 +338,7 @@ def test_embeddings_with_labels_are_compressed_as_their_tokens_are():
     ]
     tokens, vectors = reports
     assert vectors.ranks == tokens.ranks
-    assert vectors.data["calibration_tokens"] == tokens.data["calibration_tokens"] == 3 * 28
+    assert vectors.data.calibration_tokens == tokens.data.calibration_tokens == 3 * 28
     assert vectors.evaluation.tokens == tokens.evaluation.tokens
     for field in ("loss_before", "loss_after", "standard_error"):
         found, wanted = (getattr(report.evaluation, field) for report in reports)

@@ -9,12 +9,12 @@ from hf_lowrank.report.card.card import model_card
 from hf_lowrank.report.page.page import report_page
 from hf_lowrank.report.public import public_report
 from hf_lowrank.report.schema import Report, report_text
-from hf_lowrank.report.sections import Evaluation
+from hf_lowrank.report.sections import Data, Evaluation
 from hf_lowrank.report.text.table import format_report, format_sweep
 from tests.report.test_report import lines_of, report
 
 FOREIGN = Evaluation(20.5, 44.75, 3.0204, 3.8011, 0.7807, 0.0456, 2222)
-TEXTS = {"calibration": "demo + demo-graphs:0.25", "evaluation": "demo", "foreign": "a/b:c:test"}
+TEXTS = Data(calibration="demo + demo-graphs:0.25", evaluation="demo", foreign="a/b:c:test")
 
 
 def both(**changes: Any) -> Report:
@@ -53,7 +53,7 @@ def test_the_card_has_both():
 
 def test_the_card_names_every_dataset_of_a_mixture():
     mixed = "Salesforce/wikitext:wikitext-2-raw-v1 + allenai/c4:en:0.25 + /home/ada/mail.txt:0.1"
-    card = model_card(report(data={"calibration": mixed, "calibration_tokens": 9}), "ada/small")
+    card = model_card(report(data=Data(calibration=mixed, calibration_tokens=9)), "ada/small")
     assert card.data.to_dict()["datasets"] == ["Salesforce/wikitext", "allenai/c4"]
     assert "9 tokens of a mixture (Salesforce/wikitext:wikitext-2-raw-v1 + " in card.text
     assert "/home/ada" not in card.text

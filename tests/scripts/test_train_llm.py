@@ -50,7 +50,7 @@ def test_a_run_leaves_a_smaller_model_and_its_report(run: Any, tmp_path: Path):
     assert 0.45 * dense < kept <= 0.5 * dense
     assert report["evaluation"]["tokens"] == 8 * 31
     first = report["data"]["selections"][0]
-    assert (first["loss_passes"], first["decompositions"]) == (0, len(report["ranks"]))
+    assert (first["loss_passes"], first["decompositions"]) == (1, len(report["ranks"]))
     model = hf_lowrank.load(output / "final")
     found = {name: layer.rank for name, layer in factorized_layers(model).items()}
     assert found == {name: rank for name, rank in report["ranks"].items() if rank is not None}

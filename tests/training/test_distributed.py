@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from hf_lowrank import LowRankConfig, compress
 from hf_lowrank.evaluation.perplexity import measure_loss
-from hf_lowrank.modeling.surgery import factorized_layers
+from hf_lowrank.format.rebuild import factorized_layers
 from tests.tiny_models import written_batches, tiny_bert_classifier, tiny_llama
 from tests.training import sentence_rows, trainer_for
 

@@ -199,7 +199,7 @@ def test_labels_of_the_curvature_are_drawn_from_the_model_and_seeded():
     batches = batches_of("bert")
 
     def prices(**changes: Any) -> list[torch.Tensor]:
-        found = layer_spectra(model, layers, batches, settings("price", **changes))
+        found, _ = layer_spectra(model, layers, batches, settings("price", **changes))
         return [spectrum.price for spectrum in found.values()]
 
     sampled, again, other = prices(seed=1), prices(seed=1), prices(seed=2)

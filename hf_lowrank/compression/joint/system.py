@@ -20,7 +20,7 @@ from hf_lowrank.compression.goals import check_goal
 from hf_lowrank.compression.gradients import collect_gradients
 from hf_lowrank.compression.joint.candidates import Candidate, Candidates, JointSettings
 from hf_lowrank.compression.joint.disjoint import check_disjoint
-from hf_lowrank.compression.options import Run, RunOptions, read_texts, run_targets
+from hf_lowrank.compression.options import Run, RunOptions, Texts, read_texts, run_targets
 from hf_lowrank.config import LowRankConfig
 from hf_lowrank.errors import ConfigError, DataError
 from hf_lowrank.measuring.distributed import current_processes
@@ -107,16 +107,8 @@ def compress_jointly(
         evaluation=reported,
         foreign=foreign,
     )
-    if not texts.calibration or not texts.held_out:
-        raise DataError("Joint compression needs batches for the gradient and for acceptance.")
-    check_disjoint(gradient=texts.calibration, acceptance=texts.held_out, reported=texts.evaluation)
-    options = RunOptions(
-        loss_function=loss_function,
-        speed=speed,
-        cache_dir=cache_dir,
-        moment_gib=moment_gib,
-        progress=progress,
-    )
+    _check_sets(texts)
+    options = RunOptions(loss_function, cache_dir, moment_gib, speed=speed, progress=progress)
     run = Run(texts, options)
     targets, left_dense = run_targets(model, config, run, with_gradients=True)
     check_goal(targets, config)
@@ -126,7 +118,7 @@ def compress_jointly(
     analysis = analyze(model, targets, config, run, with_gradients=is_one_pass)
     if not is_one_pass:
         with run.stopwatch.phase("gradient"):
-            gradients = collect_gradients(model, targets, texts.calibration, config)
+            gradients = collect_gradients(model, targets, texts.calibration or [], config)
             analysis = dataclasses.replace(analysis, gradients=gradients)
     candidates = Candidates(model, analysis, held_out_loss(model, run), settings or JointSettings())
     with run.stopwatch.phase("search"):
@@ -176,6 +168,12 @@ def _trials(candidates: Candidates) -> list[Trial]:
         Trial(**vars(each.difference), name=each.name, param_ratio=each.param_ratio)
         for each in candidates.known.values()
     ]
+
+
+def _check_sets(texts: Texts) -> None:
+    if not texts.calibration or not texts.held_out:
+        raise DataError("Joint compression needs batches for the gradient and for acceptance.")
+    check_disjoint(gradient=texts.calibration, acceptance=texts.held_out, reported=texts.evaluation)
 
 
 def _check(config: LowRankConfig) -> None:

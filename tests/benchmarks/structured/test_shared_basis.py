@@ -6,9 +6,9 @@ from torch import nn
 
 from benchmarks.structured.shared_basis import (
     neighbours,
+    shared_factors,
     shared_layers,
     shared_rank,
-    shared_spectrum,
 )
 from hf_lowrank import LowRankConfig
 from hf_lowrank.decomposition.moments import SecondMoment
@@ -35,12 +35,12 @@ def layers_of(model, names):
 def test_a_basis_of_full_rank_is_exact(build, kind):
     model = build()
     layers = layers_of(model, [kind.format(0), kind.format(1)])
-    spectrum = shared_spectrum(layers, [moment(32), moment(32, 1)])
-    new = shared_layers(layers, spectrum, 32)
+    factors = shared_factors(layers, [moment(32), moment(32, 1)])
+    new = shared_layers(layers, factors, 32)
     inputs = torch.randn(5, 32)
     for name, layer in layers.items():
         torch.testing.assert_close(new[name](inputs), layer(inputs), rtol=1e-4, atol=1e-4)
-    less = shared_layers(layers, spectrum, 12)
+    less = shared_layers(layers, factors, 12)
     assert all(not torch.allclose(less[n](inputs), m(inputs), atol=1e-2) for n, m in layers.items())
 
 
@@ -49,7 +49,7 @@ def test_the_basis_is_one_module():
     names = [f"model.layers.{i}.mlp.up_proj" for i in (0, 1)]
     layers = layers_of(model, names)
     rank = shared_rank((64, 32), 2, 0.6)
-    new = shared_layers(layers, shared_spectrum(layers, [moment(32)] * 2), rank)
+    new = shared_layers(layers, shared_factors(layers, [moment(32)] * 2), rank)
     assert new[names[0]][0] is new[names[1]][0]
     kept = sum(weight.numel() for weight in nn.ModuleList(new.values()).parameters())
     assert kept == rank * (32 + 2 * 64)
@@ -67,7 +67,7 @@ def test_the_basis_is_the_best_for_both_layers_together():
     stacked = torch.cat([linear_weight(layer) for layer in layers.values()]).double()
     u, s, vh = torch.linalg.svd(stacked @ root, full_matrices=False)
     best = (u[:, :9] * s[:9]) @ vh[:9] @ torch.linalg.inv(root)
-    new = shared_layers(layers, shared_spectrum(layers, moments), 9)
+    new = shared_layers(layers, shared_factors(layers, moments), 9)
     found = torch.cat([layer[1].weight @ layer[0].weight for layer in new.values()])
     torch.testing.assert_close(found.double(), best, rtol=1e-3, atol=1e-4)
 
@@ -80,7 +80,7 @@ def test_layers_alike_share_a_basis_without_loss():
         planted = 0.2 * torch.randn(8, 32)
         for layer in layers.values():
             layer.weight.copy_(torch.randn(32, 8) @ planted)
-    new = shared_layers(layers, shared_spectrum(layers, [moment(32)] * 2), 8)
+    new = shared_layers(layers, shared_factors(layers, [moment(32)] * 2), 8)
     inputs = torch.randn(5, 32)
     for name, layer in layers.items():
         torch.testing.assert_close(new[name](inputs), layer(inputs), rtol=1e-3, atol=1e-3)
@@ -105,7 +105,7 @@ def test_who_shares():
 def test_layers_of_different_shapes_are_refused():
     layers = {"h.0.up_proj": nn.Linear(32, 64), "h.1.up_proj": nn.Linear(32, 48)}
     with pytest.raises(TargetError, match=r"^h\.1\.up_proj: has shape \(48, 32\) and can't share"):
-        shared_spectrum(layers, [moment(32)] * 2)
+        shared_factors(layers, [moment(32)] * 2)
 
 
 def test_a_size_without_any_rank_is_refused():

@@ -7,7 +7,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from hf_lowrank.format.dense_linear import linear_weight
-from hf_lowrank.measuring import statistics
+from hf_lowrank.measuring import token_sums
 from tests.measuring.moments import (
     ALL,
     LENGTHS,
@@ -129,7 +129,7 @@ def test_batches_of_any_size_give_the_same_moments(size):
 @pytest.mark.parametrize("block", [1, 2, 3])
 def test_matrices_summed_in_blocks_are_symmetric_and_the_same(monkeypatch, block):
     whole = collect_net(Net(), [net_batch()])
-    monkeypatch.setattr(statistics, "_BLOCK", block)
+    monkeypatch.setattr(token_sums, "_BLOCK", block)
     blocks = collect_net(Net(), split(net_batch(), 2))
     assert_equal_moments(blocks, whole)
     for moment in blocks.values():
@@ -141,4 +141,4 @@ def test_matrices_summed_in_blocks_are_symmetric_and_the_same(monkeypatch, block
 def test_squared_rows_of_short_and_long_sequences(length, columns):
     gradients, rows = torch.randn(5, length, 4), torch.randn(5, length, columns)
     wanted = sum((g.T @ x).square().sum(dim=1) for g, x in zip(gradients, rows, strict=True))
-    torch.testing.assert_close(statistics._squared_rows(gradients, rows), wanted)
+    torch.testing.assert_close(token_sums.squared_rows(gradients, rows), wanted)
