@@ -25,6 +25,7 @@ from hf_lowrank.compression.recipe import recipe_of
 from hf_lowrank.compression.recovery import check_recoverable, recovery_settings
 from hf_lowrank.compression.stages import check_stages, compress_in_stages
 from hf_lowrank.config import LowRankConfig
+from hf_lowrank.format.feed_forward import find_feed_forwards
 from hf_lowrank.measuring.distributed import current_processes
 from hf_lowrank.measuring.items import Batch, LossFunction
 from hf_lowrank.report.schema import Report
@@ -199,10 +200,12 @@ def check_run(
     """Refuses what can't be done to this model, before any long work.
 
     Raises:
-        ConfigError, DataError: With the reason.
+        ConfigError, DataError, TargetError: With the reason.
     """
     texts, options = run.texts, run.options
     check_goal(targets, config)
+    if config.channels:
+        find_feed_forwards(model, targets)
     if config.measured_prices and config.ranks is None:
         check_measurable(model, texts.held_out or [])
     if recovery_settings(options.recover, options.recover_steps, config.seed):

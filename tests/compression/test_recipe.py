@@ -9,11 +9,14 @@ import hf_lowrank
 from hf_lowrank import LowRankConfig
 from hf_lowrank.compression.options import Texts
 from hf_lowrank.compression.recipe import recipe_of, with_recipe
+from hf_lowrank.errors import TargetError
 from tests.tiny_models import (
     Batch,
+    num_lowrank,
     sentence_batches,
     tiny_bert_classifier,
     tiny_llama,
+    tiny_mixtral,
     token_batches,
 )
 
@@ -73,6 +76,23 @@ def test_an_encoder_keeps_its_channels():
     assert parts(recipe_of(model, SIZE, batches, None)) == (False, False)
     report = hf_lowrank.compress(model, SIZE, batches, progress=False)
     assert not report.narrowed
+
+
+def test_a_mixture_of_experts_has_no_channels_to_take_and_is_compressed(text: list[Batch]):
+    model = tiny_mixtral()
+    report = hf_lowrank.compress(model, SIZE, text[:8], progress=False)
+    assert (report.config.channels, report.config.measured_prices) == (False, True)
+    assert num_lowrank(model)
+
+
+def test_channels_that_are_asked_for_are_refused_before_the_model_is_measured(text: list[Batch]):
+    model = tiny_mixtral()
+    asked = SIZE.replace(channels=True)
+    calls = []
+    model.register_forward_hook(lambda *args: calls.append(1))
+    with pytest.raises(TargetError, match=r"MixtralForCausalLM has no feed-forward of a known"):
+        hf_lowrank.compress(model, asked, text[:8], text[8:], progress=False)
+    assert len(calls) < 8
 
 
 def test_prices_are_not_measured_without_held_out_text():

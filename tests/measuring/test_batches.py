@@ -191,6 +191,18 @@ def test_what_is_no_batch_is_refused_with_its_place(name):
     assert "\n" not in str(refusal.value)
 
 
+def test_a_model_without_an_embedding_of_tokens_takes_any_token(monkeypatch):
+    """CANINE hashes its tokens, and transformers raises where it has no embedding to give."""
+
+    def no_embedding():
+        raise NotImplementedError("not auto-handled")
+
+    model = tiny_llama()
+    monkeypatch.setattr(model, "get_input_embeddings", no_embedding)
+    (found,) = checked_batches([{"input_ids": [[1, 96_000]]}], "calibration", model)
+    assert found["input_ids"].tolist() == [[1, 96_000]]
+
+
 @pytest.mark.parametrize("role", ["calibration", "held_out", "evaluation"])
 def test_every_set_is_checked_before_any_work(role):
     model = tiny_llama()
