@@ -157,8 +157,8 @@ def apart(case: Case, recipe: str, seconds: int, memory_gib: float) -> Trip:
         number = os.WTERMSIG(status) if os.WIFSIGNALED(status) else 0
         name = signal.Signals(number).name if number else "without a word"
         return Trip(detail=f"the process ended ({name})", step="process")
-    trip: Trip = pickle.loads(sent)  # from our own process
-    return trip
+    found: Trip = pickle.loads(sent)  # from our own process
+    return found
 
 
 def _limit(seconds: int, memory_gib: float) -> None:
