@@ -141,7 +141,7 @@ def test_a_stopped_sweep_goes_on_and_tries_again_what_is_asked(
         tasks=["CAUSAL_LM"], classes=["gpt2"], output=str(output), page=str(page)
     )
     sweep_architectures(args)
-    args.classes = ["gpt2", "LlamaForCausalLM"]
+    args.classes = ["gpt2", "llama"]
     sweep_architectures(args)
     assert tried == ["GPT2LMHeadModel"] * 2 + ["LlamaForCausalLM"] * 2
     args.again = ["failed"]
