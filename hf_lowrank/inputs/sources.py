@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from huggingface_hub.constants import HF_HOME
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
@@ -17,7 +18,6 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
-    GgufConfig,
 )
 
 from hf_lowrank.errors import ConfigError, DataError, TargetError
@@ -210,13 +210,16 @@ def _load_gguf(path: Path, dtype: Any) -> tuple[Any, Any]:  # noqa: ANN401
             "Reading .gguf files needs the package gguf: pip install 'hf-lowrank[demo]'."
         )
     folder, name = str(path.parent), path.name
+    settings: dict[str, Any] = {}
+    if hasattr(transformers, "GgufConfig"):  # without it, transformers 5 always dequantizes
+        settings["quantization_config"] = transformers.GgufConfig(dequantize=True)
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=name)
         model = AutoModelForCausalLM.from_pretrained(
             folder,
             gguf_file=name,
-            quantization_config=GgufConfig(dequantize=True),
             dtype=torch.bfloat16 if dtype == "auto" else dtype,
+            **settings,
         )
     except Exception as error:  # a damaged file can raise anything
         reason = " ".join(str(error).split())[:300]
