@@ -198,5 +198,5 @@ def test_a_classifier_of_another_task_is_refused(evaluate: InProcess, glue: Path
 
 def test_a_model_without_a_trained_head_is_refused(tmp_path: Path):
     save_checkpoint(tmp_path)
-    with pytest.raises(DataError, match=r"was not fine-tuned for classification \(it has no score"):
+    with pytest.raises(DataError, match=r"holds a LlamaForCausalLM, not a sequence classifier"):
         load_classifier(str(tmp_path), 2)
