@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn.modules.module import (
+    _global_forward_hooks_with_kwargs,
     register_module_forward_hook,
     register_module_forward_pre_hook,
 )
@@ -92,8 +93,11 @@ def counted_everywhere() -> Iterator[Cost]:
         register_module_forward_pre_hook(enter),
         register_module_forward_hook(leave, with_kwargs=True),
     ]
-    with _measured(cost, handles, on_gpu=torch.cuda.is_available()):
-        yield cost
+    try:
+        with _measured(cost, handles, on_gpu=torch.cuda.is_available()):
+            yield cost
+    finally:  # torch forgets that entry, and torch.compile then warns of a global hook
+        _global_forward_hooks_with_kwargs.pop(handles[1].id, None)
 
 
 def _add_pass(cost: Cost, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

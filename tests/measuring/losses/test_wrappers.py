@@ -8,7 +8,10 @@ from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from torch import nn
 from transformers import (
     BertForQuestionAnswering,
+    GenerationMixin,
     LlamaForCausalLM,
+    LlamaModel,
+    LlamaPreTrainedModel,
     LlavaConfig,
     LlavaForConditionalGeneration,
 )
@@ -109,19 +112,34 @@ def test_a_subclass_that_answers_questions_is_scored_by_its_spans():
     assert torch.equal(item_losses(own, batch).sums, item_losses(model, batch).sums)
 
 
-@pytest.mark.parametrize("source", ["data", "model"])
-@pytest.mark.parametrize("labels", [True, False])
-def test_other_models_that_write_text_are_refused_not_scored_unshifted(source, labels):
+def test_a_model_that_also_reads_images_has_the_loss_of_its_own_forward_pass():
     text = {**LLAMA_LIKE, "model_type": "llama"}
     vision = {
         "model_type": "clip_vision_model", "hidden_size": 16, "intermediate_size": 16,
         "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 8, "patch_size": 4,
     }  # fmt: skip
     config = LlavaConfig(text_config=text, vision_config=vision, image_token_index=95)
-    model, batch = build(LlavaForConditionalGeneration, config, 0), token_batches(1)[0]
+    model, batch = build(LlavaForConditionalGeneration, config, 0), causal_batch("labels")
+    own = model(**batch).loss
+    assert mean_of(item_losses(model, batch)).item() == pytest.approx(own.item(), rel=1e-5)
+
+
+class Writer(LlamaPreTrainedModel, GenerationMixin):
+    """Writes text, and no list of transformers knows its kind."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.model = LlamaModel(config)
+        self.post_init()
+
+
+@pytest.mark.parametrize("source", ["data", "model"])
+@pytest.mark.parametrize("labels", [True, False])
+def test_other_models_that_write_text_are_refused_not_scored_unshifted(source, labels):
+    model, batch = build(Writer, tiny_llama().config, 0), token_batches(1)[0]
     if labels:
         batch["labels"] = batch["input_ids"]
-    message = r"^LlavaForConditionalGeneration writes text, but .*; pass a loss_function\.$"
+    message = r"^Writer writes text, but .*; pass a loss_function\.$"
     with pytest.raises(ConfigError, match=message):
         item_losses(model, batch, source)
 
