@@ -17,7 +17,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from hf_lowrank.errors import CheckpointError, ConfigError
 from hf_lowrank.format.forms.stored_form import form_names
-from hf_lowrank.format.layout import FORMAT_VERSION, QUANT_METHOD
+from hf_lowrank.format.layout import FORMAT_VERSION, QUANT_METHOD, Layout
 
 METRIC_NAMES = (
     "plain",
@@ -39,6 +39,7 @@ SEARCH_NAMES = (
     "latency",
 )
 LABEL_SOURCES = ("data", "model")
+WEIGHT_TYPES = (None, "int8", "int4")
 DEFAULT_LOSS_TOLERANCE = 0.05
 _TRADING_GOALS = ("param_ratio", "loss_tolerance")
 # Settings that not every run reads: which choice decides, and with which choices they are read.
@@ -144,14 +145,21 @@ class LowRankConfig(QuantizationConfigMixin):
         "Labels behind the loss gradients of the kfac and fisher-rows metrics: 'data' uses the "
         "text or the dataset's labels, 'model' samples them from the model's own predictions.",
     )
+    weights: str | None = option(
+        None,
+        "Store the weights of all targeted layers as int8 or int4 (torchao). Default: as they are.",
+    )
     seed: int = option(0, "Seed of everything random.")
     ranks: dict[str, int | None] | None = option(
         None, "The decision: rank of every targeted layer, null for dense. Filled by compress()."
     )
     narrowed: dict[str, list[int]] | None = option(
         None,
-        "The decision: [out_features, in_features] of every layer that lost channels. Filled by "
-        "compress().",
+        "The decision: [out_features, in_features] of layers that lost channels, by compress().",
+    )
+    quantized: dict[str, dict[str, Any]] | None = option(
+        None,
+        "The decision: bits and block of every quantized matrix. Filled by compress().",
     )
     form: str = option("factors", "Factors in the checkpoint: 'factors' (B A) or 'usv' (U s V).")
     format_version: int = option(FORMAT_VERSION, "Version of the checkpoint layout.")
@@ -163,6 +171,7 @@ class LowRankConfig(QuantizationConfigMixin):
         _check_choice("metric", self.metric, METRIC_NAMES)
         _check_choice("label_source", self.label_source, LABEL_SOURCES)
         _check_choice("form", self.form, tuple(form_names()))
+        _check_choice("weights", self.weights, WEIGHT_TYPES)
         if self.rule is not None:
             _check_choice("rule", self.rule, RULE_NAMES + SEARCH_NAMES)
             if self.rule == "price" and self.metric != "kfac":
@@ -191,16 +200,14 @@ class LowRankConfig(QuantizationConfigMixin):
                 isinstance(value, (list, tuple)) and all(isinstance(item, str) for item in value)
             ):
                 raise ConfigError(f"{field_name} must be a list of names, got {value!r}.")
-        for field_name in ("rank_pattern", "ranks"):
-            value = getattr(self, field_name)
-            is_optional = field_name == "ranks" and value is None
-            if not is_optional and not isinstance(value, dict):
+        ranks = {} if self.ranks is None else self.ranks
+        for field_name, value in (("rank_pattern", self.rank_pattern), ("ranks", ranks)):
+            if not isinstance(value, dict):
                 raise ConfigError(f"{field_name} must map names to ranks, got {value!r}.")
-            for name, rank in (getattr(self, field_name) or {}).items():
+            for name, rank in value.items():
                 if rank is not None:
                     _check_count(f"{field_name}[{name!r}]", rank)
-
-        self._check_narrowed()
+        self._check_decision()
         if self.ranks is None:
             self._check_readers()
 
@@ -225,18 +232,11 @@ class LowRankConfig(QuantizationConfigMixin):
                 f"{self.metric!r} and rule {self.effective_rule!r}."
             )
 
-    def _check_narrowed(self) -> None:
-        if self.narrowed is not None and not isinstance(self.narrowed, dict):
-            raise ConfigError(f"narrowed must map names to shapes, got {self.narrowed!r}.")
-        for name, shape in (self.narrowed or {}).items():
-            if not (isinstance(shape, (list, tuple)) and len(shape) == 2):
-                raise ConfigError(
-                    f"narrowed[{name!r}] must be [out_features, in_features], got {shape!r}."
-                )
-            for size in shape:
-                _check_count(f"narrowed[{name!r}]", size)
-            if (self.ranks or {}).get(name) is not None:
-                raise ConfigError(f"{name} has both a rank and a narrowed shape; give one.")
+    def _check_decision(self) -> None:
+        try:
+            Layout.from_settings(self.to_dict() | {"ranks": self.ranks or {}})
+        except CheckpointError as error:
+            raise ConfigError(str(error)) from None
 
     def _check_goal(self) -> None:
         goals = [
@@ -321,9 +321,10 @@ def _is_number(value: object) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
-def _check_choice(name: str, value: object, allowed: tuple[str, ...]) -> None:
+def _check_choice(name: str, value: object, allowed: tuple[str | None, ...]) -> None:
     if value not in allowed:
-        raise ConfigError(f"{name} must be one of {', '.join(allowed)}; got {value!r}.")
+        names = ", ".join(filter(None, allowed))
+        raise ConfigError(f"{name} must be one of {names}; got {value!r}.")
 
 
 def _check_count(name: str, value: object) -> None:

@@ -164,6 +164,7 @@ class CompressionArguments:
     rule: str | None = config_option("rule")
     channels: bool | None = config_option("channels")
     measured_prices: bool | None = config_option("measured_prices")
+    weights: str | None = config_option("weights")
     search_trials: int = config_option("search_trials")
     target_modules: list[str] | None = config_option("target_modules")
     exclude_modules: list[str] | None = config_option("exclude_modules")

@@ -10,8 +10,9 @@ from hf_lowrank.config import option
 from hf_lowrank.errors import ConfigError
 from hf_lowrank.evaluation.assisted import measure_assisted
 from hf_lowrank.evaluation.harness import check_harness
-from hf_lowrank.evaluation.int8 import check_int8, quantize_int8_
+from hf_lowrank.evaluation.int8 import quantize_int8_
 from hf_lowrank.evaluation.speed import SpeedSettings
+from hf_lowrank.format.torchao_weights import check_torchao
 from hf_lowrank.inputs.sources import TRUST_HELP, check_windows, load_any_causal_lm
 from hf_lowrank.inputs.start_token import encode_prompt, start_text
 from hf_lowrank.inputs.text import check_local_text, token_batches
@@ -72,7 +73,7 @@ def evaluate(args: EvaluationArguments) -> Result:
     if args.assisted and not args.baseline:
         raise ConfigError("assisted needs a model to draft for; give --baseline as well.")
     if args.int8:
-        check_int8()
+        check_torchao("int8")
     speed = SpeedSettings(1, args.prompt_tokens, args.new_tokens, args.repeats)
     if args.tasks:
         check_harness(args.include_path)

@@ -7,7 +7,8 @@ and the config are put back.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -19,15 +20,18 @@ from hf_lowrank.compression.options import Run
 from hf_lowrank.compression.recovery import recover_, recovery_settings
 from hf_lowrank.config import LowRankConfig
 from hf_lowrank.evaluation.perplexity import LossMeasurement, measure_loss
-from hf_lowrank.evaluation.size import compare, counts_left, model_sizes
+from hf_lowrank.evaluation.size import compare, counts_left, model_sizes, weight_bytes
 from hf_lowrank.evaluation.speed import speed_before_and_after
+from hf_lowrank.format.layout import Precision
 from hf_lowrank.measuring.items import is_causal_lm
 from hf_lowrank.modeling.marks import attach_config
 from hf_lowrank.modeling.surgery import factorize_, restore_
 from hf_lowrank.modeling.targets import untouched_weights
+from hf_lowrank.modeling.weight_precision import planned_precisions, quantize_weights_
 from hf_lowrank.report.provenance import commit, hardware, versions
+from hf_lowrank.report.quantization import Quantization
 from hf_lowrank.report.schema import Report
-from hf_lowrank.report.sections import Data, Recovery, Settings, Speed
+from hf_lowrank.report.sections import Data, Recovery, Settings, Sizes, Speed
 from hf_lowrank.report.spectra import compact_spectra
 
 
@@ -111,6 +115,9 @@ def apply(model: nn.Module, decision: Decision, dense: Dense, run: Run) -> Repor
             decided = config.replace(ranks=dict(plan.ranks), narrowed=narrowed, form="factors")
             attach_config(model, decided)
         recovery = _recover(model, config, dense, run)
+        quantization = quantize(model, plan.ranks, config, run)
+        if quantization is not None:
+            attach_config(model, decided)
         after = _measure(model, "evaluate compressed", run)
         evaluations = {name: compare(dense.losses[name], after[name]) for name in after}
         speed = _speed(model, dense, run) if is_cut else None
@@ -135,6 +142,7 @@ def apply(model: nn.Module, decision: Decision, dense: Dense, run: Run) -> Repor
             probes=list(decision.probes),
             held_out=decision.held_out,
             recovery=recovery,
+            quantization=quantization,
             measured_prices=list(decision.parts),
             failures={**dense.left_dense, **analysis.failures},
             untouched=dict(dense.untouched),
@@ -142,6 +150,31 @@ def apply(model: nn.Module, decision: Decision, dense: Dense, run: Run) -> Repor
             architecture=type(model).__name__,
             spectra=compact_spectra(analysis.spectra),
             joint=decision.joint,
+        )
+
+
+def quantize(
+    model: nn.Module, names: Iterable[str], config: LowRankConfig, run: Run
+) -> Quantization | None:
+    """Quantizes the weights of targeted layers as a config says, in place; None if it says nothing.
+
+    A config that holds the decision, as a checkpoint's does, is replayed.
+    """
+    if config.weights is None:
+        return None
+    with run.stopwatch.phase("quantization"):
+        if config.ranks is not None and config.quantized is not None:
+            precisions = {n: Precision.from_json(n, each) for n, each in config.quantized.items()}
+        else:
+            precisions = planned_precisions(model, names, config.weights)
+        size = weight_bytes(model, precisions)
+        quantize_weights_(model, precisions)
+        groups = Counter(max(each.block) for each in precisions.values() if each.bits == 4)
+        return Quantization(
+            weights=config.weights,
+            matrices=len(precisions),
+            groups={str(size): count for size, count in sorted(groups.items())},
+            bytes=Sizes(size, weight_bytes(model, precisions)),
         )
 
 

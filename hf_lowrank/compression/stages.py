@@ -101,7 +101,7 @@ def earlier_stages(model: nn.Module, config: LowRankConfig, dense: Dense, run: R
     for ratio, steps in goals[:-1]:
         own = dataclasses.replace(options, recover_steps=steps, speed=False)
         part = dataclasses.replace(run, texts=unread, options=own)
-        sized = config.replace(param_ratio=ratio)
+        sized = config.replace(param_ratio=ratio, weights=None)
         reports.append(cut(model, _layers_now(model, dense), sized, dense, part))
         if compressed_layers(model):  # else there was nothing to drop
             with run.stopwatch.phase("surgery"):

@@ -28,6 +28,7 @@ from hf_lowrank.config import LowRankConfig
 from hf_lowrank.format.feed_forward import find_feed_forwards
 from hf_lowrank.measuring.distributed import current_processes
 from hf_lowrank.measuring.items import Batch, LossFunction
+from hf_lowrank.modeling.weight_precision import check_quantizable
 from hf_lowrank.report.schema import Report
 
 
@@ -204,6 +205,7 @@ def check_run(
     """
     texts, options = run.texts, run.options
     check_goal(targets, config)
+    check_quantizable(targets, config.weights)
     if config.channels:
         find_feed_forwards(model, targets)
     if config.measured_prices and config.ranks is None:

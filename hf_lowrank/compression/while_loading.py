@@ -11,6 +11,7 @@ from torch import nn
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 
 from hf_lowrank.compression.analysis import analyze
+from hf_lowrank.compression.application import quantize
 from hf_lowrank.compression.decision import decide
 from hf_lowrank.compression.goals import check_goal
 from hf_lowrank.compression.options import Run, RunOptions, run_targets
@@ -20,6 +21,7 @@ from hf_lowrank.errors import CheckpointError, ConfigError
 from hf_lowrank.format.layout import QUANT_METHOD
 from hf_lowrank.format.quantizer import LowRankQuantizer
 from hf_lowrank.modeling.surgery import factorize_
+from hf_lowrank.modeling.weight_precision import check_quantizable
 
 
 class LowRankHfQuantizer(LowRankQuantizer):
@@ -79,8 +81,10 @@ def _compress_without_data(model: nn.Module, config: LowRankConfig) -> LowRankCo
     quiet = Run(options=RunOptions(progress=False))
     targets, _ = run_targets(model, config, quiet)
     check_goal(targets, config)
+    check_quantizable(targets, config.weights)
     decision = decide(model, analyze(model, targets, config, quiet), quiet)
     factorize_(model, decision.analysis.factors, decision.plan)
+    quantize(model, targets, config, quiet)
     return config.replace(ranks=dict(decision.plan.ranks), narrowed=None, form="factors")
 
 

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from typing import cast
+
+import torch
 from torch import nn
 
-from hf_lowrank.evaluation.int8 import num_bytes
 from hf_lowrank.evaluation.perplexity import LossMeasurement
+from hf_lowrank.format.torchao_weights import num_bytes
 from hf_lowrank.ranks.plan import RankPlan
 from hf_lowrank.ranks.tolerance import paired_difference
 from hf_lowrank.report.sections import Evaluation, Parameters, Sizes
@@ -40,8 +44,14 @@ def counts_left(
     return counts, Sizes(dense[1], size)
 
 
+def weight_bytes(model: nn.Module, names: Iterable[str]) -> int:
+    """Bytes of the weights of some modules in a file."""
+    weights = [cast(torch.Tensor, model.get_submodule(name).weight) for name in names]
+    return sum(map(num_bytes, weights))
+
+
 def model_sizes(model: nn.Module) -> tuple[int, int]:
-    """(parameters, bytes) of a model, each tied weight counted once."""
+    """(parameters, bytes in a file) of a model, each tied weight counted once."""
     parameters = list(model.parameters())  # tied weights appear once
     return (
         sum(parameter.numel() for parameter in parameters),

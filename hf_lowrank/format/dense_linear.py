@@ -8,6 +8,8 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from hf_lowrank.format.torchao_weights import is_quantized
+
 
 def linear_shape(layer: nn.Module) -> tuple[int, int]:
     """(out_features, in_features) of an `nn.Linear` or a transformers `Conv1D`."""
@@ -17,9 +19,17 @@ def linear_shape(layer: nn.Module) -> tuple[int, int]:
 
 
 def linear_weight(layer: nn.Module) -> torch.Tensor:
-    """The layer's weight as (out_features, in_features), without a copy and without gradient."""
-    weight = cast(torch.Tensor, layer.weight).detach()
+    """The layer's weight as (out_features, in_features), without gradient.
+
+    Not a copy, unless the weight is quantized.
+    """
+    weight = plain(cast(torch.Tensor, layer.weight)).detach()
     return weight.T if isinstance(layer, Conv1D) else weight
+
+
+def plain(weight: torch.Tensor) -> torch.Tensor:
+    """A weight itself, or the numbers that a quantized one stands for."""
+    return weight.dequantize() if is_quantized(weight) else weight
 
 
 def dense_layer(weight: torch.Tensor, bias: torch.Tensor | None, conv1d: bool) -> nn.Module:

@@ -10,6 +10,43 @@ from hf_lowrank.errors import CheckpointError
 
 QUANT_METHOD = "lowrank"
 FORMAT_VERSION = 1
+BITS = (4, 8)
+
+
+@dataclass(frozen=True)
+class Precision:
+    """How the numbers of a quantized weight are stored.
+
+    Attributes:
+        bits: Of each number, 4 or 8.
+        block: (rows, columns) of the numbers that share a scale.
+    """
+
+    bits: int
+    block: tuple[int, int]
+
+    def __str__(self) -> str:
+        return f"{self.bits} bits in blocks of {self.block[0]} x {self.block[1]}"
+
+    def to_json(self) -> dict[str, Any]:
+        """As it stands in config.json."""
+        return {"bits": self.bits, "block": list(self.block)}
+
+    @classmethod
+    def from_json(cls, name: str, value: object) -> Precision:
+        """Reads what config.json says of a matrix.
+
+        Raises:
+            CheckpointError: It is none that a writer would write.
+        """
+        known = value if isinstance(value, dict) else {}
+        bits, block = known.get("bits"), known.get("block", ())
+        if isinstance(bits, bool) or bits not in BITS or not _is_pair(block):
+            raise CheckpointError(
+                f'quantized[{name!r}] must be {{"bits": 4 or 8, "block": [rows, columns]}}, got '
+                f"{value!r}."
+            )
+        return cls(bits, (block[0], block[1]))
 
 
 @dataclass(frozen=True)
@@ -20,11 +57,14 @@ class Layout:
         ranks: Module name to rank; None for a layer that stayed dense or was narrowed.
         narrowed: Module name to (out_features, in_features), for layers that lost channels.
         form: Name of the stored form of the layers in `ranks`.
+        quantized: Name to precision, for the modules whose weight is quantized: factors, narrowed
+            layers, and layers that are dense otherwise.
     """
 
     ranks: Mapping[str, int | None]
     narrowed: Mapping[str, tuple[int, int]] = field(default_factory=dict)
     form: str = "factors"
+    quantized: Mapping[str, Precision] = field(default_factory=dict)
 
     @classmethod
     def from_settings(cls, settings: Mapping[str, Any]) -> Layout:
@@ -45,6 +85,7 @@ class Layout:
         if not isinstance(form, str):
             raise CheckpointError(f"form must be the name of a stored form, got {form!r}.")
         ranks, narrowed = settings.get("ranks"), settings.get("narrowed")
+        quantized = settings.get("quantized")
         if not isinstance(ranks, dict):
             raise CheckpointError(
                 "config.json names quant_method 'lowrank' but holds no ranks; the checkpoint is "
@@ -52,20 +93,35 @@ class Layout:
             )
         if not isinstance(narrowed, (dict, type(None))):
             raise CheckpointError(f"narrowed must map names to shapes, got {narrowed!r}.")
+        if not isinstance(quantized, (dict, type(None))):
+            raise CheckpointError(f"quantized must map names to precisions, got {quantized!r}.")
         for name, rank in ranks.items():
             if rank is not None and not _is_count(rank):
                 raise CheckpointError(f"ranks[{name!r}] must be an integer >= 1, got {rank!r}.")
-        return cls(ranks, {n: _shape(n, s, ranks) for n, s in (narrowed or {}).items()}, form)
+        return cls(
+            ranks,
+            {name: _shape(name, shape, ranks) for name, shape in (narrowed or {}).items()},
+            form,
+            {name: Precision.from_json(name, each) for name, each in (quantized or {}).items()},
+        )
 
 
-def _shape(name: str, shape: object, ranks: Mapping[str, int | None]) -> tuple[int, int]:
-    if not (isinstance(shape, list) and len(shape) == 2 and all(map(_is_count, shape))):
+def _shape(
+    name: str,
+    shape: Any,  # noqa: ANN401
+    ranks: Mapping[str, int | None],
+) -> tuple[int, int]:
+    if not _is_pair(shape):
         raise CheckpointError(
             f"narrowed[{name!r}] must be [out_features, in_features], got {shape!r}."
         )
     if ranks.get(name) is not None:
         raise CheckpointError(f"{name} has both a rank and a narrowed shape.")
     return shape[0], shape[1]
+
+
+def _is_pair(value: Any) -> bool:  # noqa: ANN401
+    return isinstance(value, (list, tuple)) and len(value) == 2 and all(map(_is_count, value))
 
 
 def _is_count(value: object) -> bool:

@@ -26,8 +26,10 @@ def mark_as_lowrank(model: nn.Module, quantizer: HfQuantizer) -> None:
     config.quantization_config = quantizer.quantization_config
     config.auto_map = auto_map(config) | foreign_entries(config)
     model.hf_quantizer = quantizer  # type: ignore[assignment]
-    # transformers refuses .half() and .float() on models flagged as quantized; factors allow both.
-    model.is_quantized = False  # type: ignore[assignment]
+    # transformers refuses .half(), .float() and training on models flagged as quantized; factors
+    # allow all three, int8 and int4 none.
+    is_quantized = bool(getattr(quantizer.quantization_config, "quantized", None))
+    model.is_quantized = is_quantized  # type: ignore[assignment]
     model.save_pretrained = _SavePretrained(model)  # type: ignore[assignment]
 
 

@@ -16,6 +16,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from hf_lowrank.format.layout import FORMAT_VERSION, QUANT_METHOD, Layout
 from hf_lowrank.format.marking import mark_as_lowrank, unmark_as_lowrank
 from hf_lowrank.format.rebuild import compressed_layers, replace_with_lowrank
+from hf_lowrank.format.torchao_weights import assemble_, check_torchao
 
 
 class LowRankCheckpointConfig(QuantizationConfigMixin):
@@ -25,6 +26,7 @@ class LowRankCheckpointConfig(QuantizationConfigMixin):
         ranks: Module name to rank, None for a layer that stayed dense.
         form: "factors" or "usv", see `LowRankLinear`.
         narrowed: Module name to [out_features, in_features], for layers that lost channels.
+        quantized: Name to bits and block, for modules whose weight is quantized.
         format_version: Version of the checkpoint layout.
         **extra: Fields that only hf_lowrank reads.
     """
@@ -34,6 +36,7 @@ class LowRankCheckpointConfig(QuantizationConfigMixin):
         ranks: dict[str, int | None] | None = None,
         form: str = "factors",
         narrowed: dict[str, list[int]] | None = None,
+        quantized: dict[str, dict[str, Any]] | None = None,
         format_version: int = FORMAT_VERSION,
         **extra: Any,
     ) -> None:
@@ -43,6 +46,7 @@ class LowRankCheckpointConfig(QuantizationConfigMixin):
         self.ranks = ranks
         self.form = form
         self.narrowed = narrowed
+        self.quantized = quantized
         self.format_version = format_version
 
 
@@ -51,6 +55,15 @@ class LowRankQuantizer(HfQuantizer):
 
     requires_calibration = True
     quantization_config: LowRankCheckpointConfig
+
+    def validate_environment(self, *args: Any, **kwargs: Any) -> None:
+        """Called before anything is read.
+
+        Raises:
+            ConfigError: The weights are quantized and torchao is missing.
+        """
+        if self.pre_quantized and self.quantization_config.quantized:
+            check_torchao("This checkpoint's weights are quantized, which")
 
     def _process_model_before_weight_loading(
         self,
@@ -65,6 +78,7 @@ class LowRankQuantizer(HfQuantizer):
         model: nn.Module,
         **kwargs: Any,
     ) -> nn.Module:
+        assemble_(model)
         mark_as_lowrank(model, self)
         return model
 
@@ -74,13 +88,13 @@ class LowRankQuantizer(HfQuantizer):
 
     @property
     def is_trainable(self) -> bool:
-        """The factors are ordinary parameters."""
-        return True
+        """The factors are ordinary parameters, unless they are quantized."""
+        return not self.quantization_config.quantized
 
     @property
     def is_qat_trainable(self) -> bool:
         """Lets `Trainer` train the factors without an adapter on top."""
-        return True
+        return self.is_trainable
 
     @property
     def is_compileable(self) -> bool:

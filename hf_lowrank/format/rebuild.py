@@ -9,6 +9,7 @@ from hf_lowrank.format.forms.factors import LowRankLinear
 from hf_lowrank.format.forms.narrowed import NarrowedLinear
 from hf_lowrank.format.forms.stored_form import CompressedLayer, listed_layers
 from hf_lowrank.format.layout import Layout
+from hf_lowrank.format.torchao_weights import expect_
 
 
 def resolve_module_name(model: nn.Module, name: str) -> str | None:
@@ -45,6 +46,8 @@ def compressed_layers(model: nn.Module) -> dict[str, CompressedLayer]:
 def replace_with_lowrank(model: nn.Module, layout: Layout) -> None:
     """Replaces the listed layers by empty compressed ones, in place.
 
+    Quantized weights are left as what a file holds of them, see `assemble_`.
+
     Args:
         model: A model, usually on the meta device.
         layout: What config.json says of the layers.
@@ -70,3 +73,19 @@ def replace_with_lowrank(model: nn.Module, layout: Layout) -> None:
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from None
         model.set_submodule(name, new_layer)
+    for saved_name, precision in layout.quantized.items():
+        name = resolve_module_name(model, saved_name) or saved_name
+        try:
+            expect_(_linear(model, name), precision)
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from None
+
+
+def _linear(model: nn.Module, name: str) -> nn.Linear:
+    try:
+        module = model.get_submodule(name)
+    except AttributeError:
+        module = model
+    if not isinstance(module, nn.Linear):
+        raise ValueError("config.json gives it a precision, but it is no linear layer.")
+    return module

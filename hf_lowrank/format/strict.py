@@ -22,6 +22,7 @@ from hf_lowrank.format.forms.stored_form import form_names, listed_layers, store
 from hf_lowrank.format.headers import Checked, check_checkpoint, pinned
 from hf_lowrank.format.layout import Layout
 from hf_lowrank.format.rebuild import narrowed_layers, replace_with_lowrank, resolve_module_name
+from hf_lowrank.format.torchao_weights import stored_shapes
 
 # Saved numbers that a model may have beyond four times its tensors' elements.
 _SPARE_ELEMENTS = 10_000_000
@@ -153,8 +154,11 @@ def _check_layers(
     """Compares what config.json says of each layer with the layer's tensors."""
     for saved_name, form, entry in listed_layers(layout):
         name = resolve_module_name(skeleton, saved_name) or saved_name
-        wanted = [list(s) for s in form.shapes(linear_shape(skeleton.get_submodule(name)), entry)]
-        stored = [shapes.get(f"{name}.{tensor}") for tensor in form.tensors]
+        whole = form.shapes(linear_shape(skeleton.get_submodule(name)), entry)
+        tensors = dict(zip(form.tensors, whole, strict=True))
+        expected = _as_stored(saved_name, tensors, layout)
+        wanted = [list(shape) for shape in expected.values()]
+        stored = [shapes.get(f"{name}.{tensor}") for tensor in expected]
         said = list(entry) if isinstance(entry, tuple) else entry
         given = f"{folder}: {name} has {form.entry} {said} in config.json but"
         if None in stored:
@@ -170,6 +174,23 @@ def _check_layers(
             raise CheckpointError(f"{folder}: {name} is dense in config.json but has factors.")
 
 
+def _as_stored(
+    name: str, tensors: dict[str, tuple[int, ...]], layout: Layout
+) -> dict[str, tuple[int, ...]]:
+    """Shapes by the tensors' ends, with what a file holds of each quantized weight in its place."""
+    found: dict[str, tuple[int, ...]] = {}
+    for tensor, shape in tensors.items():
+        module, _, end = f"{name}.{tensor}".rpartition(".")
+        precision = layout.quantized.get(module) if end == "weight" else None
+        if precision is None:
+            found[tensor] = shape
+            continue
+        before = tensor.removesuffix("weight")
+        parts = stored_shapes((shape[0], shape[1]), precision)
+        found |= {f"{before}{part}": part_shape for part, part_shape in parts.items()}
+    return found
+
+
 def _and(shapes: Sequence[list[int] | None]) -> str:
     """[1, 2] and [3, 4]."""
     return " and ".join(map(str, shapes))
@@ -181,7 +202,7 @@ def _check_feed_forwards(folder: str | Path, skeleton: nn.Module) -> None:
     blocks = named_feed_forwards(skeleton, small)
     for name in small.keys() - {name for _, block in blocks for name in block.names}:
         raise CheckpointError(
-            f"{folder}: config.json narrows {name} to {[*small[name].weight.shape]}, which does "
+            f"{folder}: config.json narrows {name} to {[*linear_shape(small[name])]}, which does "
             "not fit the other layers of its feed-forward."
         )
 

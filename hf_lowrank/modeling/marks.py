@@ -8,13 +8,14 @@ from hf_lowrank.config import LowRankConfig
 from hf_lowrank.format.marking import mark_as_lowrank, unmark_as_lowrank
 from hf_lowrank.format.quantizer import LowRankQuantizer
 from hf_lowrank.format.rebuild import narrowed_layers
+from hf_lowrank.format.torchao_weights import precision_of, quantized_modules
 
 
 def attach_config(model: nn.Module, config: LowRankConfig | None) -> None:
     """Marks a model's config with what was decided, so that it is saved as low-rank.
 
-    Which layers are narrowed is read off the model. With None the marks are removed again. Models
-    without a transformers config are left alone.
+    Which layers are narrowed or quantized is read off the model. With None the marks are removed
+    again. Models without a transformers config are left alone.
     """
     if not hasattr(model, "config") or not hasattr(model, "save_pretrained"):
         return
@@ -22,5 +23,12 @@ def attach_config(model: nn.Module, config: LowRankConfig | None) -> None:
         unmark_as_lowrank(model)
     else:
         layers = narrowed_layers(model)
-        config = config.replace(narrowed={n: [*m.weight.shape] for n, m in layers.items()} or None)
+        quantized = {
+            name: precision_of(module.weight).to_json()
+            for name, module in quantized_modules(model).items()
+        }
+        config = config.replace(
+            narrowed={n: [*m.weight.shape] for n, m in layers.items()} or None,
+            quantized=quantized or None,
+        )
         mark_as_lowrank(model, LowRankQuantizer(config, pre_quantized=True))

@@ -14,7 +14,8 @@ package = types.ModuleType("hf_lowrank")
 package.__path__ = [sys.argv[1]]
 sys.modules["hf_lowrank"] = package
 from hf_lowrank.format.layout import Layout
-settings = {"format_version": 1, "ranks": {"a": 3, "b": None}, "narrowed": {"b": [2, 5]}}
+settings = {"format_version": 1, "ranks": {"a": 3, "b": None}, "narrowed": {"b": [2, 5]},
+            "quantized": {"b": {"bits": 4, "block": [1, 5]}}}
 print(Layout.from_settings(settings))
 """
 
@@ -24,5 +25,8 @@ def test_layout_needs_neither_torch_nor_transformers():
     done = subprocess.run(
         [sys.executable, "-c", WITHOUT, folder], capture_output=True, text=True, check=False
     )
-    expected = "Layout(ranks={'a': 3, 'b': None}, narrowed={'b': (2, 5)}, form='factors')"
+    expected = (
+        "Layout(ranks={'a': 3, 'b': None}, narrowed={'b': (2, 5)}, form='factors', "
+        "quantized={'b': Precision(bits=4, block=(1, 5))})"
+    )
     assert done.stdout.strip() == expected, done.stderr

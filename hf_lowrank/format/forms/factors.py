@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from hf_lowrank.format.dense_linear import dense_layer, layer_options, linear_shape
+from hf_lowrank.format.dense_linear import dense_layer, layer_options, linear_shape, plain
 from hf_lowrank.format.forms.stored_form import CompressedLayer, StoredForm, register
 from hf_lowrank.format.weight_stand_in import WeightStandIn
 
@@ -103,7 +103,7 @@ class LowRankLinear(CompressedLayer):
     def dense_weight(self) -> torch.Tensor:
         """The product of the factors, shape (m, n), computed in fp32 or the factors' own fp64."""
         dtype = torch.promote_types(self.lowrank_A.weight.dtype, torch.float32)
-        left, right = self.lowrank_B.weight.to(dtype), self.lowrank_A.weight.to(dtype)
+        left, right = (plain(f.weight).to(dtype) for f in (self.lowrank_B, self.lowrank_A))
         if self.lowrank_s is not None:
             left = left * self.lowrank_s.to(dtype)
         return left @ right

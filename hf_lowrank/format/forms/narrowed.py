@@ -8,7 +8,12 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from hf_lowrank.format.dense_linear import dense_layer, layer_options, linear_shape
+from hf_lowrank.format.dense_linear import (
+    dense_layer,
+    layer_options,
+    linear_shape,
+    linear_weight,
+)
 from hf_lowrank.format.forms.stored_form import CompressedLayer, StoredForm, register
 
 
@@ -60,10 +65,9 @@ class NarrowedLinear(CompressedLayer, nn.Linear):
         With all layers of a feed-forward it computes the same: the output layer multiplies the
         lost channels by 0.
         """
-        missing = [
-            full - left for full, left in zip(self.dense_shape, self.weight.shape, strict=True)
-        ]
-        weight = nn.functional.pad(self.weight, (0, missing[1], 0, missing[0]))
+        weight = linear_weight(self)
+        missing = [full - left for full, left in zip(self.dense_shape, weight.shape, strict=True)]
+        weight = nn.functional.pad(weight, (0, missing[1], 0, missing[0]))
         bias = None if self.bias is None else nn.functional.pad(self.bias, (0, missing[0]))
         return dense_layer(weight, bias, self.conv1d)
 

@@ -98,7 +98,14 @@ def listed_layers(layout: Layout) -> list[tuple[str, StoredForm, Any]]:
         CheckpointError: There is no such form.
     """
     factors, narrowed = stored_form(layout.form), _STORED_FORMS["narrowed"]
+    ranks = {name: rank for name, rank in layout.ranks.items() if rank is not None}
+    whole = {
+        name: precision
+        for name, precision in layout.quantized.items()
+        if name not in layout.narrowed and name.rpartition(".")[0] not in ranks
+    }
     return [
-        *((name, factors, rank) for name, rank in layout.ranks.items() if rank is not None),
+        *((name, factors, rank) for name, rank in ranks.items()),
         *((name, narrowed, shape) for name, shape in layout.narrowed.items()),
+        *((name, _STORED_FORMS["quantized"], precision) for name, precision in whole.items()),
     ]

@@ -1,0 +1,136 @@
+"""Weights of targeted layers in int8 or int4, after the cut and its recovery.
+
+int8 has a scale for each row. int4 has one for each block of about 32 numbers along a row, or along
+a column of a second factor: then all numbers of a block belong to one component of the spectrum,
+and the rank need not divide into blocks.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from hf_lowrank.errors import ConfigError
+from hf_lowrank.format.dense_linear import linear_weight
+from hf_lowrank.format.forms.quantized import QuantizedLinear
+from hf_lowrank.format.forms.stored_form import CompressedLayer
+from hf_lowrank.format.layout import Precision
+from hf_lowrank.format.torchao_weights import check_torchao, quantize_
+
+GROUP = 32  # numbers that share a scale in int4
+_BITS = {"int8": 8, "int4": 4}
+_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+def check_quantizable(targets: Mapping[str, nn.Module], weights: str | None) -> None:
+    """Refuses what can't be quantized, before any long work.
+
+    Args:
+        targets: The targeted layers by name.
+        weights: "int8", "int4", or None for weights as they are.
+
+    Raises:
+        ConfigError: torchao is missing, or a weight has another dtype than it takes.
+    """
+    if weights is None:
+        return
+    check_torchao(f"weights={weights!r}")
+    for name, layer in targets.items():
+        dtype = linear_weight(layer).dtype
+        if dtype not in _DTYPES:
+            raise ConfigError(
+                f"{name}: weights={weights!r} needs a model in float32, bfloat16 or float16, got "
+                f"{str(dtype).removeprefix('torch.')}."
+            )
+
+
+def planned_precisions(
+    model: nn.Module, names: Iterable[str], weights: str
+) -> dict[str, Precision]:
+    """Precision of every matrix of a compressed model's targeted layers, by its module's name.
+
+    Args:
+        model: The model after the cut.
+        names: Its targeted layers, also those that stayed dense.
+        weights: "int8" or "int4".
+    """
+    bits = _BITS[weights]
+    found = {}
+    for name in names:
+        layer = model.get_submodule(name)
+        children = dict(layer.named_children()) if isinstance(layer, CompressedLayer) else {}
+        for child, factor in children.items():
+            if isinstance(factor, nn.Linear):
+                shape = (factor.out_features, factor.in_features)
+                block = block_of(shape, bits, by_columns=child.endswith("_B"))
+                found[f"{name}.{child}"] = Precision(bits, block)
+        if not children:
+            rows, columns = linear_weight(layer).shape
+            found[name] = Precision(bits, block_of((rows, columns), bits))
+    return found
+
+
+def block_of(shape: tuple[int, int], bits: int, *, by_columns: bool = False) -> tuple[int, int]:
+    """(rows, columns) of the numbers of a matrix that share a scale.
+
+    torchao takes whole blocks only, so in int4 it is the divisor of a side that is nearest to 32:
+    of the row's length, or of the column's where that has a better one.
+
+    Args:
+        shape: (m, n) of the matrix.
+        bits: 4 or 8.
+        by_columns: Whether blocks along a column are taken where both are equally good.
+    """
+    rows, columns = shape
+    if bits == 8:
+        return 1, columns
+    lying, standing = nearest_divisor(columns), nearest_divisor(rows)
+    (off_lying, along_row), (off_standing, along_column) = (
+        (abs(math.log(size / GROUP)), size) for size in (lying, standing)
+    )
+    stands = off_standing < off_lying or (by_columns and off_standing == off_lying)
+    return (along_column, 1) if stands else (1, along_row)
+
+
+def nearest_divisor(size: int) -> int:
+    """The divisor of a size nearest to 32 by its ratio."""
+    divisors = [each for each in range(1, size + 1) if size % each == 0]
+    return min(divisors, key=lambda each: abs(math.log(each / GROUP)))
+
+
+@torch.no_grad()
+def quantize_weights_(model: nn.Module, precisions: Mapping[str, Precision]) -> None:
+    """Quantizes the named matrices, in place; dense layers become `QuantizedLinear`.
+
+    Args:
+        model: The model after the cut.
+        precisions: Precision by the name of a factor, a narrowed or a dense layer.
+    """
+    for name, precision in precisions.items():
+        layer = model.get_submodule(name)
+        is_factor = isinstance(model.get_submodule(name.rpartition(".")[0]), CompressedLayer)
+        if not is_factor and not isinstance(layer, CompressedLayer):
+            layer = _quantized_linear(layer)
+            model.set_submodule(name, layer)
+        assert isinstance(layer, nn.Linear)
+        quantize_(layer, precision)
+
+
+def _quantized_linear(layer: nn.Module) -> QuantizedLinear:
+    """A layer with the weight, bias and mode of a dense one; its weight is not quantized yet."""
+    weight, bias = linear_weight(layer), layer.bias
+    with torch.device("meta"):  # no random start, so the random state is left alone
+        copy = QuantizedLinear(
+            weight.shape[1],
+            weight.shape[0],
+            bias is not None,
+            conv1d=isinstance(layer, Conv1D),
+            dtype=weight.dtype,
+        )
+    copy.weight = nn.Parameter(weight.contiguous(), requires_grad=False)
+    copy.bias = bias  # type: ignore[assignment]
+    return copy.train(layer.training)
