@@ -9,6 +9,7 @@ from torch import nn
 
 from hf_lowrank.compression.verbs import compress
 from hf_lowrank.config import LowRankConfig
+from hf_lowrank.errors import ConfigError
 from hf_lowrank.measuring.items import Batch, LossFunction
 
 
@@ -35,7 +36,15 @@ def get_lowrank_model(
     Returns:
         The same model object, its target layers factorized, with a method
         `print_trainable_parameters` as PEFT's models have it.
+
+    Raises:
+        ConfigError: The weights are to be quantized; see also `compress`.
     """
+    if config.weights is not None:
+        raise ConfigError(
+            f"get_lowrank_model returns a model to train, which weights={config.weights!r} can't "
+            "be; leave weights out, or call hf_lowrank.compress."
+        )
     compress(
         model,
         config,

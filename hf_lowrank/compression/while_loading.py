@@ -20,6 +20,7 @@ from hf_lowrank.decomposition.metrics import METRICS
 from hf_lowrank.errors import CheckpointError, ConfigError
 from hf_lowrank.format.layout import QUANT_METHOD
 from hf_lowrank.format.quantizer import LowRankQuantizer
+from hf_lowrank.format.torchao_weights import quantized_settings
 from hf_lowrank.modeling.surgery import factorize_
 from hf_lowrank.modeling.weight_precision import check_quantizable
 
@@ -85,7 +86,12 @@ def _compress_without_data(model: nn.Module, config: LowRankConfig) -> LowRankCo
     decision = decide(model, analyze(model, targets, config, quiet), quiet)
     factorize_(model, decision.analysis.factors, decision.plan)
     quantize(model, targets, config, quiet)
-    return config.replace(ranks=dict(decision.plan.ranks), narrowed=None, form="factors")
+    return config.replace(
+        ranks=dict(decision.plan.ranks),
+        narrowed=None,
+        quantized=quantized_settings(model),
+        form="factors",
+    )
 
 
 AUTO_QUANTIZATION_CONFIG_MAPPING[QUANT_METHOD] = LowRankConfig

@@ -62,6 +62,12 @@ def quantized_modules(model: nn.Module) -> dict[str, nn.Module]:
     return {n: m for n, m in model.named_modules() if is_quantized(getattr(m, "weight", None))}
 
 
+def quantized_settings(model: nn.Module) -> dict[str, dict[str, Any]] | None:
+    """What config.json says of a model's quantized weights."""
+    modules = quantized_modules(model)
+    return {name: precision_of(m.weight).to_json() for name, m in modules.items()} or None
+
+
 def stored_shapes(shape: tuple[int, int], precision: Precision) -> dict[str, tuple[int, int]]:
     """Shapes of what a file holds of a weight of shape (m, n), by the end of its name.
 

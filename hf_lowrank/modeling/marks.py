@@ -8,7 +8,7 @@ from hf_lowrank.config import LowRankConfig
 from hf_lowrank.format.marking import mark_as_lowrank, unmark_as_lowrank
 from hf_lowrank.format.quantizer import LowRankQuantizer
 from hf_lowrank.format.rebuild import narrowed_layers
-from hf_lowrank.format.torchao_weights import precision_of, quantized_modules
+from hf_lowrank.format.torchao_weights import quantized_settings
 
 
 def attach_config(model: nn.Module, config: LowRankConfig | None) -> None:
@@ -23,12 +23,8 @@ def attach_config(model: nn.Module, config: LowRankConfig | None) -> None:
         unmark_as_lowrank(model)
     else:
         layers = narrowed_layers(model)
-        quantized = {
-            name: precision_of(module.weight).to_json()
-            for name, module in quantized_modules(model).items()
-        }
         config = config.replace(
             narrowed={n: [*m.weight.shape] for n, m in layers.items()} or None,
-            quantized=quantized or None,
+            quantized=quantized_settings(model),
         )
         mark_as_lowrank(model, LowRankQuantizer(config, pre_quantized=True))

@@ -24,6 +24,7 @@ from hf_lowrank.format.dense_linear import linear_shape, linear_weight
 from hf_lowrank.format.forms.factors import LowRankLinear
 from hf_lowrank.format.marking import unmark_as_lowrank
 from hf_lowrank.format.rebuild import compressed_layers
+from hf_lowrank.format.torchao_weights import quantized_modules
 from hf_lowrank.ranks.plan import RankPlan
 
 
@@ -182,7 +183,7 @@ def merge_(model: nn.Module) -> nn.Module:
     for name, layer in layers.items():
         dense = layer.to_dense()
         dense.train(layer.training)
-        trains = next(layer.parameters()).requires_grad
+        trains = next(layer.parameters()).requires_grad or bool(quantized_modules(layer))
         for parameter in dense.parameters():
             parameter.requires_grad_(trains)
         replace_layer_(model, name, dense)

@@ -16,9 +16,8 @@ from transformers.pytorch_utils import Conv1D
 from hf_lowrank.config import LowRankConfig
 from hf_lowrank.errors import ConfigError, TargetError
 from hf_lowrank.format.dense_linear import linear_shape
-from hf_lowrank.format.forms.factors import LowRankLinear
-from hf_lowrank.format.forms.narrowed import NarrowedLinear
 from hf_lowrank.format.layout import QUANT_METHOD
+from hf_lowrank.format.rebuild import compressed_layers
 from hf_lowrank.ranks.plan import break_even_rank
 
 Value = TypeVar("Value")
@@ -38,7 +37,7 @@ def find_targets(model: nn.Module, config: LowRankConfig) -> dict[str, nn.Module
             no layer is left.
         ConfigError: A rank of `rank_pattern` or `rank` exceeds its layer's limit.
     """
-    if any(isinstance(module, (LowRankLinear, NarrowedLinear)) for module in model.modules()):
+    if compressed_layers(model):
         raise TargetError(
             "The model is already compressed; merge it first (hf_lowrank.merge) or start from "
             "the dense checkpoint."

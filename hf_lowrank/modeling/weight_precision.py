@@ -14,12 +14,17 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from hf_lowrank.errors import ConfigError
+from hf_lowrank.errors import ConfigError, TargetError
 from hf_lowrank.format.dense_linear import linear_weight
 from hf_lowrank.format.forms.quantized import QuantizedLinear
 from hf_lowrank.format.forms.stored_form import CompressedLayer
 from hf_lowrank.format.layout import Precision
-from hf_lowrank.format.torchao_weights import check_torchao, quantize_
+from hf_lowrank.format.torchao_weights import (
+    check_torchao,
+    precision_of,
+    quantize_,
+    quantized_modules,
+)
 
 GROUP = 32  # numbers that share a scale in int4
 _BITS = {"int8": 8, "int4": 4}
@@ -46,6 +51,20 @@ def check_quantizable(targets: Mapping[str, nn.Module], weights: str | None) -> 
                 f"{name}: weights={weights!r} needs a model in float32, bfloat16 or float16, got "
                 f"{str(dtype).removeprefix('torch.')}."
             )
+
+
+def refuse_quantized(model: nn.Module) -> None:
+    """Refuses to train a model whose weights are quantized.
+
+    Raises:
+        TargetError: With the first of them.
+    """
+    for name, module in quantized_modules(model).items():
+        bits = precision_of(module.weight).bits
+        raise TargetError(
+            f"{name}: its weight is int{bits}, which can't be trained; train before it is "
+            "quantized, put a LoRA adapter on it (peft), or merge the model (hf_lowrank.merge)."
+        )
 
 
 def planned_precisions(

@@ -22,6 +22,7 @@ from hf_lowrank.format.forms.factors import LowRankLinear
 from hf_lowrank.format.rebuild import factorized_layers
 from hf_lowrank.measuring.items import Batch
 from hf_lowrank.modeling.marks import attach_config
+from hf_lowrank.modeling.weight_precision import refuse_quantized
 from hf_lowrank.ranks.plan import RankPlan, useful_rank
 from hf_lowrank.ranks.threshold import check_budget
 from hf_lowrank.report.sections import Training
@@ -62,6 +63,7 @@ class LowRankTrainer(CheckedTrainer):
         ConfigError: The arguments are of the wrong class, or `lowrank_config` holds a setting that
             training does not read.
         DataError: There is no training set to select ranks on.
+        TargetError: The model's weights are quantized.
     """
 
     args: LowRankTrainingArguments
@@ -81,6 +83,7 @@ class LowRankTrainer(CheckedTrainer):
             )
         if kwargs.get("train_dataset") is None:
             raise DataError("LowRankTrainer needs a train_dataset: ranks are selected on it.")
+        refuse_quantized(model)
         self.lowrank_config = config = lowrank_config or LowRankConfig()
         check_lowrank_config(config, args, is_compressed=bool(factorized_layers(model)))
         self._damping = MetricSettings(

@@ -10,7 +10,14 @@ from tests.tiny_models import equal_states, snapshot, tiny_llama
 CONFIG = LowRankConfig(param_ratio=0.5)
 ERRORS = [RuntimeError, KeyboardInterrupt, MemoryError]
 # What is called in each phase after the cut, in the module that calls it.
-AFTER_THE_CUT = ["attach_config", "recover_", "measure_loss", "speed_before_and_after", "Report"]
+AFTER_THE_CUT = [
+    "attach_config",
+    "recover_",
+    "quantize",
+    "measure_loss",
+    "speed_before_and_after",
+    "Report",
+]
 SECOND_SIZE = {"attach_config": 3, "measure_loss": 3}
 OPTIONS = {"recover_steps": 2, "speed": True, "progress": False}
 

@@ -6,7 +6,10 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from hf_lowrank import LowRankConfig, compress
+from hf_lowrank import LowRankConfig, LowRankLinear, compress
+from hf_lowrank.format.forms.narrowed import NarrowedLinear
+from hf_lowrank.format.forms.quantized import QuantizedLinear
+from hf_lowrank.format.rebuild import compressed_layers
 from tests.format import LAYER, RANK
 from tests.tiny_models import tiny_gpt2, tiny_llama, written_batches
 
@@ -57,7 +60,28 @@ def narrowed_gpt2(tmp_path_factory):
     return Saved(model, folder)
 
 
-@pytest.fixture(params=["llama", "gpt2", "narrowed", "narrowed_gpt2"])
+def quantized(build, weights, folder):
+    """With factors, narrowed and dense layers in int8 or int4."""
+    pytest.importorskip("torchao.quantization")
+    name = LAYER if build is tiny_llama else "transformer.h.0.attn.c_attn"
+    model = compressed(build, channels=True, weights=weights, rank_pattern={name: None})
+    kinds = {type(layer) for layer in compressed_layers(model).values()}
+    assert kinds == {LowRankLinear, NarrowedLinear, QuantizedLinear}
+    model.save_pretrained(folder)
+    return Saved(model, folder)
+
+
+@pytest.fixture(scope="package")
+def int8(tmp_path_factory):
+    return quantized(tiny_gpt2, "int8", tmp_path_factory.mktemp("int8"))
+
+
+@pytest.fixture(scope="package")
+def int4(tmp_path_factory):
+    return quantized(tiny_llama, "int4", tmp_path_factory.mktemp("int4"))
+
+
+@pytest.fixture(params=["llama", "gpt2", "narrowed", "narrowed_gpt2", "int8", "int4"])
 def saved(request):
     return request.getfixturevalue(request.param)
 

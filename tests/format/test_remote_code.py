@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+from importlib.util import find_spec
 
 import pytest
 import torch
@@ -28,6 +29,9 @@ AUTO_CLASSES = {
     "bert": "AutoModelForSequenceClassification",
     "narrowed": "AutoModelForCausalLM",
 }
+# Where the other process has torchao, too.
+QUANTIZED = ("int8", "int4") if find_spec("torchao") and "REMOTE_PYTHON" not in os.environ else ()
+AUTO_CLASSES |= dict.fromkeys(QUANTIZED, "AutoModelForCausalLM")
 ROPE = {"rope_type": "default", "rope_theta": 500.0}  # another than the default
 SCRIPT = """
 import json, sys, warnings
@@ -87,7 +91,12 @@ def models():
         compress(model, LowRankConfig(param_ratio=0.6, metric="plain"), progress=False)
     small = tiny_gpt2(seed=1)
     compress(small, LowRankConfig(param_ratio=0.6, channels=True), batches_for(small, 2))
-    return built | {"narrowed": small}
+    built["narrowed"] = small
+    for weights in QUANTIZED:
+        built[weights] = tiny_gpt2() if weights == "int8" else tiny_llama(rope_parameters=ROPE)
+        config = LowRankConfig(param_ratio=0.6, metric="plain", weights=weights)
+        compress(built[weights], config, progress=False)
+    return built
 
 
 @pytest.fixture(scope="module")

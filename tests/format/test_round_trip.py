@@ -65,7 +65,7 @@ def test_strict_load_passes_keywords_on(llama):
 
 
 def test_sharded_checkpoint(saved, tmp_path):
-    saved.model.save_pretrained(tmp_path, max_shard_size="20KB")
+    saved.model.save_pretrained(tmp_path, max_shard_size="6KB")
     assert len(list(tmp_path.glob("model-*.safetensors"))) > 2
     assert torch.equal(
         logits(load_clean(AutoModelForCausalLM, tmp_path), BATCH), logits(saved.model, BATCH)

@@ -8,9 +8,11 @@ import pytest
 import torch
 
 from hf_lowrank import LowRankConfig, LowRankLinear
+from hf_lowrank.format.dense_linear import linear_weight
 from hf_lowrank.format.forms.stored_form import form_names
 from hf_lowrank.format.layout import FORMAT_VERSION, Layout
 from hf_lowrank.format.rebuild import compressed_layers, replace_with_lowrank
+from hf_lowrank.format.torchao_weights import NUMBERS, SCALE
 from hf_lowrank.modeling.marks import attach_config
 from tests.format import LAYER, edit_config
 from tests.scripts import ROOT
@@ -34,7 +36,7 @@ def check(reader, folder, model):
     for name, layer in layers.items():
         weight, bias = found[name]
         is_factorized = isinstance(layer, LowRankLinear)
-        expected = layer.dense_weight() if is_factorized else layer.weight
+        expected = layer.dense_weight() if is_factorized else linear_weight(layer)
         np.testing.assert_allclose(weight, expected.detach().numpy(), rtol=1e-5, atol=1e-6)
         assert (bias is None) == (layer.bias is None)
         if bias is not None:
@@ -47,7 +49,7 @@ def test_the_page_s_reader_gives_the_dense_weights(reader, saved):
 
 
 def test_the_page_s_reader_reads_shards(reader, saved, tmp_path):
-    saved.model.save_pretrained(tmp_path, max_shard_size="20KB")
+    saved.model.save_pretrained(tmp_path, max_shard_size="6KB")
     assert len(list(tmp_path.glob("*.safetensors"))) > 2
     check(reader, tmp_path, saved.model)
 
@@ -82,8 +84,10 @@ def test_the_page_s_reader_refuses_what_the_page_says(reader, broken):
 
 def test_the_page_names_every_form_and_field_that_is_read(saved):
     rows = [line.split("|")[1].strip(" `") for line in PAGE.splitlines() if line.startswith("| `")]
-    assert {*form_names(), *form_names("narrowed")} <= set(rows)
-    needed = {"quant_method", "format_version", "ranks", "form", "narrowed"}
+    assert {*form_names(), *form_names("narrowed"), NUMBERS, SCALE} <= {
+        row.removeprefix("M.") for row in rows
+    }
+    needed = {"quant_method", "format_version", "ranks", "form", "narrowed", "quantized"}
     assert needed <= set(rows)
     assert f"Version {FORMAT_VERSION}." in PAGE
     settings = json.loads((saved.folder / "config.json").read_text())["quantization_config"]

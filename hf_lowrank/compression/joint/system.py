@@ -25,6 +25,7 @@ from hf_lowrank.config import LowRankConfig
 from hf_lowrank.errors import ConfigError, DataError
 from hf_lowrank.measuring.distributed import current_processes
 from hf_lowrank.measuring.items import Batch, LossFunction
+from hf_lowrank.modeling.weight_precision import check_quantizable
 from hf_lowrank.ranks.tolerance import LossDifference, Probe
 from hf_lowrank.report.schema import Report
 from hf_lowrank.report.sections import Joint, Trial
@@ -112,6 +113,7 @@ def compress_jointly(
     run = Run(texts, options)
     targets, left_dense = run_targets(model, config, run, with_gradients=True)
     check_goal(targets, config)
+    check_quantizable(targets, config.weights)
     dense = measure_dense(model, targets, run, left_dense)
     # Gradients need the labels of the data; a loss of one's own has no other labels.
     is_one_pass = config.label_source == "data" or not own_loss
