@@ -23,3 +23,12 @@ class Quantization:
     matrices: int
     groups: dict[str, int]
     bytes: Sizes
+
+    def describe(self) -> str:
+        """What is stored, in a sentence without a full stop."""
+        groups = ", ".join(f"{size} in {count}" for size, count in self.groups.items())
+        return (
+            f"{self.matrices} weights of targeted layers are {self.weights}, "
+            f"{self.bytes.dense / 1e6:.1f} MB -> {self.bytes.kept / 1e6:.1f} MB with their scales"
+            + (f"; numbers to a scale: {groups}" if groups else ", one for each row")
+        )

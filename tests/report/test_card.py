@@ -10,7 +10,8 @@ import pytest
 from huggingface_hub import ModelCard
 
 from hf_lowrank.report.card.card import TAGS, model_card
-from hf_lowrank.report.sections import Data
+from hf_lowrank.report.quantization import Quantization
+from hf_lowrank.report.sections import Data, Sizes
 from tests.report.test_report import report
 
 CARDS = Path(__file__).resolve().parents[2] / "model_cards"
@@ -96,6 +97,15 @@ def test_every_figure_of_the_report_is_in_the_card():
     assert "4,321 scored tokens" in text
     assert "16,384 tokens of Salesforce/wikitext" in text
     assert "| up | 2 | 0 | 3 | 5.5 | 8 |" in text
+
+
+def test_quantized_weights_and_what_loads_them_are_said():
+    quantization = Quantization("int4", 12, {"32": 12}, Sizes(4_000_000, 1_200_000))
+    ranks = {"model.layers.0.mlp.up_proj": None}
+    card = str(model_card(report(quantization=quantization, ranks=ranks), "ada/small"))
+    assert "12 weights of targeted layers are int4, 4.0 MB -> 1.2 MB" in card
+    assert "Loading needs torchao." in card
+    assert "trust_remote_code" in card  # though no layer has a rank
 
 
 def test_no_evaluation_is_said_and_nothing_is_claimed():

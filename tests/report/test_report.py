@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from hf_lowrank.ranks.tolerance import LossDifference, Probe
+from hf_lowrank.report.quantization import Quantization
 from hf_lowrank.report.schema import Report, jsonable
 from hf_lowrank.report.sections import Evaluation, Parameters, Recovery, Settings, Sizes
 from hf_lowrank.report.text.table import align, format_report, format_sweep
@@ -166,6 +167,20 @@ def test_a_recovery_is_shown_with_its_outcome(accepted: bool, word: str):
     text = format_report(report(recovery=Recovery(3.25, 2.75, accepted, 40)))
     assert f"recovery, 40 steps: held-out loss 3.2500 -> 2.7500, {word}\n" in text
     assert "recovery" not in format_report(report())
+
+
+@pytest.mark.parametrize(
+    ("weights", "groups", "end"),
+    [
+        ("int4", {"32": 11, "97": 1}, "; numbers to a scale: 32 in 11, 97 in 1"),
+        ("int8", {}, ", one for each row"),
+    ],
+)
+def test_quantized_weights_are_counted(weights: str, groups: dict[str, int], end: str):
+    quantization = Quantization(weights, 12, groups, Sizes(4_000_000, 1_200_000))
+    text = format_report(report(quantization=quantization))
+    expected = f"12 weights of targeted layers are {weights}, 4.0 MB -> 1.2 MB with their scales"
+    assert f"\n{expected}{end}\n" in text
 
 
 def test_layers_that_failed_are_named_with_the_reason():

@@ -82,8 +82,9 @@ def model_kind(report: Report) -> ModelKind:
 
 
 def is_factorized(report: Report) -> bool:
-    """Whether any layer is low-rank or narrowed."""
-    return bool(report.narrowed) or any(rank is not None for rank in report.ranks.values())
+    """Whether any layer is low-rank, narrowed or quantized."""
+    ranks = any(rank is not None for rank in report.ranks.values())
+    return ranks or bool(report.narrowed) or report.quantization is not None
 
 
 def channel_note(report: Report) -> str:

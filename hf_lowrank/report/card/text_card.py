@@ -39,7 +39,7 @@ def card_parts(report: Report) -> CardParts:
             f"chosen by its effect on the loss.{channel_note(report)}"
         ),
         quality=[*_quality(report), *speed_rows(report)],
-        made=describe_run(report),
+        made=describe_run(report) + _stored(report),
         measured=_measured(report),
         limits=_limits(report),
         datasets=read or None,
@@ -52,6 +52,12 @@ def card_parts(report: Report) -> CardParts:
         if metrics
         else None,
     )
+
+
+def _stored(report: Report) -> str:
+    if report.quantization is None:
+        return ""
+    return "\n" + " ".join(sentences([report.quantization.describe(), "loading needs torchao"]))
 
 
 def _title(report: Report) -> str:

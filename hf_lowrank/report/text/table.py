@@ -59,6 +59,8 @@ def format_report(report: Report) -> str:
             f"recovery{by}{place}, {recovery.steps} steps: held-out loss "
             f"{recovery.loss_before:.4f} -> {recovery.loss_after:.4f}, {_outcome(recovery)}"
         )
+    if report.quantization is not None:
+        lines.append(report.quantization.describe())
     if report.joint is not None:
         joint, accepted = report.joint, math.nan if not report.held_out else report.held_out.mean
         lines.append(
