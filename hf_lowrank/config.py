@@ -15,6 +15,7 @@ from typing import Any
 
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from hf_lowrank.checks import check_choice, check_count, check_seed, is_number
 from hf_lowrank.errors import CheckpointError, ConfigError
 from hf_lowrank.format.forms.stored_form import form_names
 from hf_lowrank.format.layout import FORMAT_VERSION, QUANT_METHOD, Layout
@@ -41,7 +42,8 @@ SEARCH_NAMES = (
 LABEL_SOURCES = ("data", "model")
 WEIGHT_TYPES = (None, "int8", "int4")
 DEFAULT_LOSS_TOLERANCE = 0.05
-_TRADING_GOALS = ("param_ratio", "loss_tolerance")
+_GOALS = ("param_ratio", "loss_tolerance", "megabytes", "rank")
+_TRADING_GOALS = _GOALS[:-1]
 # Settings that not every run reads: which choice decides, and with which choices they are read.
 # Elsewhere a value other than the default would do nothing, and is refused.
 READERS: dict[str, tuple[str, tuple[str, ...]]] = {
@@ -70,8 +72,8 @@ def option(default: Any, help: str) -> Any:  # noqa: ANN401
 class LowRankConfig(QuantizationConfigMixin):
     """Settings of a compression, and its result once `ranks` is filled.
 
-    Give at most one goal: `param_ratio`, `loss_tolerance` or `rank`. Without one the goal is a
-    loss tolerance of 0.05 nats per token. The fields' help texts say what each means.
+    Give at most one goal: `param_ratio`, `loss_tolerance`, `megabytes` or `rank`. Without one the
+    goal is a loss tolerance of 0.05 nats per token. The fields' help texts say what each means.
 
     A setting that the others leave nothing to do is refused (`READERS`), unless `ranks` are given:
     then the config is a record, as it stands in a checkpoint, and is replayed.
@@ -90,6 +92,11 @@ class LowRankConfig(QuantizationConfigMixin):
         None,
         "Goal: largest rise of the mean loss on held-out calibration text, in nats per token; the "
         f"smallest model within it is returned. The default goal, {DEFAULT_LOSS_TOLERANCE}.",
+    )
+    megabytes: float | None = option(
+        None,
+        "Goal: largest size of model.safetensors, 10^6 bytes. Ranks and, where weights is left "
+        "open, the type of the weights are chosen: what does best on held-out text.",
     )
     rank: int | None = option(None, "Goal: one rank for every targeted layer.")
     metric: str = option(
@@ -168,12 +175,12 @@ class LowRankConfig(QuantizationConfigMixin):
     def __post_init__(self) -> None:
         """Checks every value; see the class docstring."""
         self._check_goal()
-        _check_choice("metric", self.metric, METRIC_NAMES)
-        _check_choice("label_source", self.label_source, LABEL_SOURCES)
-        _check_choice("form", self.form, tuple(form_names()))
-        _check_choice("weights", self.weights, WEIGHT_TYPES)
+        check_choice("metric", self.metric, METRIC_NAMES)
+        check_choice("label_source", self.label_source, LABEL_SOURCES)
+        check_choice("form", self.form, tuple(form_names()))
+        check_choice("weights", self.weights, WEIGHT_TYPES)
         if self.rule is not None:
-            _check_choice("rule", self.rule, RULE_NAMES + SEARCH_NAMES)
+            check_choice("rule", self.rule, RULE_NAMES + SEARCH_NAMES)
             if self.rule == "price" and self.metric != "kfac":
                 raise ConfigError(
                     f"rule 'price' needs metric 'kfac', whose singular values are prices; got "
@@ -183,15 +190,15 @@ class LowRankConfig(QuantizationConfigMixin):
             self._check_prices(name)
         for name in ("input_damping", "output_damping"):
             value = getattr(self, name)
-            if not (_is_number(value) and 0 <= value < math.inf):
+            if not (is_number(value) and 0 <= value < math.inf):
                 raise ConfigError(f"{name} must be a number >= 0, got {value!r}.")
-        if not (_is_number(self.activation_alpha) and 0 <= self.activation_alpha <= 1):
+        if not (is_number(self.activation_alpha) and 0 <= self.activation_alpha <= 1):
             raise ConfigError(
                 f"activation_alpha must lie in [0, 1], got {self.activation_alpha!r}."
             )
-        _check_count("min_rank", self.min_rank)
-        _check_count("search_trials", self.search_trials)
-        _check_seed(self.seed)
+        check_count("min_rank", self.min_rank)
+        check_count("search_trials", self.search_trials)
+        check_seed(self.seed)
         for field_name in ("target_modules", "exclude_modules"):
             value = getattr(self, field_name)
             if isinstance(value, str):
@@ -206,7 +213,7 @@ class LowRankConfig(QuantizationConfigMixin):
                 raise ConfigError(f"{field_name} must map names to ranks, got {value!r}.")
             for name, rank in value.items():
                 if rank is not None:
-                    _check_count(f"{field_name}[{name!r}]", rank)
+                    check_count(f"{field_name}[{name!r}]", rank)
         self._check_decision()
         if self.ranks is None:
             self._check_readers()
@@ -239,21 +246,22 @@ class LowRankConfig(QuantizationConfigMixin):
             raise ConfigError(str(error)) from None
 
     def _check_goal(self) -> None:
-        goals = [
-            n for n in ("param_ratio", "loss_tolerance", "rank") if getattr(self, n) is not None
-        ]
+        goals = [name for name in _GOALS if getattr(self, name) is not None]
         if len(goals) > 1:
             raise ConfigError(f"Give one goal, not {len(goals)}: {' and '.join(goals)} are set.")
         ratio, tolerance = self.param_ratio, self.loss_tolerance
-        if ratio is not None and not (_is_number(ratio) and 0 < ratio <= 1):
+        if ratio is not None and not (is_number(ratio) and 0 < ratio <= 1):
             raise ConfigError(
                 f"param_ratio is the kept share of the parameters and must lie in (0, 1], got "
                 f"{ratio!r}."
             )
-        if tolerance is not None and not (_is_number(tolerance) and 0 <= tolerance < math.inf):
+        if tolerance is not None and not (is_number(tolerance) and 0 <= tolerance < math.inf):
             raise ConfigError(f"loss_tolerance must be a number >= 0 (nats), got {tolerance!r}.")
+        size = self.megabytes
+        if size is not None and not (is_number(size) and 0 < size < math.inf):
+            raise ConfigError(f"megabytes must be a number > 0 (10^6 bytes), got {size!r}.")
         if self.rank is not None:
-            _check_count("rank", self.rank)
+            check_count("rank", self.rank)
 
     @property
     def effective_rule(self) -> str:
@@ -262,15 +270,15 @@ class LowRankConfig(QuantizationConfigMixin):
 
     @property
     def goal(self) -> str:
-        """Which goal is set: "param_ratio", "rank" or "loss_tolerance" (the default)."""
-        if self.param_ratio is not None:
-            return "param_ratio"
-        return "rank" if self.rank is not None else "loss_tolerance"
+        """Name of the goal that is set, "loss_tolerance" by default."""
+        return next((name for name in _GOALS if getattr(self, name) is not None), _GOALS[1])
 
     @property
     def searches(self) -> bool:
         """Whether something is measured on held-out data to find the ranks."""
         if self.goal == "loss_tolerance" or self.rule in SEARCH_NAMES:
+            return True
+        if self.goal == "megabytes" and self.weights is None:
             return True
         return bool(self.measured_prices)
 
@@ -315,27 +323,6 @@ class LowRankConfig(QuantizationConfigMixin):
         """All settings that are not None, as plain JSON data."""
         values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         return copy.deepcopy({name: value for name, value in values.items() if value is not None})
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
-
-
-def _check_choice(name: str, value: object, allowed: tuple[str | None, ...]) -> None:
-    if value not in allowed:
-        names = ", ".join(filter(None, allowed))
-        raise ConfigError(f"{name} must be one of {names}; got {value!r}.")
-
-
-def _check_count(name: str, value: object) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise ConfigError(f"{name} must be an integer >= 1, got {value!r}.")
-
-
-def _check_seed(value: object) -> None:
-    # What every generator takes: torch's, numpy's and Python's.
-    if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < 2**32:
-        raise ConfigError(f"seed must be an integer from 0 to 2**32 - 1, got {value!r}.")
 
 
 _FIELDS = {field.name: field for field in dataclasses.fields(LowRankConfig)}

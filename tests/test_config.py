@@ -192,7 +192,15 @@ def test_every_setting_survives_json():
     )
     changed = [f.name for f in dataclasses.fields(config) if getattr(config, f.name) != f.default]
     assert len(changed) == len(dataclasses.fields(config)) - len(
-        ["loss_tolerance", "rank", "channels", "measured_prices", "format_version", "quant_method"]
+        [
+            "loss_tolerance",
+            "megabytes",
+            "rank",
+            "channels",
+            "measured_prices",
+            "format_version",
+            "quant_method",
+        ]
     )
     prices = LowRankConfig(channels=True, measured_prices=True)
     assert LowRankConfig.from_dict(json.loads(json.dumps(prices.to_dict()))) == prices
@@ -248,8 +256,16 @@ def test_a_seed_is_an_integer_that_every_generator_takes(value):
 
 # One example of each setting that something else can leave nothing to do.
 IGNORED = {
-    "rule": ({"rank": 2}, "energy", r"with goal 'rank': .* param_ratio or loss_tolerance\."),
-    "min_rank": ({"rank": 2}, 8, r"with goal 'rank': .* param_ratio or loss_tolerance\."),
+    "rule": (
+        {"rank": 2},
+        "energy",
+        r"with goal 'rank': .* param_ratio or .* or megabytes\.",
+    ),
+    "min_rank": (
+        {"rank": 2},
+        8,
+        r"with goal 'rank': .* param_ratio or .* or megabytes\.",
+    ),
     "channels": ({"rank": 2}, True, "with goal 'rank'"),
     "measured_prices": ({"rank": 2}, True, "with goal 'rank'"),
     "search_trials": ({"param_ratio": 0.5}, 5, r"with rule 'price': .* or cross-entropy\."),
@@ -288,7 +304,7 @@ def test_where_it_is_read_a_setting_is_accepted(name):
         <= {
             "metric": set(METRIC_NAMES),
             "rule": set(SEARCH_NAMES),
-            "goal": {"param_ratio", "loss_tolerance"},
+            "goal": {"param_ratio", "loss_tolerance", "megabytes"},
         }[kind]
     )
 

@@ -12,6 +12,7 @@ PACKAGE = Path(hf_lowrank.__file__).parent
 ORDER = (
     "version",
     "errors",
+    "checks",
     "files",
     "format",
     "config",

@@ -160,6 +160,7 @@ class CompressionArguments:
     )
     param_ratio: list[float] | None = config_option("param_ratio")
     loss_tolerance: float | None = config_option("loss_tolerance")
+    megabytes: float | None = config_option("megabytes")
     metric: str = config_option("metric")
     rule: str | None = config_option("rule")
     channels: bool | None = config_option("channels")

@@ -143,6 +143,7 @@ def apply(model: nn.Module, decision: Decision, dense: Dense, run: Run) -> Repor
             held_out=decision.held_out,
             recovery=recovery,
             quantization=quantization,
+            size_trials=list(decision.size_trials),
             measured_prices=list(decision.parts),
             failures={**dense.left_dense, **analysis.failures},
             untouched=dict(dense.untouched),

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from hf_lowrank.compression.analysis import Analysis
+from hf_lowrank.compression.byte_budget import best_fit, fits
 from hf_lowrank.compression.goals import likely_ratio, plan_for_goal, smallest_share
 from hf_lowrank.compression.held_out import HeldOutLoss, check_fixed_ranks
 from hf_lowrank.compression.options import Run
@@ -15,6 +16,7 @@ from hf_lowrank.compression.prices import measure_parts, scaled_prices
 from hf_lowrank.ranks.plan import RankPlan
 from hf_lowrank.ranks.searches.search import search_plan
 from hf_lowrank.ranks.tolerance import LossDifference, Probe, search_tolerance
+from hf_lowrank.report.quantization import SizeTrial
 from hf_lowrank.report.sections import Joint, MeasuredPart
 
 
@@ -29,6 +31,7 @@ class Decision:
         held_out: Rise of the loss on held-out text that was accepted, where it was measured.
         parts: Measured prices, see `measure_parts`.
         joint: What the joint system tried, None without it.
+        size_trials: Types of weights that were tried towards a size in megabytes.
     """
 
     analysis: Analysis
@@ -37,6 +40,7 @@ class Decision:
     held_out: LossDifference | None = None
     parts: Sequence[MeasuredPart] = ()
     joint: Joint | None = None
+    size_trials: Sequence[SizeTrial] = ()
 
 
 def decide(model: nn.Module, analysis: Analysis, run: Run) -> Decision:
@@ -55,7 +59,7 @@ def decide(model: nn.Module, analysis: Analysis, run: Run) -> Decision:
     config = analysis.config
     if config.measured_prices and config.ranks is None:
         with run.stopwatch.phase("prices"):
-            plan = analysis.plan_for_ratio(likely_ratio(analysis))
+            plan = _likely_plan(model, analysis)
             held_out = run.texts.held_out or []
             found = measure_parts(model, analysis, plan, held_out, run.options.progress)
             parts = run.processes.decide(found)
@@ -64,10 +68,33 @@ def decide(model: nn.Module, analysis: Analysis, run: Run) -> Decision:
         chosen = plan_for_goal(analysis)
     if chosen is not None:
         return Decision(analysis, chosen, parts=parts)
+    if config.megabytes is not None:
+        return _within_size(model, analysis, run, parts)
     with run.stopwatch.phase("search"):
         search = _within_tolerance if config.param_ratio is None else _at_ratio
         plan, probes, difference = run.processes.decide(search(model, analysis, run))
     return Decision(analysis, plan, probes, difference, parts)
+
+
+def _likely_plan(model: nn.Module, analysis: Analysis) -> RankPlan:
+    """About what will be chosen; towards a size in megabytes the middle one of the types."""
+    if analysis.config.megabytes is None:
+        return analysis.plan_for_ratio(likely_ratio(analysis))
+    found = fits(model, analysis)
+    return found[len(found) // 2].plan
+
+
+def _within_size(
+    model: nn.Module, analysis: Analysis, run: Run, parts: Sequence[MeasuredPart]
+) -> Decision:
+    """The plan and the type of the weights that do best within `megabytes`."""
+    with run.stopwatch.phase("ranks"):
+        found = fits(model, analysis)
+    with run.stopwatch.phase("search"):
+        chosen = best_fit(model, analysis, found, held_out_loss(model, run))
+        fit, trials = run.processes.decide(chosen)
+    analysis = analysis.with_config(analysis.config.replace(weights=fit.weights))
+    return Decision(analysis, fit.plan, parts=parts, size_trials=trials)
 
 
 Found = tuple[RankPlan, list[Probe], LossDifference | None]

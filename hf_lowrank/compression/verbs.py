@@ -10,6 +10,7 @@ from torch import nn
 
 from hf_lowrank.compression.analysis import analyze
 from hf_lowrank.compression.application import apply, cut, make_dense_again, measure_dense
+from hf_lowrank.compression.byte_budget import check_size_goal
 from hf_lowrank.compression.decision import decide
 from hf_lowrank.compression.goals import check_goal
 from hf_lowrank.compression.options import (
@@ -176,7 +177,7 @@ def sweep(
         evaluation=evaluation,
         foreign=foreign,
     )
-    goals = {"loss_tolerance": None, "rank": None, "ranks": None}
+    goals = dict.fromkeys(("loss_tolerance", "megabytes", "rank", "ranks"))
     first = config.replace(param_ratio=param_ratios[0], **goals)
     recipe = recipe_of(model, first, texts, loss_function)
     configs = [recipe.replace(param_ratio=ratio) for ratio in param_ratios]
@@ -205,7 +206,8 @@ def check_run(
     """
     texts, options = run.texts, run.options
     check_goal(targets, config)
-    check_quantizable(targets, config.weights)
+    check_quantizable(targets, config.weights or ("int4" if config.megabytes else None))
+    check_size_goal(model, targets, config)
     if config.channels:
         find_feed_forwards(model, targets)
     if config.measured_prices and config.ranks is None:

@@ -56,7 +56,7 @@ class LowRankHfQuantizer(LowRankQuantizer):
                 "from_pretrained has no calibration data, which narrowed layers need; load the "
                 "dense model and call hf_lowrank.compress."
             )
-        elif config.ranks is None and config.goal == "loss_tolerance":
+        elif config.ranks is None and config.goal in ("loss_tolerance", "megabytes"):
             raise ConfigError(
                 "from_pretrained can't measure a loss; give LowRankConfig a param_ratio or a rank."
             )

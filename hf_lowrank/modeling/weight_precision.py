@@ -7,6 +7,7 @@ and the rank need not divide into blocks.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterable, Mapping
 
@@ -24,6 +25,7 @@ from hf_lowrank.format.torchao_weights import (
     precision_of,
     quantize_,
     quantized_modules,
+    stored_shapes,
 )
 
 GROUP = 32  # numbers that share a scale in int4
@@ -93,6 +95,23 @@ def planned_precisions(
     return found
 
 
+def matrix_bytes(shape: tuple[int, int], name: str, weights: str | None, element_size: int) -> int:
+    """Bytes of a matrix in a file, with its scales.
+
+    Args:
+        shape: (m, n).
+        name: Its tensor's name, which tells second factors from others.
+        weights: "int8", "int4", or None for a weight as it is.
+        element_size: Bytes of a number of the model's dtype, which scales have, too.
+    """
+    if weights is None:
+        return shape[0] * shape[1] * element_size
+    bits = _BITS[weights]
+    block = block_of(shape, bits, by_columns=name.endswith("_B.weight"))
+    numbers, scales = stored_shapes(shape, Precision(bits, block)).values()
+    return math.prod(numbers) + math.prod(scales) * element_size
+
+
 def block_of(shape: tuple[int, int], bits: int, *, by_columns: bool = False) -> tuple[int, int]:
     """(rows, columns) of the numbers of a matrix that share a scale.
 
@@ -115,6 +134,7 @@ def block_of(shape: tuple[int, int], bits: int, *, by_columns: bool = False) -> 
     return (along_column, 1) if stands else (1, along_row)
 
 
+@functools.cache
 def nearest_divisor(size: int) -> int:
     """The divisor of a size nearest to 32 by its ratio."""
     divisors = [each for each in range(1, size + 1) if size % each == 0]

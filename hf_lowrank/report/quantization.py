@@ -32,3 +32,27 @@ class Quantization:
             f"{self.bytes.dense / 1e6:.1f} MB -> {self.bytes.kept / 1e6:.1f} MB with their scales"
             + (f"; numbers to a scale: {groups}" if groups else ", one for each row")
         )
+
+
+@dataclass(frozen=True)
+class SizeTrial:
+    """A type of weights that was tried towards a size in megabytes.
+
+    Attributes:
+        weights: "int8", "int4", or None for weights as they are.
+        param_ratio: Kept share of the targeted parameters with which it fits.
+        bytes: Of the file.
+        loss_difference: Rise of the loss on held-out text, nats.
+    """
+
+    weights: str | None
+    param_ratio: float
+    bytes: int
+    loss_difference: float
+
+    def describe(self) -> str:
+        """What was tried and measured, in a line."""
+        return (
+            f"tried: {self.weights or 'own type'}, {self.param_ratio:.2%} of the parameters, "
+            f"{self.bytes / 1e6:.1f} MB: {self.loss_difference:+.4f} on held-out text"
+        )

@@ -13,7 +13,7 @@ from typing import Any, ClassVar, TypeVar
 
 from hf_lowrank.errors import DataError
 from hf_lowrank.ranks.tolerance import LossDifference, Probe
-from hf_lowrank.report.quantization import Quantization
+from hf_lowrank.report.quantization import Quantization, SizeTrial
 from hf_lowrank.report.reading import read_section
 from hf_lowrank.report.sections import (
     Data,
@@ -86,6 +86,7 @@ class Report:
     held_out: LossDifference | None = None
     recovery: Recovery | None = None
     quantization: Quantization | None = None
+    size_trials: list[SizeTrial] = field(default_factory=list)
     joint: Joint | None = None
     training: Training | None = None
     failures: dict[str, str] = field(default_factory=dict)

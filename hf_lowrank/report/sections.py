@@ -17,10 +17,11 @@ class Settings:
     """The settings of a run as they were recorded; None where they were not.
 
     Attributes:
-        metric: See `LowRankConfig`, as the next six.
+        metric: See `LowRankConfig`, as the next seven.
         rule: By name.
         param_ratio: Kept share of the targeted parameters, the goal.
         loss_tolerance: Rise of the mean loss, nats; the goal.
+        megabytes: Of the file, the goal.
         rank: Rank everywhere, the goal.
         channels: Whether feed-forwards may lose channels.
         measured_prices: Whether the prices were corrected by measurement.
@@ -31,6 +32,7 @@ class Settings:
     rule: str | None = None
     param_ratio: float | None = None
     loss_tolerance: float | None = None
+    megabytes: float | None = None
     rank: int | None = None
     channels: bool | None = None
     measured_prices: bool | None = None

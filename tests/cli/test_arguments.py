@@ -34,6 +34,7 @@ NOT_ON_THE_COMMAND_LINE = {
     "activation_alpha",
     "ranks",
     "narrowed",
+    "quantized",
     "form",
     "format_version",
     "quant_method",

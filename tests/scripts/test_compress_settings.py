@@ -191,3 +191,38 @@ def test_the_size_of_batches_changes_no_number(
     one, five = (read_report(tmp_path / str(size)) for size in (1, 5))
     assert one["ranks"] == five["ranks"]
     assert one["evaluation"] == pytest.approx(five["evaluation"], rel=1e-3, abs=1e-4)
+
+
+@pytest.mark.parametrize("weights", ["int8", "int4"])
+def test_weights_are_stored_in_fewer_bits(
+    compress_llm: InProcess, inputs: Inputs, tmp_path: Path, weights: str
+):
+    pytest.importorskip("torchao.quantization")
+    output = tmp_path / weights
+    done = compress_llm(
+        *inputs.arguments(param_ratio=0.6, weights=weights, output_dir=output), "--channels"
+    )
+    assert done.code == 0
+    report = read_report(output)
+    assert report["config"]["weights"] == weights
+    section = report["quantization"]
+    assert f"{section['matrices']} weights of targeted layers are {weights}" in done.out
+    assert mean_loss(output, inputs.evaluation) == pytest.approx(
+        report["evaluation"]["loss_after"], abs=1e-5
+    )
+    card = (output / "README.md").read_text("utf-8")
+    assert f"are {weights}" in card
+    assert "Loading needs torchao." in card
+
+
+def test_a_size_in_megabytes(compress_llm: InProcess, inputs: Inputs, tmp_path: Path):
+    pytest.importorskip("torchao.quantization")
+    output = tmp_path / "small"
+    done = compress_llm(*inputs.arguments(megabytes=0.04, output_dir=output))
+    assert done.code == 0
+    assert (output / "model.safetensors").stat().st_size <= 40_000
+    report = read_report(output)
+    assert report["config"]["megabytes"] == 0.04
+    assert len(report["size_trials"]) > 1
+    assert done.out.count("on held-out text") == len(report["size_trials"])
+    assert "at most 0.04 MB" in (output / "README.md").read_text("utf-8")

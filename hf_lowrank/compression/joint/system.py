@@ -183,7 +183,7 @@ def _check(config: LowRankConfig) -> None:
         raise ConfigError("Joint compression works with metric 'kfac' and rule 'price' only.")
     if config.channels or config.measured_prices:
         raise ConfigError("Joint compression takes neither channels nor measured_prices.")
-    if config.goal == "rank" or config.ranks is not None:
+    if config.goal in ("megabytes", "rank") or config.ranks is not None:
         raise ConfigError("Joint compression chooses the ranks: set param_ratio or loss_tolerance.")
     if current_processes().count > 1:
         raise ConfigError("Joint compression runs in one process.")

@@ -61,6 +61,7 @@ def format_report(report: Report) -> str:
         )
     if report.quantization is not None:
         lines.append(report.quantization.describe())
+    lines += [trial.describe() for trial in report.size_trials]
     if report.joint is not None:
         joint, accepted = report.joint, math.nan if not report.held_out else report.held_out.mean
         lines.append(
@@ -212,6 +213,8 @@ def describe_run(report: Report) -> str:
 def _goal(config: Settings, unit: str) -> str:
     if config.param_ratio is not None:
         return f"at most {config.param_ratio:.1%} of the targeted layers' weights kept"
+    if config.megabytes is not None:
+        return f"at most {config.megabytes:g} MB"
     if config.loss_tolerance is not None:
         return f"the smallest model within {config.loss_tolerance} {unit} of the dense one"
     return "a loss tolerance" if config.rank is None else f"rank {config.rank} everywhere"
