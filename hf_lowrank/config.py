@@ -17,7 +17,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from hf_lowrank.errors import CheckpointError, ConfigError
 from hf_lowrank.format.forms.stored_form import form_names
-from hf_lowrank.format.layout import FORMAT_VERSION, QUANT_METHOD
+from hf_lowrank.format.layout import FORMAT_VERSION, QUANT_METHOD, check_version
 
 METRIC_NAMES = (
     "plain",
@@ -40,6 +40,7 @@ SEARCH_NAMES = (
 )
 LABEL_SOURCES = ("data", "model")
 DEFAULT_LOSS_TOLERANCE = 0.05
+DEFAULT_FORM = "compact"
 _TRADING_GOALS = ("param_ratio", "loss_tolerance")
 # Settings that not every run reads: which choice decides, and with which choices they are read.
 # Elsewhere a value other than the default would do nothing, and is refused.
@@ -153,7 +154,12 @@ class LowRankConfig(QuantizationConfigMixin):
         "The decision: [out_features, in_features] of every layer that lost channels. Filled by "
         "compress().",
     )
-    form: str = option("factors", "Factors in the checkpoint: 'factors' (B A) or 'usv' (U s V).")
+    form: str | None = option(
+        None,
+        "How a layer of rank k is stored: 'compact', k (m + n - k) numbers; 'factors', B A, "
+        "k (m + n); or 'usv', U s V, in training. A size counts what is stored. Default: "
+        f"{DEFAULT_FORM}.",
+    )
     format_version: int = option(FORMAT_VERSION, "Version of the checkpoint layout.")
     quant_method: str = option(QUANT_METHOD, "Fixed: tells transformers how to load.")  # type: ignore[assignment]
 
@@ -162,7 +168,8 @@ class LowRankConfig(QuantizationConfigMixin):
         self._check_goal()
         _check_choice("metric", self.metric, METRIC_NAMES)
         _check_choice("label_source", self.label_source, LABEL_SOURCES)
-        _check_choice("form", self.form, tuple(form_names()))
+        if self.form is not None:
+            _check_choice("form", self.form, tuple(form_names()))
         if self.rule is not None:
             _check_choice("rule", self.rule, RULE_NAMES + SEARCH_NAMES)
             if self.rule == "price" and self.metric != "kfac":
@@ -203,6 +210,11 @@ class LowRankConfig(QuantizationConfigMixin):
         self._check_narrowed()
         if self.ranks is None:
             self._check_readers()
+            if self.form == "usv":
+                raise ConfigError(
+                    "form 'usv' is that of layers in training, as LowRankTrainer writes it; set "
+                    "form to 'compact' or 'factors'."
+                )
 
     def _check_readers(self) -> None:
         choices = {"goal": self.goal, "rule": self.effective_rule, "metric": self.metric}
@@ -268,6 +280,11 @@ class LowRankConfig(QuantizationConfigMixin):
         return "rank" if self.rank is not None else "loss_tolerance"
 
     @property
+    def inference_form(self) -> str:
+        """The form of layers that are not in training: `form`, or compact."""
+        return DEFAULT_FORM if self.form in (None, "usv") else str(self.form)
+
+    @property
     def searches(self) -> bool:
         """Whether something is measured on held-out data to find the ranks."""
         if self.goal == "loss_tolerance" or self.rule in SEARCH_NAMES:
@@ -295,12 +312,7 @@ class LowRankConfig(QuantizationConfigMixin):
         Raises:
             CheckpointError: The format is newer than this library or a field is unknown.
         """
-        version = config_dict.get("format_version")
-        if version != FORMAT_VERSION:
-            raise CheckpointError(
-                f"config.json has format_version {version!r}, this hf_lowrank reads "
-                f"{FORMAT_VERSION}; update hf_lowrank or check the file."
-            )
+        check_version(config_dict.get("format_version"))
         known = {field.name for field in dataclasses.fields(cls)}
         unknown = sorted(set(config_dict) - known)
         if unknown:

@@ -106,14 +106,14 @@ def apply(model: nn.Module, decision: Decision, dense: Dense, run: Run) -> Repor
     analysis, plan, config = decision.analysis, decision.plan, decision.analysis.config
     with dense_on_error(model, dense.layers):
         with run.stopwatch.phase("surgery"):
-            is_cut = bool(factorize_(model, analysis.factors, plan, analysis.orders))
+            cut_layers = factorize_(model, analysis.factors, plan, analysis.orders, form=plan.form)
             narrowed = {name: list(shape) for name, shape in plan.narrowed.items()} or None
-            decided = config.replace(ranks=dict(plan.ranks), narrowed=narrowed, form="factors")
+            decided = config.replace(ranks=dict(plan.ranks), narrowed=narrowed, form=plan.form)
             attach_config(model, decided)
         recovery = _recover(model, config, dense, run)
         after = _measure(model, "evaluate compressed", run)
         evaluations = {name: compare(dense.losses[name], after[name]) for name in after}
-        speed = _speed(model, dense, run) if is_cut else None
+        speed = _speed(model, dense, run) if cut_layers else None
         predicted = analysis.predicted_rise(plan)
         parameters, size = counts_left(dense.sizes, model, plan)
         return Report(

@@ -80,8 +80,9 @@ def _compress_without_data(model: nn.Module, config: LowRankConfig) -> LowRankCo
     targets, _ = run_targets(model, config, quiet)
     check_goal(targets, config)
     decision = decide(model, analyze(model, targets, config, quiet), quiet)
-    factorize_(model, decision.analysis.factors, decision.plan)
-    return config.replace(ranks=dict(decision.plan.ranks), narrowed=None, form="factors")
+    plan = decision.plan
+    factorize_(model, decision.analysis.factors, plan, form=plan.form)
+    return config.replace(ranks=dict(plan.ranks), narrowed=None, form=plan.form)
 
 
 AUTO_QUANTIZATION_CONFIG_MAPPING[QUANT_METHOD] = LowRankConfig

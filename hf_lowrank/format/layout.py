@@ -9,7 +9,9 @@ from typing import Any
 from hf_lowrank.errors import CheckpointError
 
 QUANT_METHOD = "lowrank"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+# Version 1 has no layer in the compact form.
+READABLE_VERSIONS = (1, 2)
 
 
 @dataclass(frozen=True)
@@ -35,12 +37,7 @@ class Layout:
         Raises:
             CheckpointError: The version is another, or a value is none that a writer would write.
         """
-        version = settings.get("format_version")
-        if version != FORMAT_VERSION or isinstance(version, bool):
-            raise CheckpointError(
-                f"config.json has format_version {version!r}, this hf_lowrank reads "
-                f"{FORMAT_VERSION}; update hf_lowrank or check the file."
-            )
+        check_version(settings.get("format_version"))
         form = settings.get("form", "factors")
         if not isinstance(form, str):
             raise CheckpointError(f"form must be the name of a stored form, got {form!r}.")
@@ -56,6 +53,19 @@ class Layout:
             if rank is not None and not _is_count(rank):
                 raise CheckpointError(f"ranks[{name!r}] must be an integer >= 1, got {rank!r}.")
         return cls(ranks, {n: _shape(n, s, ranks) for n, s in (narrowed or {}).items()}, form)
+
+
+def check_version(version: object) -> None:
+    """Refuses a checkpoint of another layout.
+
+    Raises:
+        CheckpointError: With the versions that are read.
+    """
+    if isinstance(version, bool) or version not in READABLE_VERSIONS:
+        raise CheckpointError(
+            f"config.json has format_version {version!r}, this hf_lowrank reads "
+            f"{' and '.join(map(str, READABLE_VERSIONS))}; update hf_lowrank or check the file."
+        )
 
 
 def _shape(name: str, shape: object, ranks: Mapping[str, int | None]) -> tuple[int, int]:

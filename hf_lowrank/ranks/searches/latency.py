@@ -7,12 +7,14 @@ import time
 from collections.abc import Callable
 
 import torch
+from torch import nn
 
+from hf_lowrank.format.forms.stored_form import stored_form
+from hf_lowrank.ranks.hull import Point, lower_hull, slope
 from hf_lowrank.ranks.plan import RankPlan, break_even_rank
 from hf_lowrank.ranks.searches.problem import RankProblem
-from hf_lowrank.ranks.threshold import Point, lower_hull, slope
 
-Latency = Callable[[tuple[int, int], int | None], float]
+Latency = Callable[[tuple[int, int], int | None, str], float]
 GRID = 8
 ROWS = 128
 REPEATS = 5
@@ -36,8 +38,10 @@ def latency_search(problem: RankProblem, latency: Latency | None = None) -> Rank
     for name, errors in problem.errors().items():
         shape = problem.shapes[name]
         if shape not in tables:
-            tables[shape] = _latency_table(shape, time_of)
-        dense = break_even_rank(*shape)  # a layer of that rank stays as it is, without error
+            tables[shape] = _latency_table(shape, problem.form, time_of)
+        dense = break_even_rank(
+            *shape, problem.form
+        )  # a layer of that rank stays as it is, without error
         points: list[Point] = [
             (seconds, float(errors[rank]) if rank < dense else 0.0, rank)
             for rank, seconds in tables[shape].items()
@@ -49,31 +53,29 @@ def latency_search(problem: RankProblem, latency: Latency | None = None) -> Rank
     return problem.plan(scores)
 
 
-def _latency_table(shape: tuple[int, int], time_of: Latency) -> dict[int, float]:
+def _latency_table(shape: tuple[int, int], form: str, time_of: Latency) -> dict[int, float]:
     """Seconds by rank, strictly rising, from 0 to the rank where a layer is better dense."""
-    limit = break_even_rank(*shape)
-    dense = time_of(shape, None)
+    limit = break_even_rank(*shape, form)
+    dense = time_of(shape, None, form)
     table = {0: 0.0}
     for rank in sorted({max(1, limit * i // GRID) for i in range(1, GRID + 1)}):
-        seconds = dense if rank >= limit else time_of(shape, rank)
+        seconds = dense if rank >= limit else time_of(shape, rank, form)
         # A step that costs no time on this machine is cheap, not free.
         table[rank] = max(seconds, max(table.values()) + 1e-4 * dense)
     return table
 
 
 @torch.no_grad()
-def measure_latency(shape: tuple[int, int], rank: int | None) -> float:
-    """Median seconds of a layer on 128 rows of fp32 on the CPU; two products for a rank."""
+def measure_latency(shape: tuple[int, int], rank: int | None, form: str = "factors") -> float:
+    """Median seconds of a layer on 128 rows of fp32 on the CPU."""
     rows, columns = shape
     inputs = torch.ones(ROWS, columns)
-    weights = [torch.ones(rows, columns)]
+    layer: nn.Module = nn.Linear(columns, rows, bias=False)
     if rank is not None:
-        weights = [torch.ones(rank, columns), torch.ones(rows, rank)]
+        layer = stored_form(form).build(shape, rank, bias=False)
     seconds = []
     for _ in range(REPEATS):
         start = time.perf_counter()
-        result = inputs
-        for weight in weights:
-            result = result @ weight.T
+        layer(inputs)
         seconds.append(time.perf_counter() - start)
     return sorted(seconds)[REPEATS // 2]
