@@ -18,6 +18,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from hf_lowrank.errors import CheckpointError, ConfigError
 from hf_lowrank.format.forms.stored_form import form_names
 from hf_lowrank.format.layout import FORMAT_VERSION, QUANT_METHOD, check_version
+from hf_lowrank.value_checks import check_choice, check_count, check_seed, is_number
 
 METRIC_NAMES = (
     "plain",
@@ -166,12 +167,12 @@ class LowRankConfig(QuantizationConfigMixin):
     def __post_init__(self) -> None:
         """Checks every value; see the class docstring."""
         self._check_goal()
-        _check_choice("metric", self.metric, METRIC_NAMES)
-        _check_choice("label_source", self.label_source, LABEL_SOURCES)
+        check_choice("metric", self.metric, METRIC_NAMES)
+        check_choice("label_source", self.label_source, LABEL_SOURCES)
         if self.form is not None:
-            _check_choice("form", self.form, tuple(form_names()))
+            check_choice("form", self.form, tuple(form_names()))
         if self.rule is not None:
-            _check_choice("rule", self.rule, RULE_NAMES + SEARCH_NAMES)
+            check_choice("rule", self.rule, RULE_NAMES + SEARCH_NAMES)
             if self.rule == "price" and self.metric != "kfac":
                 raise ConfigError(
                     f"rule 'price' needs metric 'kfac', whose singular values are prices; got "
@@ -181,15 +182,15 @@ class LowRankConfig(QuantizationConfigMixin):
             self._check_prices(name)
         for name in ("input_damping", "output_damping"):
             value = getattr(self, name)
-            if not (_is_number(value) and 0 <= value < math.inf):
+            if not (is_number(value) and 0 <= value < math.inf):
                 raise ConfigError(f"{name} must be a number >= 0, got {value!r}.")
-        if not (_is_number(self.activation_alpha) and 0 <= self.activation_alpha <= 1):
+        if not (is_number(self.activation_alpha) and 0 <= self.activation_alpha <= 1):
             raise ConfigError(
                 f"activation_alpha must lie in [0, 1], got {self.activation_alpha!r}."
             )
-        _check_count("min_rank", self.min_rank)
-        _check_count("search_trials", self.search_trials)
-        _check_seed(self.seed)
+        check_count("min_rank", self.min_rank)
+        check_count("search_trials", self.search_trials)
+        check_seed(self.seed)
         for field_name in ("target_modules", "exclude_modules"):
             value = getattr(self, field_name)
             if isinstance(value, str):
@@ -205,7 +206,7 @@ class LowRankConfig(QuantizationConfigMixin):
                 raise ConfigError(f"{field_name} must map names to ranks, got {value!r}.")
             for name, rank in (getattr(self, field_name) or {}).items():
                 if rank is not None:
-                    _check_count(f"{field_name}[{name!r}]", rank)
+                    check_count(f"{field_name}[{name!r}]", rank)
 
         self._check_narrowed()
         if self.ranks is None:
@@ -246,7 +247,7 @@ class LowRankConfig(QuantizationConfigMixin):
                     f"narrowed[{name!r}] must be [out_features, in_features], got {shape!r}."
                 )
             for size in shape:
-                _check_count(f"narrowed[{name!r}]", size)
+                check_count(f"narrowed[{name!r}]", size)
             if (self.ranks or {}).get(name) is not None:
                 raise ConfigError(f"{name} has both a rank and a narrowed shape; give one.")
 
@@ -257,15 +258,15 @@ class LowRankConfig(QuantizationConfigMixin):
         if len(goals) > 1:
             raise ConfigError(f"Give one goal, not {len(goals)}: {' and '.join(goals)} are set.")
         ratio, tolerance = self.param_ratio, self.loss_tolerance
-        if ratio is not None and not (_is_number(ratio) and 0 < ratio <= 1):
+        if ratio is not None and not (is_number(ratio) and 0 < ratio <= 1):
             raise ConfigError(
                 f"param_ratio is the kept share of the parameters and must lie in (0, 1], got "
                 f"{ratio!r}."
             )
-        if tolerance is not None and not (_is_number(tolerance) and 0 <= tolerance < math.inf):
+        if tolerance is not None and not (is_number(tolerance) and 0 <= tolerance < math.inf):
             raise ConfigError(f"loss_tolerance must be a number >= 0 (nats), got {tolerance!r}.")
         if self.rank is not None:
-            _check_count("rank", self.rank)
+            check_count("rank", self.rank)
 
     @property
     def effective_rule(self) -> str:
@@ -320,33 +321,14 @@ class LowRankConfig(QuantizationConfigMixin):
                 f"config.json has unknown low-rank settings {', '.join(unknown)}; it was written "
                 "by another version of hf_lowrank or edited by hand."
             )
-        config = cls(**config_dict)
+        old = {"form": "factors"} if config_dict["format_version"] == 1 else {}
+        config = cls(**old | config_dict)
         return (config, kwargs) if return_unused_kwargs else config
 
     def to_dict(self) -> dict[str, Any]:
         """All settings that are not None, as plain JSON data."""
         values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         return copy.deepcopy({name: value for name, value in values.items() if value is not None})
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
-
-
-def _check_choice(name: str, value: object, allowed: tuple[str, ...]) -> None:
-    if value not in allowed:
-        raise ConfigError(f"{name} must be one of {', '.join(allowed)}; got {value!r}.")
-
-
-def _check_count(name: str, value: object) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise ConfigError(f"{name} must be an integer >= 1, got {value!r}.")
-
-
-def _check_seed(value: object) -> None:
-    # What every generator takes: torch's, numpy's and Python's.
-    if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < 2**32:
-        raise ConfigError(f"seed must be an integer from 0 to 2**32 - 1, got {value!r}.")
 
 
 _FIELDS = {field.name: field for field in dataclasses.fields(LowRankConfig)}

@@ -14,6 +14,7 @@ ORDER = (
     "errors",
     "files",
     "format",
+    "value_checks",
     "config",
     "decomposition",
     "ranks",

@@ -10,6 +10,7 @@ import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch import nn
 
@@ -21,6 +22,7 @@ from hf_lowrank.config import LowRankConfig
 from hf_lowrank.evaluation.perplexity import LossMeasurement, measure_loss
 from hf_lowrank.evaluation.size import compare, counts_left, model_sizes
 from hf_lowrank.evaluation.speed import speed_before_and_after
+from hf_lowrank.format.layout import FORMAT_VERSION
 from hf_lowrank.measuring.items import is_causal_lm
 from hf_lowrank.modeling.marks import attach_config
 from hf_lowrank.modeling.surgery import factorize_, restore_
@@ -108,7 +110,8 @@ def apply(model: nn.Module, decision: Decision, dense: Dense, run: Run) -> Repor
         with run.stopwatch.phase("surgery"):
             cut_layers = factorize_(model, analysis.factors, plan, analysis.orders, form=plan.form)
             narrowed = {name: list(shape) for name, shape in plan.narrowed.items()} or None
-            decided = config.replace(ranks=dict(plan.ranks), narrowed=narrowed, form=plan.form)
+            found: dict[str, Any] = {"ranks": dict(plan.ranks), "narrowed": narrowed}
+            decided = config.replace(**found, form=plan.form, format_version=FORMAT_VERSION)
             attach_config(model, decided)
         recovery = _recover(model, config, dense, run)
         after = _measure(model, "evaluate compressed", run)

@@ -64,10 +64,10 @@ def pivot_columns(basis: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         coefficients T of shape (k, n - k): `basis[:, rest] = basis[:, pivots] T`.
     """
     rank, size = basis.shape
-    factored, places = torch.linalg.lu_factor(basis.T)
+    factored, places, _ = torch.linalg.lu_factor_ex(basis.T)
     pivots = factored.diagonal().abs()
     if float(pivots.min()) <= 1e-12 * float(pivots.max()):
-        factored, places = torch.linalg.lu_factor(torch.linalg.qr(basis.T).Q)
+        factored, places, _ = torch.linalg.lu_factor_ex(torch.linalg.qr(basis.T).Q)
     swaps, lower, _ = torch.lu_unpack(factored, places)
     order = swaps.argmax(dim=0)
     found = torch.linalg.solve_triangular(

@@ -200,10 +200,7 @@ class LowRankTrainer(CheckedTrainer):
         return selection
 
     def param_ratio(self) -> float:
-        """Kept / dense parameters of the target layers, in the form in which they are exported.
-
-        A layer at or above break-even counts as dense.
-        """
+        """Kept / dense parameters as exported; a layer at or above break-even counts as dense."""
         shapes, form = self.lowrank_shapes, self.export_form
         ranks = current_ranks(self.model, shapes)
         useful = {

@@ -57,7 +57,14 @@ def narrowed_gpt2(tmp_path_factory):
     return Saved(model, folder)
 
 
-@pytest.fixture(params=["llama", "gpt2", "narrowed", "narrowed_gpt2"])
+@pytest.fixture(scope="package")
+def compact_gpt2(tmp_path_factory):
+    model, folder = compressed(tiny_gpt2, form="compact"), tmp_path_factory.mktemp("compact_gpt2")
+    model.save_pretrained(folder)
+    return Saved(model, folder)
+
+
+@pytest.fixture(params=["llama", "gpt2", "narrowed", "narrowed_gpt2", "compact_gpt2"])
 def saved(request):
     return request.getfixturevalue(request.param)
 

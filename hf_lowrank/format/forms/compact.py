@@ -57,7 +57,7 @@ class CompactLinear(LowRankLinear):
         dtype: torch.dtype | None = None,
     ) -> None:
         super(LowRankLinear, self).__init__()
-        check_rank(rank, min(in_features, out_features) - 1)
+        check_rank(rank, (out_features, in_features), below=1)
         self.in_features = in_features
         self.out_features = out_features
         self.conv1d = conv1d

@@ -51,7 +51,7 @@ class LowRankLinear(CompressedLayer):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        check_rank(rank, min(in_features, out_features))
+        check_rank(rank, (out_features, in_features))
         if form not in ("factors", "usv"):
             raise ValueError(f"form must be one of factors, usv, got {form!r}.")
         self.in_features = in_features
@@ -126,15 +126,16 @@ class LowRankLinear(CompressedLayer):
         )
 
 
-def check_rank(rank: int, largest: int) -> None:
-    """Refuses a rank that a form can't hold.
+def check_rank(rank: int, shape: tuple[int, int], below: int = 0) -> None:
+    """Refuses a rank outside `1..min(shape) - below`.
 
     Raises:
         ValueError: With the limits.
     """
-    if not 1 <= rank <= largest:
+    if not 1 <= rank <= min(shape) - below:
+        limit = f"min({shape[0]}, {shape[1]})" + f" - {below}" * bool(below)
         raise ValueError(
-            f"rank {rank} is outside 1..{largest}; lower the rank or keep the layer dense."
+            f"rank {rank} is outside 1..{limit}; lower the rank or keep the layer dense."
         )
 
 

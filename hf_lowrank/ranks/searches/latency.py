@@ -5,16 +5,15 @@ from __future__ import annotations
 import itertools
 import time
 from collections.abc import Callable
+from functools import partial
 
 import torch
-from torch import nn
 
-from hf_lowrank.format.forms.stored_form import stored_form
 from hf_lowrank.ranks.hull import Point, lower_hull, slope
-from hf_lowrank.ranks.plan import RankPlan, break_even_rank
+from hf_lowrank.ranks.plan import COMPACT, RankPlan, break_even_rank
 from hf_lowrank.ranks.searches.problem import RankProblem
 
-Latency = Callable[[tuple[int, int], int | None, str], float]
+Latency = Callable[[tuple[int, int], int | None], float]
 GRID = 8
 ROWS = 128
 REPEATS = 5
@@ -32,7 +31,7 @@ def latency_search(problem: RankProblem, latency: Latency | None = None) -> Rank
         problem: What to search; `measure` and `trials` are not used.
         latency: Seconds of a layer of a shape at a rank (None: dense); by default measured here.
     """
-    time_of = latency or measure_latency
+    time_of = latency or partial(measure_latency, form=problem.form)
     tables: dict[tuple[int, int], dict[int, float]] = {}
     scores = {}
     for name, errors in problem.errors().items():
@@ -56,10 +55,10 @@ def latency_search(problem: RankProblem, latency: Latency | None = None) -> Rank
 def _latency_table(shape: tuple[int, int], form: str, time_of: Latency) -> dict[int, float]:
     """Seconds by rank, strictly rising, from 0 to the rank where a layer is better dense."""
     limit = break_even_rank(*shape, form)
-    dense = time_of(shape, None, form)
+    dense = time_of(shape, None)
     table = {0: 0.0}
     for rank in sorted({max(1, limit * i // GRID) for i in range(1, GRID + 1)}):
-        seconds = dense if rank >= limit else time_of(shape, rank, form)
+        seconds = dense if rank >= limit else time_of(shape, rank)
         # A step that costs no time on this machine is cheap, not free.
         table[rank] = max(seconds, max(table.values()) + 1e-4 * dense)
     return table
@@ -69,13 +68,18 @@ def _latency_table(shape: tuple[int, int], form: str, time_of: Latency) -> dict[
 def measure_latency(shape: tuple[int, int], rank: int | None, form: str = "factors") -> float:
     """Median seconds of a layer on 128 rows of fp32 on the CPU."""
     rows, columns = shape
-    inputs = torch.ones(ROWS, columns)
-    layer: nn.Module = nn.Linear(columns, rows, bias=False)
+    read = 0 if rank is None or form != COMPACT else rank  # pivots, added to what the rest gives
+    inputs = torch.ones(ROWS, max(rows, columns) if read else columns)
+    weights = [torch.ones(rows, columns)]
     if rank is not None:
-        layer = stored_form(form).build(shape, rank, bias=False)
+        inner = min(shape) - rank if read else columns
+        weights = [torch.ones(rank, inner), torch.ones(max(shape) if read else rows, rank)]
     seconds = []
     for _ in range(REPEATS):
         start = time.perf_counter()
-        layer(inputs)
+        result = inputs[:, read : read + weights[0].shape[1]] @ weights[0].T
+        result = result + inputs[:, :read] if read else result
+        for weight in weights[1:]:
+            result = result @ weight.T
         seconds.append(time.perf_counter() - start)
     return sorted(seconds)[REPEATS // 2]
