@@ -32,11 +32,15 @@ from hf_lowrank.modeling.surgery import factorized
 from hf_lowrank.modeling.targets import find_targets
 from hf_lowrank.report.provenance import write_result
 
-RECIPES = {
-    "ranks": {"channels": False, "measured_prices": False},
-    "ranks+measured": {"channels": False, "measured_prices": True},
-    "channels": {"channels": True, "measured_prices": False},
-    "channels+measured": {"channels": True, "measured_prices": True},
+RECIPES: dict[str, dict[str, Any]] = {
+    "channels" * channels + "ranks" * (not channels) + "+measured" * measured + f", {form}": {
+        "channels": channels,
+        "measured_prices": measured,
+        "form": form,
+    }
+    for form in ("factors", "compact")
+    for channels in (False, True)
+    for measured in (False, True)
 }
 
 
@@ -115,7 +119,8 @@ def compare_recipes(args: RecipeArguments) -> None:
             read(calibration, "held_out", (0.75, 1.0)),
         )
         paths = {
-            (recipe, ratio): folder / f"{_short(calibration)}-{recipe}-{ratio}.json"
+            (recipe, ratio): folder
+            / f"{_short(calibration)}-{recipe.replace(', ', '-')}-{ratio}.json"
             for ratio in args.param_ratio or [0.9, 0.8]
             for recipe in args.recipes or RECIPES
         }
@@ -148,7 +153,7 @@ def _row(
     run = Run(Texts(held_out=held_out))
     plan = decide(model, analysis.with_config(config), run).plan
     seconds = time.perf_counter() - started
-    with factorized(model, analysis.factors, plan, analysis.orders):
+    with factorized(model, analysis.factors, plan, analysis.orders, form=plan.form):
         losses, answers = judges.measure(model)
     return {
         "seconds": seconds,

@@ -15,10 +15,10 @@ from typing import Any
 
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from hf_lowrank.checks import check_choice, check_count, check_seed, is_number
 from hf_lowrank.errors import CheckpointError, ConfigError
 from hf_lowrank.format.forms.stored_form import form_names
-from hf_lowrank.format.layout import FORMAT_VERSION, QUANT_METHOD, Layout
+from hf_lowrank.format.layout import FORMAT_VERSION, QUANT_METHOD, Layout, check_version
+from hf_lowrank.value_checks import check_choice, check_count, check_seed, is_number
 
 METRIC_NAMES = (
     "plain",
@@ -42,6 +42,7 @@ SEARCH_NAMES = (
 LABEL_SOURCES = ("data", "model")
 WEIGHT_TYPES = (None, "int8", "int4")
 DEFAULT_LOSS_TOLERANCE = 0.05
+DEFAULT_FORM = "compact"
 _GOALS = ("param_ratio", "loss_tolerance", "megabytes", "rank")
 _TRADING_GOALS = _GOALS[:-1]
 # Settings that not every run reads: which choice decides, and with which choices they are read.
@@ -168,7 +169,12 @@ class LowRankConfig(QuantizationConfigMixin):
         None,
         "The decision: bits and block of every quantized matrix. Filled by compress().",
     )
-    form: str = option("factors", "Factors in the checkpoint: 'factors' (B A) or 'usv' (U s V).")
+    form: str | None = option(
+        None,
+        "How a layer of rank k is stored: 'compact', k (m + n - k) numbers; 'factors', B A, "
+        "k (m + n); or 'usv', U s V, in training. A size counts what is stored. Default: "
+        f"{DEFAULT_FORM}.",
+    )
     format_version: int = option(FORMAT_VERSION, "Version of the checkpoint layout.")
     quant_method: str = option(QUANT_METHOD, "Fixed: tells transformers how to load.")  # type: ignore[assignment]
 
@@ -177,7 +183,7 @@ class LowRankConfig(QuantizationConfigMixin):
         self._check_goal()
         check_choice("metric", self.metric, METRIC_NAMES)
         check_choice("label_source", self.label_source, LABEL_SOURCES)
-        check_choice("form", self.form, tuple(form_names()))
+        check_choice("form", self.form, (None, *form_names()))
         check_choice("weights", self.weights, WEIGHT_TYPES)
         if self.rule is not None:
             check_choice("rule", self.rule, RULE_NAMES + SEARCH_NAMES)
@@ -217,6 +223,11 @@ class LowRankConfig(QuantizationConfigMixin):
         self._check_decision()
         if self.ranks is None:
             self._check_readers()
+            if self.form == "usv":
+                raise ConfigError(
+                    "form 'usv' is that of layers in training, as LowRankTrainer writes it; set "
+                    "form to 'compact' or 'factors'."
+                )
 
     def _check_readers(self) -> None:
         choices = {"goal": self.goal, "rule": self.effective_rule, "metric": self.metric}
@@ -274,6 +285,11 @@ class LowRankConfig(QuantizationConfigMixin):
         return next((name for name in _GOALS if getattr(self, name) is not None), _GOALS[1])
 
     @property
+    def inference_form(self) -> str:
+        """The form of layers that are not in training: `form`, or compact."""
+        return DEFAULT_FORM if self.form in (None, "usv") else str(self.form)
+
+    @property
     def searches(self) -> bool:
         """Whether something is measured on held-out data to find the ranks."""
         if self.goal == "loss_tolerance" or self.rule in SEARCH_NAMES:
@@ -303,12 +319,7 @@ class LowRankConfig(QuantizationConfigMixin):
         Raises:
             CheckpointError: The format is newer than this library or a field is unknown.
         """
-        version = config_dict.get("format_version")
-        if version != FORMAT_VERSION:
-            raise CheckpointError(
-                f"config.json has format_version {version!r}, this hf_lowrank reads "
-                f"{FORMAT_VERSION}; update hf_lowrank or check the file."
-            )
+        check_version(config_dict.get("format_version"))
         known = {field.name for field in dataclasses.fields(cls)}
         unknown = sorted(set(config_dict) - known)
         if unknown:
@@ -316,7 +327,8 @@ class LowRankConfig(QuantizationConfigMixin):
                 f"config.json has unknown low-rank settings {', '.join(unknown)}; it was written "
                 "by another version of hf_lowrank or edited by hand."
             )
-        config = cls(**config_dict)
+        old = {"form": "factors"} if config_dict["format_version"] == 1 else {}
+        config = cls(**old | config_dict)
         return (config, kwargs) if return_unused_kwargs else config
 
     def to_dict(self) -> dict[str, Any]:

@@ -13,6 +13,8 @@ python scripts/benchmark.py qa --model FOLDER --data_file dev-v1.1.json --questi
 python scripts/benchmark.py pruned-ranks --model FOLDER --data_dir GLUE --task mrpc \
     --final_density 0.25 --output ranks.json --picture ranks.svg
 python scripts/benchmark.py bounds --output bounds.json
+python scripts/benchmark.py form-speed --output form_speed.json
+python scripts/benchmark.py form-numerics --calibration FILE --evaluation FILE --output out.json
 python scripts/benchmark.py architectures --output architectures.json --page architectures.md
 python scripts/benchmark.py damaged-checkpoints --count 10000 --output damaged_checkpoints.json
 python scripts/benchmark.py kills --count 100 --output kills.json
@@ -28,6 +30,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # benchmarks/ is not install
 from benchmarks.architectures import ArchitecturesArguments, sweep_architectures
 from benchmarks.bounds import BoundsArguments, check_bounds
 from benchmarks.damaged_checkpoints import DamagedArguments, try_damaged_checkpoints
+from benchmarks.form_numerics import FormNumericsArguments, measure_numerics
+from benchmarks.form_speed import FormSpeedArguments, compare_speeds
 from benchmarks.glue import GlueTableArguments, fill_glue_table
 from benchmarks.glue_size import GlueSizeArguments, find_smallest_sizes
 from benchmarks.kills import KillsArguments, kill_runs
@@ -58,6 +62,8 @@ COMMANDS = {
     "qa": (QaTableArguments, fill_qa_table),
     "pruned-ranks": (PrunedRanksArguments, compare_pruned_ranks),
     "bounds": (BoundsArguments, check_bounds),
+    "form-speed": (FormSpeedArguments, compare_speeds),
+    "form-numerics": (FormNumericsArguments, measure_numerics),
     "architectures": (ArchitecturesArguments, sweep_architectures),
     "damaged-checkpoints": (DamagedArguments, try_damaged_checkpoints),
     "kills": (KillsArguments, kill_runs),

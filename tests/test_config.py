@@ -221,9 +221,11 @@ def test_from_dict_returns_unused_keywords_when_asked():
     assert (config.rank, unused) == (2, {"other": 5})
 
 
-@pytest.mark.parametrize("version", [0, 2, "1", None])
+@pytest.mark.parametrize("version", [0, 3, "1", None])
 def test_other_format_versions_are_refused(version):
-    with pytest.raises(CheckpointError, match=f"format_version {version!r}, .* reads 1"):
+    with pytest.raises(
+        CheckpointError, match=f"format_version {version!r}, .* reads 1 and 2; update"
+    ):
         LowRankConfig.from_dict({"format_version": version})
 
 

@@ -12,9 +12,9 @@ PACKAGE = Path(hf_lowrank.__file__).parent
 ORDER = (
     "version",
     "errors",
-    "checks",
     "files",
     "format",
+    "value_checks",
     "config",
     "decomposition",
     "ranks",

@@ -10,14 +10,16 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from hf_lowrank.channels.order import ChannelOrder
 from hf_lowrank.decomposition.spectrum import Spectrum
 from hf_lowrank.errors import ConfigError
+from hf_lowrank.ranks.hull import tail_sums
 from hf_lowrank.ranks.plan import RankPlan, break_even_rank, layer_cost
-from hf_lowrank.ranks.threshold import Shapes, plan_for_budget, predicted_rise, tail_sums
+from hf_lowrank.ranks.threshold import Shapes, plan_for_budget, predicted_rise
 
 _BISECTIONS = 80
 
@@ -53,6 +55,7 @@ def plan_with_channels(
     *,
     min_rank: int = 1,
     fixed: Mapping[str, int | None] | None = None,
+    form: str = "factors",
 ) -> RankPlan:
     """The plan of the smallest predicted loss within a budget, channels included.
 
@@ -63,22 +66,24 @@ def plan_with_channels(
         param_ratio: Kept / dense parameters over all targeted layers, in (0, 1].
         min_rank: Smallest rank of a factorized layer.
         fixed: Ranks decided beforehand. A feed-forward with a layer among them keeps its channels.
+        form: Stored form of the layers with a rank.
 
     Raises:
         ConfigError: Even the smallest ranks exceed the budget.
     """
     fixed = dict(fixed or {})
+    limits: dict[str, Any] = {"min_rank": min_rank, "form": form}
     if param_ratio >= 1:  # nothing has to be cut, so keep every channel, even a worthless one
-        return plan_for_budget(shapes, spectra, "price", 1.0, min_rank=min_rank, fixed=fixed)
+        return plan_for_budget(shapes, spectra, "price", 1.0, fixed=fixed, **limits)
     free = [
         each
         for each in orders.values()
         if all(name in spectra and name not in fixed for name in each.block.names)
     ]
     inside = {name for each in free for name in each.block.names}
-    ranks = {name: rank_curve(s, min_rank) for name, s in spectra.items() if name not in fixed}
+    ranks = {n: rank_curve(s, min_rank, form) for n, s in spectra.items() if n not in fixed}
     budget = int(param_ratio * sum(layer_cost(shape, None) for shape in shapes.values()) + 1e-6)
-    spent = sum(layer_cost(shapes[name], rank) for name, rank in fixed.items())
+    spent = sum(layer_cost(shapes[name], rank, form) for name, rank in fixed.items())
     parts: list[Part] = [[[curve]] for name, curve in ranks.items() if name not in inside]
     others = len(parts)
     for each in free:
@@ -92,9 +97,9 @@ def plan_with_channels(
     left = {**shapes, **small}
     total = sum(layer_cost(shape, None) for shape in left.values())
     decided = fixed | dict.fromkeys(small)
-    plan = plan_for_budget(left, spectra, "price", budget / total, min_rank=min_rank, fixed=decided)
+    plan = plan_for_budget(left, spectra, "price", budget / total, fixed=decided, **limits)
     shrunk = {name: shape for name, shape in small.items() if shape != tuple(shapes[name])}
-    return RankPlan(plan.ranks, dict(shapes), shrunk)
+    return RankPlan(plan.ranks, dict(shapes), shrunk, form)
 
 
 def predicted_rise_with_channels(
@@ -109,17 +114,18 @@ def predicted_rise_with_channels(
     return predicted_rise(spectra, plan) + channels
 
 
-def rank_curve(spectrum: Spectrum, min_rank: int = 1) -> Curve:
+def rank_curve(spectrum: Spectrum, min_rank: int = 1, form: str = "factors") -> Curve:
     """Ranks from the smallest to break-even, and dense as the last step.
 
     Args:
         spectrum: With prices.
         min_rank: The smallest rank.
+        form: Stored form of the layer with a rank.
     """
     assert spectrum.price is not None  # only the kfac metric gets here
-    last = min(break_even_rank(*spectrum.shape) - 1, len(spectrum.price))
+    last = min(break_even_rank(*spectrum.shape, form) - 1, len(spectrum.price))
     ranks = range(min_rank, last + 1)
-    costs = [layer_cost(spectrum.shape, rank) for rank in ranks]
+    costs = [layer_cost(spectrum.shape, rank, form) for rank in ranks]
     rises = tail_sums(spectrum.price)[min_rank : last + 1].tolist()
     dense = layer_cost(spectrum.shape, None)
     return Curve(*(torch.tensor(v, dtype=torch.float64) for v in ([*costs, dense], [*rises, 0.0])))

@@ -170,6 +170,7 @@ class CompressionArguments:
     target_modules: list[str] | None = config_option("target_modules")
     exclude_modules: list[str] | None = config_option("exclude_modules")
     label_source: str = config_option("label_source")
+    form: str | None = config_option("form")
     calibration: str | None = option(
         None,
         "Calibration text: a .txt, .jsonl or .parquet file, a Hub dataset (name:config:split), "

@@ -47,6 +47,7 @@ class LanguageModelArguments:
     trust_remote_code: bool = option(False, TRUST_HELP)
     target_modules: list[str] | None = config_option("target_modules")
     exclude_modules: list[str] | None = config_option("exclude_modules")
+    form: str | None = config_option("form")
 
 
 @dataclass
@@ -88,7 +89,9 @@ def train_language_model(
         args.model, args.dtype, trust_remote_code=args.trust_remote_code
     )
     texts = _texts(args, model, tokenizer, training.per_device_eval_batch_size)
-    config = LowRankConfig(target_modules=args.target_modules, exclude_modules=args.exclude_modules)
+    config = LowRankConfig(
+        target_modules=args.target_modules, exclude_modules=args.exclude_modules, form=args.form
+    )
     dense_sizes = model_sizes(model)
     untouched = untouched_weights(model, find_targets(model, config))
     watch = Stopwatch()
@@ -108,7 +111,8 @@ def train_language_model(
     trainer.export()
     with watch.phase("evaluation"):
         after = measure_loss(model, texts["evaluation"], progress="evaluate compressed")
-    plan = RankPlan(current_ranks(model, trainer.lowrank_shapes), trainer.lowrank_shapes)
+    shapes = trainer.lowrank_shapes
+    plan = RankPlan(current_ranks(model, shapes), shapes, form=trainer.export_form)
     parameters, size = counts_left(dense_sizes, model, plan)
     report = Report(
         model=args.model,

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 from tqdm.auto import tqdm
@@ -66,28 +67,20 @@ class Analysis:
 
     def plan_for_ratio(self, param_ratio: float) -> RankPlan:
         """Plan within a budget by the config's rule; see `plan_for_budget`."""
-        config = self.config
+        shapes, spectra, config = self.shapes, self.spectra, self.config
         if config.channels:
-            return plan_with_channels(
-                self.shapes,
-                self.spectra,
-                self.orders,
-                param_ratio,
-                min_rank=config.min_rank,
-                fixed=self.fixed,
-            )
-        return plan_for_budget(
-            self.shapes,
-            self.spectra,
-            config.effective_rule,
-            param_ratio,
-            min_rank=config.min_rank,
-            fixed=self.fixed,
-        )
+            return plan_with_channels(shapes, spectra, self.orders, param_ratio, **self.limits)
+        return plan_for_budget(shapes, spectra, config.effective_rule, param_ratio, **self.limits)
+
+    @property
+    def limits(self) -> dict[str, Any]:
+        """What all plans have in common: `min_rank`, `fixed` and `form`."""
+        config = self.config
+        return {"min_rank": config.min_rank, "fixed": self.fixed, "form": config.inference_form}
 
     def plan_for_rank(self, rank: int) -> RankPlan:
         """The same rank everywhere, but for `rank_pattern`."""
-        return uniform_plan(self.shapes, rank, self.fixed)
+        return uniform_plan(self.shapes, rank, self.fixed, self.config.inference_form)
 
     def predicted_rise(self, plan: RankPlan) -> float:
         """Predicted rise of the mean loss under a plan, nats; NaN where the metric has none."""

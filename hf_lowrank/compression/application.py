@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch import nn
 
@@ -22,7 +23,7 @@ from hf_lowrank.config import LowRankConfig
 from hf_lowrank.evaluation.perplexity import LossMeasurement, measure_loss
 from hf_lowrank.evaluation.size import compare, counts_left, model_sizes, weight_bytes
 from hf_lowrank.evaluation.speed import speed_before_and_after
-from hf_lowrank.format.layout import Precision
+from hf_lowrank.format.layout import FORMAT_VERSION, Precision
 from hf_lowrank.measuring.items import is_causal_lm
 from hf_lowrank.modeling.marks import attach_config
 from hf_lowrank.modeling.surgery import factorize_, restore_
@@ -110,9 +111,10 @@ def apply(model: nn.Module, decision: Decision, dense: Dense, run: Run) -> Repor
     analysis, plan, config = decision.analysis, decision.plan, decision.analysis.config
     with dense_on_error(model, dense.layers):
         with run.stopwatch.phase("surgery"):
-            is_cut = bool(factorize_(model, analysis.factors, plan, analysis.orders))
+            cut_layers = factorize_(model, analysis.factors, plan, analysis.orders, form=plan.form)
             narrowed = {name: list(shape) for name, shape in plan.narrowed.items()} or None
-            decided = config.replace(ranks=dict(plan.ranks), narrowed=narrowed, form="factors")
+            found: dict[str, Any] = {"ranks": dict(plan.ranks), "narrowed": narrowed}
+            decided = config.replace(**found, form=plan.form, format_version=FORMAT_VERSION)
             attach_config(model, decided)
         recovery = _recover(model, config, dense, run)
         quantization = quantize(model, plan.ranks, config, run)
@@ -120,7 +122,7 @@ def apply(model: nn.Module, decision: Decision, dense: Dense, run: Run) -> Repor
             attach_config(model, decided)
         after = _measure(model, "evaluate compressed", run)
         evaluations = {name: compare(dense.losses[name], after[name]) for name in after}
-        speed = _speed(model, dense, run) if is_cut else None
+        speed = _speed(model, dense, run) if cut_layers else None
         predicted = analysis.predicted_rise(plan)
         parameters, size = counts_left(dense.sizes, model, plan)
         return Report(

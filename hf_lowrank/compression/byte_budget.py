@@ -23,7 +23,7 @@ from hf_lowrank.modeling.stored_size import SizeOnDisk
 from hf_lowrank.modeling.surgery import factorize_, restore_
 from hf_lowrank.modeling.targets import fixed_ranks
 from hf_lowrank.modeling.weight_precision import planned_precisions, quantize_weights_
-from hf_lowrank.ranks.plan import RankPlan
+from hf_lowrank.ranks.plan import RankPlan, useful_rank
 from hf_lowrank.report.quantization import SizeTrial
 
 TYPES = (None, "int8", "int4")  # from the most bits to the fewest
@@ -57,9 +57,10 @@ def check_size_goal(
         return
     shapes = {name: linear_shape(layer) for name, layer in targets.items()}
     fixed = fixed_ranks(targets, config)
-    ranks = {name: fixed.get(name, config.min_rank) for name in shapes}
+    form = config.inference_form
+    ranks = {name: useful_rank(shape, config.min_rank, form) for name, shape in shapes.items()}
     weights = _types(config)[-1]
-    size = SizeOnDisk(model, config.form)(RankPlan(ranks, shapes), weights)
+    size = SizeOnDisk(model)(RankPlan(ranks | fixed, shapes, form=form), weights)
     if size > config.megabytes * 1e6:
         raise ConfigError(
             f"megabytes={config.megabytes:g} is too small: with the smallest ranks in "
@@ -77,7 +78,7 @@ def fits(model: nn.Module, analysis: Analysis) -> list[Fit]:
         ConfigError: None fits, because of layers that must stay dense.
     """
     config = analysis.config
-    size_of, limit = SizeOnDisk(model, config.form), (config.megabytes or 0) * 1e6
+    size_of, limit = SizeOnDisk(model), (config.megabytes or 0) * 1e6
     found = []
     for weights in _types(config):
         plan = _largest_plan(analysis, weights, size_of, limit)
@@ -142,7 +143,7 @@ def _applied(model: nn.Module, analysis: Analysis, fit: Fit) -> Iterator[nn.Modu
     """The model cut and quantized for the time of the block, dense again afterwards."""
     dense = {name: model.get_submodule(name) for name in fit.plan.ranks}
     try:
-        factorize_(model, analysis.factors, fit.plan, analysis.orders)
+        factorize_(model, analysis.factors, fit.plan, analysis.orders, form=fit.plan.form)
         if fit.weights is not None:
             precisions = planned_precisions(model, fit.plan.ranks, fit.weights)
             quantize_weights_(model, precisions)

@@ -117,8 +117,7 @@ def _at_ratio(model: nn.Module, analysis: Analysis, run: Run) -> Found:
         measure=lambda plan: held_out.difference(analysis.factors, plan).mean,
         trials=config.search_trials,
         seed=config.seed,
-        min_rank=config.min_rank,
-        fixed=analysis.fixed,
+        **analysis.limits,
     )
     return plan, [], None
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 from torch import nn
 
@@ -32,7 +33,8 @@ def check_goal(targets: Mapping[str, nn.Module], config: LowRankConfig) -> None:
     if config.param_ratio is not None:
         shapes = {name: linear_shape(layer) for name, layer in targets.items()}
         fixed = fixed_ranks(targets, config)
-        check_budget(shapes, config.param_ratio, min_rank=config.min_rank, fixed=fixed)
+        limits: dict[str, Any] = {"min_rank": config.min_rank, "form": config.inference_form}
+        check_budget(shapes, config.param_ratio, fixed=fixed, **limits)
 
 
 def plan_for_goal(analysis: Analysis) -> RankPlan | None:
@@ -42,7 +44,7 @@ def plan_for_goal(analysis: Analysis) -> RankPlan | None:
         narrowed = {
             name: (rows, columns) for name, (rows, columns) in (config.narrowed or {}).items()
         }
-        return RankPlan(config.ranks, analysis.shapes, narrowed)
+        return RankPlan(config.ranks, analysis.shapes, narrowed, config.inference_form)
     if config.param_ratio is not None and config.effective_rule in RULES:
         return analysis.plan_for_ratio(config.param_ratio)
     if config.rank is not None:
@@ -52,7 +54,7 @@ def plan_for_goal(analysis: Analysis) -> RankPlan | None:
 
 def smallest_share(analysis: Analysis) -> float:
     """Smallest `param_ratio` that the smallest ranks allow."""
-    return smallest_ratio(analysis.shapes, min_rank=analysis.config.min_rank, fixed=analysis.fixed)
+    return smallest_ratio(analysis.shapes, **analysis.limits)
 
 
 def likely_ratio(analysis: Analysis) -> float:

@@ -77,6 +77,7 @@ def measure_parts(
             {name: rank if name in layers else None for name, rank in plan.ranks.items()},
             plan.shapes,
             {name: shape for name, shape in plan.narrowed.items() if name in layers},
+            plan.form,
         )
         predicted = analysis.predicted_rise(alone)
         if not predicted > 0:

@@ -84,13 +84,14 @@ def _compress_without_data(model: nn.Module, config: LowRankConfig) -> LowRankCo
     check_goal(targets, config)
     check_quantizable(targets, config.weights)
     decision = decide(model, analyze(model, targets, config, quiet), quiet)
-    factorize_(model, decision.analysis.factors, decision.plan)
+    plan = decision.plan
+    factorize_(model, decision.analysis.factors, plan, form=plan.form)
     quantize(model, targets, config, quiet)
     return config.replace(
-        ranks=dict(decision.plan.ranks),
+        ranks=dict(plan.ranks),
         narrowed=None,
         quantized=quantized_settings(model),
-        form="factors",
+        form=plan.form,
     )
 
 

@@ -9,7 +9,9 @@ from typing import Any
 from hf_lowrank.errors import CheckpointError
 
 QUANT_METHOD = "lowrank"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+# Version 1 has no layer in the compact form, and no quantized weight.
+READABLE_VERSIONS = (1, 2)
 BITS = (4, 8)
 
 
@@ -75,12 +77,7 @@ class Layout:
         Raises:
             CheckpointError: The version is another, or a value is none that a writer would write.
         """
-        version = settings.get("format_version")
-        if version != FORMAT_VERSION or isinstance(version, bool):
-            raise CheckpointError(
-                f"config.json has format_version {version!r}, this hf_lowrank reads "
-                f"{FORMAT_VERSION}; update hf_lowrank or check the file."
-            )
+        check_version(settings.get("format_version"))
         form = settings.get("form", "factors")
         if not isinstance(form, str):
             raise CheckpointError(f"form must be the name of a stored form, got {form!r}.")
@@ -103,6 +100,19 @@ class Layout:
             {name: _shape(name, shape, ranks) for name, shape in (narrowed or {}).items()},
             form,
             {name: Precision.from_json(name, each) for name, each in (quantized or {}).items()},
+        )
+
+
+def check_version(version: object) -> None:
+    """Refuses a checkpoint of another layout.
+
+    Raises:
+        CheckpointError: With the versions that are read.
+    """
+    if isinstance(version, bool) or version not in READABLE_VERSIONS:
+        raise CheckpointError(
+            f"config.json has format_version {version!r}, this hf_lowrank reads "
+            f"{' and '.join(map(str, READABLE_VERSIONS))}; update hf_lowrank or check the file."
         )
 
 

@@ -13,9 +13,14 @@ from transformers.quantizers import HfQuantizer
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from hf_lowrank.format.forms.compact import CompactLinear
 from hf_lowrank.format.layout import FORMAT_VERSION, QUANT_METHOD, Layout
 from hf_lowrank.format.marking import mark_as_lowrank, unmark_as_lowrank
-from hf_lowrank.format.rebuild import compressed_layers, replace_with_lowrank
+from hf_lowrank.format.rebuild import (
+    compressed_layers,
+    factorized_layers,
+    replace_with_lowrank,
+)
 from hf_lowrank.format.torchao_weights import assemble_, check_torchao
 
 
@@ -24,7 +29,7 @@ class LowRankCheckpointConfig(QuantizationConfigMixin):
 
     Args:
         ranks: Module name to rank, None for a layer that stayed dense.
-        form: "factors" or "usv", see `LowRankLinear`.
+        form: "compact", "factors" or "usv"; see `LowRankLinear` and `CompactLinear`.
         narrowed: Module name to [out_features, in_features], for layers that lost channels.
         quantized: Name to bits and block, for modules whose weight is quantized.
         format_version: Version of the checkpoint layout.
@@ -79,6 +84,9 @@ class LowRankQuantizer(HfQuantizer):
         **kwargs: Any,
     ) -> nn.Module:
         assemble_(model)
+        for name, layer in factorized_layers(model).items():
+            if isinstance(layer, CompactLinear) and not layer.lowrank_order.is_meta:
+                layer.check_order(name)
         mark_as_lowrank(model, self)
         return model
 

@@ -24,11 +24,9 @@ class SizeOnDisk:
 
     Args:
         model: The dense model.
-        form: Name of the stored form of layers with a rank.
     """
 
-    def __init__(self, model: nn.Module, form: str) -> None:
-        self.form = stored_form(form)
+    def __init__(self, model: nn.Module) -> None:
         self.model = model
         tensors = {t.data_ptr(): (name, t) for name, t in model.state_dict().items()}
         self.dense = sum(num_bytes(t) + _ENTRY + len(name) for name, t in tensors.values())
@@ -60,8 +58,8 @@ class SizeOnDisk:
             whole = plan.narrowed.get(name, shape)
             tensors: dict[str, tuple[int, ...]] = {"weight": (whole[0], whole[1])}
         else:
-            shapes = self.form.shapes(shape, rank)
-            tensors = dict(zip(self.form.tensors, shapes, strict=True))
+            form = stored_form(plan.form)
+            tensors = dict(zip(form.tensors, form.shapes(shape, rank), strict=True))
         total = 0
         for end, each in tensors.items():
             if end.endswith("weight"):

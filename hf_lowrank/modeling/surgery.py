@@ -18,10 +18,13 @@ from transformers.pytorch_utils import Conv1D
 
 from hf_lowrank.channels.narrowing import narrowed
 from hf_lowrank.channels.order import ChannelOrder
+from hf_lowrank.decomposition.pivots import compact_columns
 from hf_lowrank.decomposition.spectrum import Factors
 from hf_lowrank.errors import TargetError
 from hf_lowrank.format.dense_linear import linear_shape, linear_weight
+from hf_lowrank.format.forms.compact import CompactLinear
 from hf_lowrank.format.forms.factors import LowRankLinear
+from hf_lowrank.format.forms.stored_form import stored_form
 from hf_lowrank.format.marking import unmark_as_lowrank
 from hf_lowrank.format.rebuild import compressed_layers
 from hf_lowrank.format.torchao_weights import quantized_modules
@@ -40,26 +43,24 @@ def empty_lowrank(source: nn.Module, rank: int, form: str = "factors") -> LowRan
     Args:
         source: The dense or low-rank layer that it will replace.
         rank: Rank of the new layer.
-        form: "factors" or "usv".
+        form: "factors", "compact" or "usv".
     """
-    out_features, in_features = linear_shape(source)
     if isinstance(source, LowRankLinear):
         weight, conv1d = source.lowrank_B.weight, source.conv1d
     else:
         weight, conv1d = cast(torch.Tensor, source.weight), isinstance(source, Conv1D)
     bias = cast("torch.Tensor | None", source.bias)
-    lowrank = LowRankLinear(
-        in_features,
-        out_features,
+    lowrank = stored_form(form).build(
+        linear_shape(source),
         rank,
         bias=bias is not None,
-        form=form,
         conv1d=conv1d,
         device="meta",  # no random start, so the random state is left alone
         dtype=weight.dtype,
-    ).to_empty(device=weight.device)
-    if bias is not None:
-        lowrank.lowrank_B.bias.copy_(bias)
+    )
+    lowrank = cast(LowRankLinear, lowrank).to_empty(device=weight.device)
+    if bias is not None and lowrank.bias is not None:
+        lowrank.bias.copy_(bias)
     lowrank.train(source.training)
     for parameter in lowrank.parameters():
         parameter.requires_grad_(weight.requires_grad)
@@ -67,13 +68,40 @@ def empty_lowrank(source: nn.Module, rank: int, form: str = "factors") -> LowRan
 
 
 @torch.no_grad()
-def lowrank_from_factors(layer: nn.Module, factors: Factors, rank: int) -> LowRankLinear:
-    """A `LowRankLinear` that approximates a dense layer, with its bias, dtype and device."""
-    lowrank = empty_lowrank(layer, rank)
+def lowrank_from_factors(
+    layer: nn.Module, factors: Factors, rank: int, form: str = "factors"
+) -> LowRankLinear:
+    """A layer of a rank that approximates another, with its bias, dtype and device."""
+    lowrank = empty_lowrank(layer, rank, form)
+    if isinstance(lowrank, CompactLinear):
+        fill_compact(lowrank, factors.left, factors.right)
+        return lowrank
     factor_a, factor_b = factors.balanced(rank)
     lowrank.lowrank_A.weight.copy_(factor_a)
     lowrank.lowrank_B.weight.copy_(factor_b)
     return lowrank
+
+
+@torch.no_grad()
+def fill_compact(layer: CompactLinear, left: torch.Tensor, right: torch.Tensor) -> None:
+    """Fills a compact layer with the best approximation of its rank to `left @ right`, in place.
+
+    Args:
+        layer: The layer.
+        left: Shape (m, r).
+        right: Shape (r, n); components in descending order.
+    """
+    rank, dtype = layer.rank, layer.lowrank_B.weight.dtype
+    if layer.by_inputs:
+        pivots, coefficients, order = compact_columns(left, right, rank, dtype)
+        layer.lowrank_B.weight.copy_(pivots)
+        layer.lowrank_A.weight.copy_(coefficients)
+    else:
+        pivots, coefficients, order = compact_columns(right.T, left.T, rank, dtype)
+        layer.lowrank_A.weight.copy_(pivots.T)
+        layer.lowrank_B.weight.copy_(coefficients.T)
+        order = order.argsort()  # from what stands at a place to the place of each output
+    layer.lowrank_order.copy_(order)
 
 
 def factorize_(
@@ -81,6 +109,8 @@ def factorize_(
     factors: Mapping[str, Factors],
     plan: RankPlan,
     orders: Mapping[str, ChannelOrder] | None = None,
+    *,
+    form: str = "factors",
 ) -> dict[str, nn.Module]:
     """Replaces the planned layers by factors, or by narrower layers, in place.
 
@@ -90,6 +120,7 @@ def factorize_(
         plan: Ranks by layer name; None leaves a layer dense, or narrowed if the plan says so.
         orders: Channel order of each feed-forward that the plan narrows, keyed by its output
             layer.
+        form: Stored form of the layers with a rank. For a trial of a plan two factors will do.
 
     Returns:
         The dense layers that were replaced, by name; `restore_` puts them back.
@@ -117,7 +148,7 @@ def factorize_(
     for name, each in blocks.items():
         layers |= narrowed(model, each.block, each.narrowing(model, plan.narrowed[name][1]))
     for name, rank in chosen.items():
-        layers[name] = lowrank_from_factors(originals[name], factors[name], rank)
+        layers[name] = lowrank_from_factors(originals[name], factors[name], rank, form)
     restore_(model, layers)
     return originals
 
@@ -134,9 +165,11 @@ def factorized(
     factors: Mapping[str, Factors],
     plan: RankPlan,
     orders: Mapping[str, ChannelOrder] | None = None,
+    *,
+    form: str = "factors",
 ) -> Iterator[nn.Module]:
     """The model with the plan in force for the time of the block, dense again afterwards."""
-    originals = factorize_(model, factors, plan, orders)
+    originals = factorize_(model, factors, plan, orders, form=form)
     try:
         yield model
     finally:

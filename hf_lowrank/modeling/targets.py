@@ -18,7 +18,7 @@ from hf_lowrank.errors import ConfigError, TargetError
 from hf_lowrank.format.dense_linear import linear_shape
 from hf_lowrank.format.layout import QUANT_METHOD
 from hf_lowrank.format.rebuild import compressed_layers
-from hf_lowrank.ranks.plan import break_even_rank
+from hf_lowrank.ranks.plan import break_even_rank, useful_rank
 
 Value = TypeVar("Value")
 
@@ -71,6 +71,9 @@ def fixed_ranks(targets: Mapping[str, nn.Module], config: LowRankConfig) -> dict
     fixed: dict[str, int | None] = {}
     for pattern, rank in config.rank_pattern.items():
         fixed |= {name: rank for name in targets if match_name(name, pattern)}
+    if config.inference_form == "compact":  # at full rank that is the dense layer
+        shapes = {name: linear_shape(targets[name]) for name in fixed}
+        fixed = {n: rank and useful_rank(shapes[n], rank, "compact") for n, rank in fixed.items()}
     return fixed
 
 

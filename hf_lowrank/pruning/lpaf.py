@@ -60,6 +60,15 @@ class LpafSettings:
     fine_tuning: Mapping[str, Any] = field(default_factory=dict)
     training: Mapping[str, Any] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        """Checks the form, which is that of two factors."""
+        if self.compression.form == "compact":
+            raise ConfigError(
+                "LPAF trains two factors beside a sparse matrix; leave form out, or set it to "
+                "'factors'."
+            )
+        object.__setattr__(self, "compression", self.compression.replace(form="factors"))
+
 
 def lpaf_(
     model: nn.Module,

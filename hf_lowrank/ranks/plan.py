@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import bisect
 import math
 from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, field
 
 from hf_lowrank.errors import ConfigError
 
+COMPACT = "compact"
 
-def break_even_rank(out_features: int, in_features: int) -> int:
-    """Smallest rank whose factors hold at least as many parameters as the dense matrix.
 
-    A rank-k pair costs `k (m + n)` parameters against `m n`, so this is `ceil(m n / (m + n))`.
-    Every useful rank lies below it.
+def break_even_rank(out_features: int, in_features: int, form: str = "factors") -> int:
+    """Smallest rank at which a layer holds at least as many parameters as the dense matrix.
+
+    Two factors cost `k (m + n)` parameters against `m n`, so this is `ceil(m n / (m + n))`; the
+    compact form is smaller at every rank below `min(m, n)`. Every useful rank lies below it.
     """
+    if form == COMPACT:
+        return min(out_features, in_features)
     return math.ceil(out_features * in_features / (out_features + in_features))
 
 
@@ -27,6 +32,7 @@ class RankPlan:
         shapes: (out_features, in_features) of each targeted layer.
         narrowed: (out_features, in_features) left of the layers that lose channels; their rank is
             None.
+        form: Stored form of the layers with a rank.
 
     Raises:
         ConfigError: The names differ, or a rank or shape is outside its layer's limits.
@@ -35,6 +41,7 @@ class RankPlan:
     ranks: Mapping[str, int | None]
     shapes: Mapping[str, tuple[int, int]]
     narrowed: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+    form: str = "factors"
 
     def __post_init__(self) -> None:
         """Checks names and limits."""
@@ -72,7 +79,7 @@ class RankPlan:
     def kept_parameters(self) -> int:
         """Weights of the targeted layers after compression."""
         left = {**self.shapes, **self.narrowed}
-        return sum(layer_cost(left[name], rank) for name, rank in self.ranks.items())
+        return sum(layer_cost(left[name], rank, self.form) for name, rank in self.ranks.items())
 
     @property
     def param_ratio(self) -> float:
@@ -84,12 +91,25 @@ def _is_within(shape: tuple[int, int], dense: tuple[int, int] | None) -> bool:
     return dense is not None and all(1 <= k <= n for k, n in zip(shape, dense, strict=True))
 
 
-def layer_cost(shape: tuple[int, int], rank: int | None) -> int:
-    """Parameters of a layer at a rank: `k (m + n)`, or `m n` for None (dense)."""
+def layer_cost(shape: tuple[int, int], rank: int | None, form: str = "factors") -> int:
+    """Parameters of a layer at a rank: `k (m + n)`, or `m n` for None (dense).
+
+    The compact form holds `k (m + n - k)`.
+    """
     rows, columns = shape
-    return rows * columns if rank is None else rank * (rows + columns)
+    if rank is None:
+        return rows * columns
+    return rank * (rows + columns - (rank if form == COMPACT else 0))
 
 
-def useful_rank(shape: tuple[int, int], rank: int) -> int | None:
-    """The rank, or None (dense) where the factors would not be smaller than the matrix."""
-    return None if rank >= break_even_rank(*shape) else rank
+def rank_within(shape: tuple[int, int], share: float, form: str = "factors") -> int:
+    """Largest rank whose parameters stay within a share of the dense layer's, maybe 0."""
+    budget = share * layer_cost(shape, None)
+    return bisect.bisect_right(
+        range(1, min(shape) + 1), budget, key=lambda rank: layer_cost(shape, rank, form)
+    )
+
+
+def useful_rank(shape: tuple[int, int], rank: int, form: str = "factors") -> int | None:
+    """The rank, or None (dense) where the layer would not be smaller than the matrix."""
+    return None if rank >= break_even_rank(*shape, form) else rank

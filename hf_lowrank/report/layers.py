@@ -37,14 +37,14 @@ def short_block_names(blocks: Iterable[str]) -> dict[str, str]:
 
 def kept_shares(report: Report) -> dict[str, float]:
     """Kept / dense parameters of every layer whose shape the report knows."""
-    shares = {}
+    shares, form = {}, str(report.config.others.get("form", "factors"))
     for name, rank in report.ranks.items():
         if rank is None and name not in report.narrowed:
             shares[name] = 1.0
         elif name in report.spectra:
             dense = report.spectra[name].shape
             left = report.narrowed.get(name, dense)
-            shares[name] = layer_cost(left, rank) / (dense[0] * dense[1])
+            shares[name] = layer_cost(left, rank, form) / (dense[0] * dense[1])
     return shares
 
 

@@ -238,6 +238,7 @@ def cut_config(args: TaskArguments, metric: str, channels: bool = False) -> LowR
         channels=channels,
         label_source="model" if reads_labels else LowRankConfig.label_source,
         seed=args.seed,
+        form=args.form,
     )
 
 

@@ -6,7 +6,7 @@ import importlib.util
 from dataclasses import dataclass
 from typing import Any
 
-from hf_lowrank.config import LowRankConfig, option
+from hf_lowrank.config import LowRankConfig, config_option, option
 from hf_lowrank.errors import ConfigError
 from hf_lowrank.inputs.sources import TRUST_HELP
 
@@ -84,6 +84,7 @@ class TaskArguments:
     )
     bf16: bool = option(True, "Train under bf16 autocast.")
     seed: int = option(0, "Seed of everything random.")
+    form: str | None = config_option("form")
 
     def check(self) -> None:
         """Refuses settings that are certain to fail.

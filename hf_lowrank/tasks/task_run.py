@@ -24,7 +24,7 @@ from hf_lowrank.tasks.methods import METHODS
 from hf_lowrank.tasks.task import Task
 from hf_lowrank.tasks.task_arguments import TaskArguments
 from hf_lowrank.tasks.task_report import DevelopmentLoss, TaskReport
-from hf_lowrank.training.form_changes import current_ranks
+from hf_lowrank.training.form_changes import current_form, current_ranks
 
 
 def run_task(task: Task, args: TaskArguments) -> tuple[nn.Module, TaskReport]:
@@ -49,7 +49,7 @@ def run_task(task: Task, args: TaskArguments) -> tuple[nn.Module, TaskReport]:
     found |= {"config": Settings()} | METHODS[args.method](model, task, args)
     found["seconds"] = seconds | found["seconds"]
     narrowed = {name: linear_shape(layer) for name, layer in narrowed_layers(model).items()}
-    plan = RankPlan(current_ranks(model, shapes), shapes, narrowed)
+    plan = RankPlan(current_ranks(model, shapes), shapes, narrowed, current_form(model))
     held_out = task.batches(task.held_out, args.batch_size)
     found["metrics"] = task.score(model, task.validation)
     found["held_out_metrics"] = task.score(model, task.held_out)

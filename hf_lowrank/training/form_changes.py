@@ -1,4 +1,4 @@
-"""The two forms of a low-rank layer: `B A` for inference, `U diag(s) V` for training."""
+"""The forms of a low-rank layer: compact or `B A` for inference, `U diag(s) V` for training."""
 
 from __future__ import annotations
 
@@ -8,13 +8,14 @@ import torch
 from torch import nn
 
 from hf_lowrank.config import LowRankConfig
+from hf_lowrank.decomposition.spectrum import Factors
 from hf_lowrank.decomposition.thin import thin_svd
 from hf_lowrank.errors import TargetError
 from hf_lowrank.format.dense_linear import linear_weight
 from hf_lowrank.format.forms.factors import LowRankLinear
 from hf_lowrank.format.rebuild import factorized_layers, narrowed_layers
 from hf_lowrank.modeling.qualification import qualified
-from hf_lowrank.modeling.surgery import empty_lowrank, replace_layer_
+from hf_lowrank.modeling.surgery import empty_lowrank, lowrank_from_factors, replace_layer_
 from hf_lowrank.modeling.targets import fixed_ranks
 from hf_lowrank.ranks.plan import break_even_rank
 
@@ -40,8 +41,7 @@ def to_training_form_(model: nn.Module, config: LowRankConfig) -> dict[str, LowR
     if layers:
         for name, layer in layers.items():
             if layer.lowrank_s is None:
-                left, right = layer.lowrank_B.weight, layer.lowrank_A.weight
-                replace_layer_(model, name, _from_svd(layer, *thin_svd(left, right)))
+                replace_layer_(model, name, _from_svd(layer, *thin_svd(*layer.factors())))
         return factorized_layers(model)
     if narrowed_layers(model):
         raise TargetError(
@@ -59,11 +59,19 @@ def to_training_form_(model: nn.Module, config: LowRankConfig) -> dict[str, LowR
 
 
 @torch.no_grad()
-def to_inference_form_(model: nn.Module) -> nn.Module:
-    """Folds `s` into the factors, in place; a layer at or above break-even becomes dense."""
+def to_inference_form_(model: nn.Module, form: str = "factors") -> nn.Module:
+    """Folds `s` away, in place; a layer at or above break-even becomes dense.
+
+    Args:
+        model: A model with layers in training form.
+        form: "factors" or "compact".
+    """
     for name, layer in factorized_layers(model).items():
-        if layer.rank >= break_even_rank(layer.out_features, layer.in_features):
+        if layer.rank >= break_even_rank(layer.out_features, layer.in_features, form):
             replace_layer_(model, name, layer.to_dense())
+        elif layer.lowrank_s is not None and form == "compact":
+            factors = Factors(*layer.factors())
+            replace_layer_(model, name, lowrank_from_factors(layer, factors, layer.rank, form))
         elif layer.lowrank_s is not None:
             scale = layer.lowrank_s.abs().sqrt()
             signed = scale * layer.lowrank_s.sign()
@@ -94,6 +102,11 @@ def current_ranks(model: nn.Module, names: Mapping[str, object]) -> dict[str, in
     """Rank of each named layer now, None where it is dense."""
     modules = ((name, model.get_submodule(name)) for name in names)
     return {name: m.rank if isinstance(m, LowRankLinear) else None for name, m in modules}
+
+
+def current_form(model: nn.Module) -> str:
+    """Form of the model's low-rank layers, which all have the same."""
+    return next((layer.form for layer in factorized_layers(model).values()), "factors")
 
 
 def _from_svd(

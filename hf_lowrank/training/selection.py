@@ -11,6 +11,7 @@ import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import nn
@@ -40,7 +41,7 @@ class SelectionSettings:
     """How to select; see the fields of `LowRankTrainingArguments` of similar names.
 
     With `param_ratio` the selection spends that budget and looks at no loss; `dense_shapes` are the
-    target layers that stay dense and count towards it.
+    target layers that stay dense and count towards it. Sizes are those of the stored `form`.
     """
 
     rule: str
@@ -52,6 +53,7 @@ class SelectionSettings:
     damping: MetricSettings
     param_ratio: float | None = None
     dense_shapes: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+    form: str = "factors"
 
 
 @dataclass(frozen=True)
@@ -96,11 +98,12 @@ def select_ranks(
     shapes = {name: linear_shape(layer) for name, layer in layers.items()}
     shapes |= dict(settings.dense_shapes)
     fixed: dict[str, int | None] = dict.fromkeys(settings.dense_shapes)
+    limits: dict[str, Any] = {"fixed": fixed, "form": settings.form}
 
     def plan_at(share: float) -> RankPlan:
         if settings.rule == "relative":
-            return plan_for_threshold(shapes, spectra, "relative", 1.0 - share, fixed=fixed)
-        return plan_for_budget(shapes, spectra, settings.rule, share, fixed=fixed)
+            return plan_for_threshold(shapes, spectra, "relative", 1.0 - share, **limits)
+        return plan_for_budget(shapes, spectra, settings.rule, share, **limits)
 
     def predict(plan: RankPlan) -> float:
         return predicted_rise(spectra, plan) if settings.rule == "price" else math.nan
@@ -111,10 +114,10 @@ def select_ranks(
         with probed(layers, factors, plan.ranks):
             return paired_difference(reference, iterate_losses(model, batches), tolerance)
 
-    floor = smallest_ratio(shapes, fixed=fixed)
+    floor = smallest_ratio(shapes, **limits)
     if settings.param_ratio is not None:
         share = max(settings.param_ratio, floor)
-        plan = plan_for_budget(shapes, spectra, settings.rule, share, fixed=fixed)
+        plan = plan_for_budget(shapes, spectra, settings.rule, share, **limits)
         seconds = time.perf_counter() - start
         return Selection(plan, factors, [], int(settings.rule == "price"), len(layers), seconds)
     plan, probes = search_tolerance(

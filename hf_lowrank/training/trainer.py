@@ -171,6 +171,7 @@ class LowRankTrainer(CheckedTrainer):
             seed=args.seed,
             damping=self._damping,
             dense_shapes={n: s for n, s in self.lowrank_shapes.items() if n not in layers},
+            form=self.export_form,
         )
         start = time.perf_counter()
         now, reference = None, []
@@ -202,13 +203,19 @@ class LowRankTrainer(CheckedTrainer):
         return selection
 
     def param_ratio(self) -> float:
-        """Kept / dense parameters of the target layers now; at or above break-even counts dense."""
-        ranks = current_ranks(self.model, self.lowrank_shapes)
+        """Kept / dense parameters as exported; a layer at or above break-even counts as dense."""
+        shapes, form = self.lowrank_shapes, self.export_form
+        ranks = current_ranks(self.model, shapes)
         useful = {
-            name: None if rank is None else useful_rank(self.lowrank_shapes[name], rank)
+            name: None if rank is None else useful_rank(shapes[name], rank, form)
             for name, rank in ranks.items()
         }
-        return RankPlan(useful, self.lowrank_shapes).param_ratio
+        return RankPlan(useful, shapes, form=form).param_ratio
+
+    @property
+    def export_form(self) -> str:
+        """Stored form of the layers after `export`: `form` of the config, or compact."""
+        return self.lowrank_config.inference_form
 
     def summary(self) -> Training:
         """How the training went, for the report."""
@@ -224,7 +231,7 @@ class LowRankTrainer(CheckedTrainer):
     def _check_target(self) -> None:
         target = self.args.target_param_ratio
         if target is not None:
-            check_budget(self.lowrank_shapes, target)
+            check_budget(self.lowrank_shapes, target, form=self.export_form)
 
     def selection_batches(self) -> list[Batch]:
         """The fixed, seeded subset of the training set that selections are measured on.
@@ -245,9 +252,9 @@ class LowRankTrainer(CheckedTrainer):
         return list(tensors)
 
     def export(self) -> nn.Module:
-        """Folds the spectra into two factors, in place; the model is then ready to ship."""
-        to_inference_form_(self.model)
-        self._describe_ranks(form="factors")
+        """Folds the spectra into the stored form, in place; the model is then ready to ship."""
+        to_inference_form_(self.model, self.export_form)
+        self._describe_ranks(form=self.export_form)
         return self.model
 
     def _apply(self, selection: Selection, layers: dict[str, LowRankLinear]) -> None:

@@ -8,7 +8,7 @@ import torch
 from hf_lowrank.channels.budget import Curve, cheapest, rank_curve
 from hf_lowrank.decomposition.spectrum import Spectrum
 from hf_lowrank.errors import ConfigError
-from hf_lowrank.ranks.threshold import lower_hull
+from hf_lowrank.ranks.hull import lower_hull
 
 
 def test_rank_curve_ends_dense():

@@ -24,15 +24,16 @@ def file_size(model, folder):
 
 
 @pytest.mark.parametrize("build", [tiny_llama, tiny_gpt2])
+@pytest.mark.parametrize("form", ["compact", "factors"])
 @pytest.mark.parametrize("weights", [None, "int8", "int4"])
-def test_the_size_is_known_before_the_cut(build, weights, text, tmp_path):
+def test_the_size_is_known_before_the_cut(build, weights, form, text, tmp_path):
     model, dense = build(), build()
-    config = LowRankConfig(param_ratio=0.6, weights=weights, channels=True)
+    config = LowRankConfig(param_ratio=0.6, weights=weights, channels=True, form=form)
     compress(model, config, text[:4], progress=False)
     found = model.config.quantization_config
     shapes = {name: linear_shape(dense.get_submodule(name)) for name in found.ranks}
     narrowed = {name: tuple(shape) for name, shape in (found.narrowed or {}).items()}
-    expected = SizeOnDisk(dense, "factors")(RankPlan(found.ranks, shapes, narrowed), weights)
+    expected = SizeOnDisk(dense)(RankPlan(found.ranks, shapes, narrowed, form), weights)
     tensors = len(model.state_dict())
     assert 0 <= expected - file_size(model, tmp_path) < 70 * tensors
 

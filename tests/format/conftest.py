@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import pytest
 
 from hf_lowrank import LowRankConfig, LowRankLinear, compress
+from hf_lowrank.format.forms.compact import CompactLinear
 from hf_lowrank.format.forms.narrowed import NarrowedLinear
 from hf_lowrank.format.forms.quantized import QuantizedLinear
 from hf_lowrank.format.rebuild import compressed_layers
@@ -60,28 +61,47 @@ def narrowed_gpt2(tmp_path_factory):
     return Saved(model, folder)
 
 
-def quantized(build, weights, folder):
-    """With factors, narrowed and dense layers in int8 or int4."""
+def quantized(build, weights, form, folder):
+    """With low-rank, narrowed and dense layers in int8 or int4."""
     pytest.importorskip("torchao.quantization")
     name = LAYER if build is tiny_llama else "transformer.h.0.attn.c_attn"
-    model = compressed(build, channels=True, weights=weights, rank_pattern={name: None})
+    settings = {"channels": True, "weights": weights, "form": form, "rank_pattern": {name: None}}
+    model = compressed(build, **settings)
     kinds = {type(layer) for layer in compressed_layers(model).values()}
-    assert kinds == {LowRankLinear, NarrowedLinear, QuantizedLinear}
+    lowrank = CompactLinear if form == "compact" else LowRankLinear
+    assert kinds == {lowrank, NarrowedLinear, QuantizedLinear}
+    model.save_pretrained(folder)
+    return Saved(model, folder)
+
+
+@pytest.fixture(scope="package")
+def compact_gpt2(tmp_path_factory):
+    model, folder = compressed(tiny_gpt2, form="compact"), tmp_path_factory.mktemp("compact_gpt2")
     model.save_pretrained(folder)
     return Saved(model, folder)
 
 
 @pytest.fixture(scope="package")
 def int8(tmp_path_factory):
-    return quantized(tiny_gpt2, "int8", tmp_path_factory.mktemp("int8"))
+    return quantized(tiny_gpt2, "int8", "compact", tmp_path_factory.mktemp("int8"))
 
 
 @pytest.fixture(scope="package")
 def int4(tmp_path_factory):
-    return quantized(tiny_llama, "int4", tmp_path_factory.mktemp("int4"))
+    return quantized(tiny_llama, "int4", "factors", tmp_path_factory.mktemp("int4"))
 
 
-@pytest.fixture(params=["llama", "gpt2", "narrowed", "narrowed_gpt2", "int8", "int4"])
+@pytest.fixture(scope="package")
+def int4_gpt2(tmp_path_factory):
+    return quantized(tiny_gpt2, "int4", "compact", tmp_path_factory.mktemp("int4_gpt2"))
+
+
+@pytest.fixture(
+    params=[
+        *("llama", "gpt2", "narrowed", "narrowed_gpt2", "compact_gpt2"),
+        *("int8", "int4", "int4_gpt2"),
+    ]
+)
 def saved(request):
     return request.getfixturevalue(request.param)
 

@@ -50,10 +50,14 @@ def test_a_config_that_is_no_text_is_refused(broken):
 @pytest.mark.parametrize(
     ("setting", "value", "message"),
     [
-        ("format_version", 2, "format_version 2, this hf_lowrank reads 1; update"),
+        ("format_version", 3, "format_version 3, this hf_lowrank reads 1 and 2; update"),
         ("format_version", None, "format_version None"),
         ("colour", "red", "unknown low-rank settings colour; it was written by another version"),
-        ("form", "svd", "bad quantization_config: form must be one of factors, usv; got 'svd'"),
+        (
+            "form",
+            "svd",
+            "bad quantization_config: form must be one of compact, factors, usv; got 'svd'",
+        ),
         ("ranks", None, "holds no ranks; the checkpoint is incomplete"),
         ("ranks", ["a"], "bad quantization_config"),
         ("ranks", {LAYER: "4"}, r"ranks\['model.*q_proj'\] must be an integer >= 1, got '4'"),

@@ -128,7 +128,7 @@ def test_training_form_survives_saving(tmp_path):
     assert same_tensors(again, model)
 
 
-@pytest.mark.parametrize("form", ["factors", "usv"])
+@pytest.mark.parametrize("form", ["factors", "compact"])
 def test_a_checkpoint_loads_whatever_form_was_asked_for(form, tmp_path):
     model = tiny_llama()
     config = LowRankConfig(param_ratio=0.6, metric="plain", form=form)

@@ -27,11 +27,13 @@ def test_compressing_while_loading_equals_compress(dense_folder, goal, tmp_path)
     assert same_tensors(hf_lowrank.load(tmp_path), model)
 
 
-def test_compressing_while_loading_in_training_form_saves_what_loads(dense_folder, tmp_path):
-    config = LowRankConfig(rank=5, metric="plain", form="usv")
+def test_compressing_while_loading_stores_the_form_that_is_asked_for(dense_folder, tmp_path):
+    config = LowRankConfig(rank=5, metric="plain", form="compact")
     model = AutoModelForCausalLM.from_pretrained(dense_folder, quantization_config=config)
     model.save_pretrained(tmp_path)
-    assert same_tensors(hf_lowrank.load(tmp_path), model)
+    loaded = hf_lowrank.load(tmp_path)
+    assert loaded.config.quantization_config.form == "compact"
+    assert same_tensors(loaded, model)
 
 
 @pytest.mark.parametrize("goal", [{"param_ratio": 0.8}, {}, {"rule": "sensitivity"}])

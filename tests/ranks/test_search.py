@@ -67,7 +67,7 @@ def test_a_search_never_exceeds_its_budget_and_nearly_spends_it(name, ratio):
     assert plan.param_ratio > ratio - step
 
 
-def weights_of(shape, rank):
+def weights_of(shape, rank, form="factors"):
     """A machine whose seconds are the weights of a layer."""
     return 1e-6 * (shape[0] * shape[1] if rank is None else rank * sum(shape))
 

@@ -126,6 +126,31 @@ def test_inference_form_folds_spectra_of_both_signs_and_multiplies_out_above_bre
         )
 
 
+def test_the_compact_form_holds_the_same_product_up_to_full_rank():
+    model = tiny_gpt2()
+    names = {"c_fc": 5, "mlp.c_proj": 31, "c_attn": 32}  # of 32
+    to_training_form_(model, LowRankConfig(target_modules=list(names)))
+    for name, layer in factorized_layers(model).items():
+        rank = next(r for suffix, r in names.items() if name.endswith(suffix))
+        U, s, V = (part.clone() for part in get_factors(layer))
+        s[::2] *= -1
+        set_factors_(layer, (U[:, :rank], s[:rank], V[:rank]))
+    (batch,) = token_batches(1)
+    before = logits(model, batch)
+    to_inference_form_(model, "compact")
+    torch.testing.assert_close(logits(model, batch), before, atol=2e-5, rtol=1e-4)
+    kept = factorized_layers(model)
+    assert {name.split(".", 3)[3]: layer.rank for name, layer in kept.items()} == {
+        "mlp.c_fc": 5,
+        "mlp.c_proj": 31,
+    }
+    assert {layer.form for layer in kept.values()} == {"compact"}
+    assert isinstance(model.get_submodule("transformer.h.0.attn.c_attn"), Conv1D)
+    layers = to_training_form_(model, LowRankConfig())
+    assert {layer.form for layer in layers.values()} == {"usv"}
+    torch.testing.assert_close(logits(model, batch), before, atol=5e-5, rtol=1e-4)
+
+
 def test_inference_form_leaves_factors_and_dense_layers_alone():
     model = tiny_llama()
     hf_lowrank.compress(model, LowRankConfig(param_ratio=0.5, metric="plain"), progress=False)

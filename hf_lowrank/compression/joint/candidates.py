@@ -188,10 +188,10 @@ class Candidates:
         return Candidate(name, plan, factors, self.known[key].difference)
 
     def _trusted_plan(self, param_ratio: float, trust: float) -> RankPlan:
-        analysis = self.analysis
+        analysis, form = self.analysis, self.analysis.config.inference_form
         scores, tails = {}, {}
         for name, spectrum in analysis.spectra.items():
-            scores[name] = RULES["price"](spectrum)
+            scores[name] = RULES["price"](spectrum, form)
             if spectrum.price is not None:
                 tails[name] = trusted_tails(spectrum.price, self.linear[name], trust)
         return plan_for_scores(
@@ -199,8 +199,7 @@ class Candidates:
             scores,
             param_ratio,
             tails=tails,
-            min_rank=analysis.config.min_rank,
-            fixed=analysis.fixed,
+            **analysis.limits,
         )
 
     def _corrections(self, plan: RankPlan, largest_step: float) -> dict[str, Factors]:

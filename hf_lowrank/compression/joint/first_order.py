@@ -10,7 +10,7 @@ import torch
 
 from hf_lowrank.decomposition.metrics import QuadraticForm
 from hf_lowrank.decomposition.spectrum import Factors, decompose
-from hf_lowrank.ranks.threshold import tail_sums
+from hf_lowrank.ranks.hull import tail_sums
 
 
 def first_order_terms(factors: Factors, gradient: torch.Tensor) -> torch.Tensor:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
-from transformers.pytorch_utils import Conv1D
 
-from hf_lowrank.format.dense_linear import dense_layer, layer_options, linear_shape, plain
-from hf_lowrank.format.forms.stored_form import CompressedLayer, StoredForm, register
+from hf_lowrank.format.dense_linear import dense_layer, plain
+from hf_lowrank.format.forms.stored_form import CompressedLayer, RankedForm, register
 from hf_lowrank.format.weight_stand_in import WeightStandIn
 
 
@@ -52,11 +51,7 @@ class LowRankLinear(CompressedLayer):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        if not 1 <= rank <= min(in_features, out_features):
-            raise ValueError(
-                f"rank {rank} is outside 1..min({out_features}, {in_features}); lower the rank or "
-                "keep the layer dense."
-            )
+        check_rank(rank, (out_features, in_features))
         if form not in ("factors", "usv"):
             raise ValueError(f"form must be one of factors, usv, got {form!r}.")
         self.in_features = in_features
@@ -100,12 +95,21 @@ class LowRankLinear(CompressedLayer):
         output: torch.Tensor = self.lowrank_B(inner)
         return output
 
-    def dense_weight(self) -> torch.Tensor:
-        """The product of the factors, shape (m, n), computed in fp32 or the factors' own fp64."""
+    def factors(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Two thin factors whose product is the weight, in fp32 or the stored factors' own fp64.
+
+        Returns:
+            Shapes (m, k) and (k, n).
+        """
         dtype = torch.promote_types(self.lowrank_A.weight.dtype, torch.float32)
         left, right = (plain(f.weight).to(dtype) for f in (self.lowrank_B, self.lowrank_A))
         if self.lowrank_s is not None:
             left = left * self.lowrank_s.to(dtype)
+        return left, right
+
+    def dense_weight(self) -> torch.Tensor:
+        """The product of the factors, shape (m, n), in their dtype; see `factors`."""
+        left, right = self.factors()
         return left @ right
 
     @torch.no_grad()
@@ -122,8 +126,21 @@ class LowRankLinear(CompressedLayer):
         )
 
 
+def check_rank(rank: int, shape: tuple[int, int], below: int = 0) -> None:
+    """Refuses a rank outside `1..min(shape) - below`.
+
+    Raises:
+        ValueError: With the limits.
+    """
+    if not 1 <= rank <= min(shape) - below:
+        limit = f"min({shape[0]}, {shape[1]})" + f" - {below}" * bool(below)
+        raise ValueError(
+            f"rank {rank} is outside 1..{limit}; lower the rank or keep the layer dense."
+        )
+
+
 @register
-class FactorsForm(StoredForm):
+class FactorsForm(RankedForm):
     """A `LowRankLinear` of rank k: A of shape (k, n), B of shape (m, k)."""
 
     name = "factors"
@@ -133,7 +150,6 @@ class FactorsForm(StoredForm):
         """(k, n) and (m, k) for a rank k."""
         return [(entry, shape[1]), (shape[0], entry)]
 
-    def empty_layer(self, layer: nn.Linear | Conv1D, entry: int) -> CompressedLayer:
-        """A `LowRankLinear` of the rank."""
-        rows, columns = linear_shape(layer)
-        return LowRankLinear(columns, rows, entry, form=self.name, **layer_options(layer))
+    def build(self, shape: tuple[int, int], rank: int, **options: Any) -> LowRankLinear:
+        """See `RankedForm`."""
+        return LowRankLinear(shape[1], shape[0], rank, form=self.name, **options)

@@ -13,6 +13,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from hf_lowrank.errors import CheckpointError
+from hf_lowrank.format.dense_linear import layer_options, linear_shape
 from hf_lowrank.format.layout import Layout
 
 
@@ -61,6 +62,27 @@ class StoredForm(ABC):
         """
 
 
+class RankedForm(StoredForm):
+    """A form of layers with a rank."""
+
+    @abstractmethod
+    def build(self, shape: tuple[int, int], rank: int, **options: Any) -> CompressedLayer:
+        """A layer of shape (m, n) with no values yet.
+
+        Args:
+            shape: (out_features, in_features).
+            rank: Its rank.
+            **options: `bias`, `conv1d`, `device`, `dtype`.
+
+        Raises:
+            ValueError: The rank is outside the form's limits.
+        """
+
+    def empty_layer(self, layer: nn.Linear | Conv1D, entry: int) -> CompressedLayer:
+        """A layer of the rank."""
+        return self.build(linear_shape(layer), entry, **layer_options(layer))
+
+
 _STORED_FORMS: dict[str, StoredForm] = {}
 
 
@@ -75,15 +97,16 @@ def form_names(listed_in: str = "ranks") -> list[str]:
     return sorted(name for name, form in _STORED_FORMS.items() if form.listed_in == listed_in)
 
 
-def stored_form(name: str) -> StoredForm:
-    """The form of this name.
+def stored_form(name: str) -> RankedForm:
+    """The form of this name for layers with a rank.
 
     Raises:
         CheckpointError: There is none for layers with a rank.
     """
-    if name not in form_names():
+    form = _STORED_FORMS.get(name)
+    if not isinstance(form, RankedForm):
         raise CheckpointError(f"form must be one of {', '.join(form_names())}; got {name!r}.")
-    return _STORED_FORMS[name]
+    return form
 
 
 def form_of(layer: CompressedLayer) -> StoredForm:

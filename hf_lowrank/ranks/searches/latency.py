@@ -5,12 +5,13 @@ from __future__ import annotations
 import itertools
 import time
 from collections.abc import Callable
+from functools import partial
 
 import torch
 
-from hf_lowrank.ranks.plan import RankPlan, break_even_rank
+from hf_lowrank.ranks.hull import Point, lower_hull, slope
+from hf_lowrank.ranks.plan import COMPACT, RankPlan, break_even_rank
 from hf_lowrank.ranks.searches.problem import RankProblem
-from hf_lowrank.ranks.threshold import Point, lower_hull, slope
 
 Latency = Callable[[tuple[int, int], int | None], float]
 GRID = 8
@@ -30,14 +31,16 @@ def latency_search(problem: RankProblem, latency: Latency | None = None) -> Rank
         problem: What to search; `measure` and `trials` are not used.
         latency: Seconds of a layer of a shape at a rank (None: dense); by default measured here.
     """
-    time_of = latency or measure_latency
+    time_of = latency or partial(measure_latency, form=problem.form)
     tables: dict[tuple[int, int], dict[int, float]] = {}
     scores = {}
     for name, errors in problem.errors().items():
         shape = problem.shapes[name]
         if shape not in tables:
-            tables[shape] = _latency_table(shape, time_of)
-        dense = break_even_rank(*shape)  # a layer of that rank stays as it is, without error
+            tables[shape] = _latency_table(shape, problem.form, time_of)
+        dense = break_even_rank(
+            *shape, problem.form
+        )  # a layer of that rank stays as it is, without error
         points: list[Point] = [
             (seconds, float(errors[rank]) if rank < dense else 0.0, rank)
             for rank, seconds in tables[shape].items()
@@ -49,9 +52,9 @@ def latency_search(problem: RankProblem, latency: Latency | None = None) -> Rank
     return problem.plan(scores)
 
 
-def _latency_table(shape: tuple[int, int], time_of: Latency) -> dict[int, float]:
+def _latency_table(shape: tuple[int, int], form: str, time_of: Latency) -> dict[int, float]:
     """Seconds by rank, strictly rising, from 0 to the rank where a layer is better dense."""
-    limit = break_even_rank(*shape)
+    limit = break_even_rank(*shape, form)
     dense = time_of(shape, None)
     table = {0: 0.0}
     for rank in sorted({max(1, limit * i // GRID) for i in range(1, GRID + 1)}):
@@ -62,18 +65,21 @@ def _latency_table(shape: tuple[int, int], time_of: Latency) -> dict[int, float]
 
 
 @torch.no_grad()
-def measure_latency(shape: tuple[int, int], rank: int | None) -> float:
-    """Median seconds of a layer on 128 rows of fp32 on the CPU; two products for a rank."""
+def measure_latency(shape: tuple[int, int], rank: int | None, form: str = "factors") -> float:
+    """Median seconds of a layer on 128 rows of fp32 on the CPU."""
     rows, columns = shape
-    inputs = torch.ones(ROWS, columns)
+    read = 0 if rank is None or form != COMPACT else rank  # pivots, added to what the rest gives
+    inputs = torch.ones(ROWS, max(rows, columns) if read else columns)
     weights = [torch.ones(rows, columns)]
     if rank is not None:
-        weights = [torch.ones(rank, columns), torch.ones(rows, rank)]
+        inner = min(shape) - rank if read else columns
+        weights = [torch.ones(rank, inner), torch.ones(max(shape) if read else rows, rank)]
     seconds = []
     for _ in range(REPEATS):
         start = time.perf_counter()
-        result = inputs
-        for weight in weights:
+        result = inputs[:, read : read + weights[0].shape[1]] @ weights[0].T
+        result = result + inputs[:, :read] if read else result
+        for weight in weights[1:]:
             result = result @ weight.T
         seconds.append(time.perf_counter() - start)
     return sorted(seconds)[REPEATS // 2]

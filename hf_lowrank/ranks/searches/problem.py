@@ -10,8 +10,9 @@ import torch
 
 from hf_lowrank.decomposition.spectrum import Spectrum
 from hf_lowrank.errors import ConfigError, NumericalError
-from hf_lowrank.ranks.plan import RankPlan
-from hf_lowrank.ranks.threshold import plan_for_scores, tail_sums
+from hf_lowrank.ranks.hull import tail_sums
+from hf_lowrank.ranks.plan import RankPlan, layer_cost
+from hf_lowrank.ranks.threshold import plan_for_scores
 
 Measure = Callable[[RankPlan], float]
 
@@ -29,6 +30,7 @@ class RankProblem:
         seed: Seed of the search.
         min_rank: Smallest rank of a factorized layer.
         fixed: Ranks decided beforehand; they count towards the budget.
+        form: Stored form of the layers with a rank.
     """
 
     shapes: Mapping[str, tuple[int, int]]
@@ -39,6 +41,7 @@ class RankProblem:
     seed: int = 0
     min_rank: int = 1
     fixed: Mapping[str, int | None] = field(default_factory=dict)
+    form: str = "factors"
     _known: dict[tuple[tuple[str, int | None], ...], float] = field(
         default_factory=dict, init=False, repr=False
     )
@@ -51,7 +54,12 @@ class RankProblem:
     def plan(self, scores: Mapping[str, torch.Tensor]) -> RankPlan:
         """The best-scored components within the budget; see `plan_for_scores`."""
         return plan_for_scores(
-            self.shapes, scores, self.param_ratio, min_rank=self.min_rank, fixed=self.fixed
+            self.shapes,
+            scores,
+            self.param_ratio,
+            min_rank=self.min_rank,
+            fixed=self.fixed,
+            form=self.form,
         )
 
     def plan_for_weights(self, weights: Mapping[str, float]) -> RankPlan:
@@ -61,9 +69,11 @@ class RankProblem:
         """
         scores = {}
         for name in self.free:
-            rows, columns = self.shapes[name]
-            index = torch.arange(1, min(rows, columns) + 1, dtype=torch.float64)
-            scores[name] = -index * (rows + columns) / (rows * columns) / weights[name]
+            shape = self.shapes[name]
+            ranks = range(1, min(shape) + 1)
+            costs = [layer_cost(shape, rank, self.form) for rank in ranks]
+            shares = torch.tensor(costs, dtype=torch.float64) / layer_cost(shape, None)
+            scores[name] = -shares / weights[name]
         return self.plan(scores)
 
     def loss(self, plan: RankPlan) -> float:

@@ -55,7 +55,7 @@ def search_plan(
         shapes: (out_features, in_features) of every targeted layer.
         spectra: Spectrum of every layer that is not fixed.
         param_ratio: Kept / dense parameters over these layers, in (0, 1].
-        **options: `measure`, `trials`, `seed`, `min_rank` and `fixed`; see `RankProblem`.
+        **options: `measure`, `trials`, `seed`, `min_rank`, `fixed` and `form`; see `RankProblem`.
 
     Returns:
         A plan that keeps at most `param_ratio` of the parameters.
@@ -65,12 +65,16 @@ def search_plan(
             a `measure` and has none, or optuna is missing.
     """
     problem = RankProblem(shapes, spectra, param_ratio, **options)
-    limits = {"min_rank": problem.min_rank, "fixed": problem.fixed}
+    limits: dict[str, Any] = {
+        "min_rank": problem.min_rank,
+        "fixed": problem.fixed,
+        "form": problem.form,
+    }
     if name in RULES:
-        return plan_for_budget(shapes, spectra, name, param_ratio, **limits)  # type: ignore[arg-type]
+        return plan_for_budget(shapes, spectra, name, param_ratio, **limits)
     if name not in SEARCHES:
         raise ConfigError(f"rule must be one of {', '.join([*RULES, *SEARCHES])}; got {name!r}.")
-    check_budget(shapes, param_ratio, min_rank=problem.min_rank, fixed=problem.fixed)
+    check_budget(shapes, param_ratio, **limits)
     if SEARCHES[name].measures and problem.measure is None:
         raise ConfigError(f"rule {name!r} measures losses; pass held-out batches.")
     return SEARCHES[name].run(problem)

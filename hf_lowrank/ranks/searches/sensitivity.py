@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from hf_lowrank.ranks.plan import RankPlan, useful_rank
+from hf_lowrank.ranks.plan import RankPlan, rank_within, useful_rank
 from hf_lowrank.ranks.searches.problem import RankProblem
 
 SHARES = (0.2, 0.4, 0.6, 0.8)
@@ -22,15 +22,15 @@ def sensitivity_search(problem: RankProblem) -> RankPlan:
     dense: dict[str, int | None] = dict.fromkeys(problem.shapes)
     scores = {}
     for name in problem.free:
-        rows, columns = problem.shapes[name]
-        size = min(rows, columns)
-        grid = sorted({max(1, int(s * rows * columns / (rows + columns))) for s in SHARES})
-        cuts = [rank for rank in grid if useful_rank((rows, columns), rank) is not None]
+        shape, form = problem.shapes[name], problem.form
+        size = min(shape)
+        grid = sorted({max(1, rank_within(shape, share, form)) for share in SHARES})
+        cuts = [rank for rank in grid if useful_rank(shape, rank, form) is not None]
         worth = torch.empty(size, dtype=torch.float64)
         # Below the smallest rank tried nothing is known: kept before everything else, evenly.
         worth[: cuts[0] if cuts else size] = torch.inf
         for rank, following in zip(cuts, [*cuts[1:], size], strict=False):
-            plan = RankPlan(dense | {name: rank}, dict(problem.shapes))
+            plan = RankPlan(dense | {name: rank}, dict(problem.shapes), form=form)
             worth[rank:following] = problem.loss(plan)
         scores[name] = worth.cummin(0).values
     largest = max(

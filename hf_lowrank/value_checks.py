@@ -1,4 +1,4 @@
-"""Checks of single settings."""
+"""What a setting may be: one clear sentence where it is something else."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ from hf_lowrank.errors import ConfigError
 
 
 def is_number(value: object) -> bool:
-    """Whether a value is a number; True and False are none."""
+    """Whether a value is a number, and no truth value."""
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def check_choice(name: str, value: object, allowed: tuple[str | None, ...]) -> None:
-    """Refuses a value that is not among the allowed ones.
+    """Refuses what is not one of some names, or None where that is among them.
 
     Raises:
         ConfigError: With what is allowed.
@@ -22,20 +22,21 @@ def check_choice(name: str, value: object, allowed: tuple[str | None, ...]) -> N
 
 
 def check_count(name: str, value: object) -> None:
-    """Refuses what is no whole number from 1 on.
+    """Refuses what is no integer from 1 on.
 
     Raises:
-        ConfigError: With what came.
+        ConfigError: With the value.
     """
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise ConfigError(f"{name} must be an integer >= 1, got {value!r}.")
 
 
 def check_seed(value: object) -> None:
-    """Refuses what not every generator takes: torch's, numpy's and Python's.
+    """Refuses what some generator of random numbers would not take.
 
     Raises:
-        ConfigError: With what is allowed.
+        ConfigError: With the limits.
     """
+    # What every generator takes: torch's, numpy's and Python's.
     if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < 2**32:
         raise ConfigError(f"seed must be an integer from 0 to 2**32 - 1, got {value!r}.")
