@@ -40,12 +40,14 @@ DIVERSE = [
     Case("SEQ_TO_SEQ_CAUSAL_LM", "t5", "T5ForConditionalGeneration"),
     Case("MULTIPLE_CHOICE", "bert", "BertForMultipleChoice"),
 ]
-# Their factors' names, a setting of theirs, or their feed-forwards look like something else.
+# Their factors' names, a setting, their feed-forwards or their decoder's length are no others'.
 ODD = [
     Case("CAUSAL_LM", "inkling2_text", "Inkling2ForCausalLM"),
     Case("CAUSAL_LM", "xlstm", "xLSTMForCausalLM"),
     Case("CAUSAL_LM", "zamba", "ZambaForCausalLM"),
     Case("SEQUENCE_CLASSIFICATION", "perceiver", "PerceiverForSequenceClassification"),
+    Case("TOKEN_CLASSIFICATION", "umt5", "UMT5ForTokenClassification"),
+    Case("SEQ_TO_SEQ_CAUSAL_LM", "fsmt", "FSMTForConditionalGeneration"),
 ]
 QUICK = DIVERSE[0]
 
