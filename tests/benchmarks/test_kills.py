@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -36,6 +37,12 @@ def test_a_run_can_be_killed_and_started_again(finished: Trials):
     row = finished.row()
     assert row["kills"] + row["finished_before"] == 2
     assert row["failures"] == []
+
+
+def test_the_wait_for_a_run_is_one(commands: dict[str, Scenario]):
+    began = time.perf_counter()
+    time.sleep(0.02)  # retries of the fake Hub do not wait, all else does
+    assert time.perf_counter() - began >= 0.02
 
 
 def test_a_kill_ends_the_run_before_it_has_written(finished: Trials):
