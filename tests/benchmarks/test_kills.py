@@ -78,11 +78,13 @@ def test_a_cached_file_that_breaks_off_is_seen_and_a_temporary_one_is_not(finish
     )
 
 
-def test_another_rank_in_the_report_is_named_and_other_seconds_are_not(finished: Trials):
+def test_another_rank_in_the_report_is_named_and_what_is_of_the_run_is_not(finished: Trials):
     finished.undisturbed()
     path = finished.scenario.final / "report.json"
     report = json.loads(path.read_text("utf-8"))
-    path.write_text(json.dumps(report | {"seconds": {"total": 1e9}}), "utf-8")
+    path.write_text(
+        json.dumps(report | {"seconds": {"total": 1e9}, "command": "python resumed.py"}), "utf-8"
+    )
     assert half_written(finished.scenario, finished.wanted) == ""
     path.write_text(json.dumps(report | {"ranks": {}}), "utf-8")
     assert half_written(finished.scenario, finished.wanted) == (
