@@ -31,8 +31,8 @@ from tests.scripts.test_run_glue import pairs
 REPOSITORY = "ada/small"
 _POLL_SECONDS = 0.001
 _MOST_POLLS = 300_000  # of a run that is not killed: it hangs
-# Of a report: what differs between two runs of one command.
-_TIMES = ("seconds", "date")
+# Of a report: what differs between two runs of one command, or of one that goes on from another.
+_OF_THE_RUN = ("seconds", "date", "command")
 
 
 @dataclass
@@ -180,22 +180,22 @@ def run(scenario: Scenario, moment: float | None = None, more: Sequence[str] = (
 
 
 def result(folder: Path) -> dict[str, Any]:
-    """A finished model: the bytes of its files, and its report without times.
+    """A finished model: the bytes of its files, and its report without what is of the run alone.
 
     Of the page, which shows the times, that it is whole.
     """
     files: dict[str, Any] = {path.name: path.read_bytes() for path in folder.iterdir()}
-    files["report.json"] = without_times(json.loads(files["report.json"]))
+    files["report.json"] = without_run(json.loads(files["report.json"]))
     if "report.html" in files:
         files["report.html"] = files["report.html"].rstrip().endswith(b"</html>")
     return files
 
 
-def without_times(value: Any) -> Any:  # noqa: ANN401
-    """A report's content without what differs from run to run."""
+def without_run(value: Any) -> Any:  # noqa: ANN401
+    """A report's content without what is of its run alone."""
     if isinstance(value, dict):
-        return {key: without_times(item) for key, item in value.items() if key not in _TIMES}
-    return [without_times(item) for item in value] if isinstance(value, list) else value
+        return {key: without_run(item) for key, item in value.items() if key not in _OF_THE_RUN}
+    return [without_run(item) for item in value] if isinstance(value, list) else value
 
 
 def differences(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:

@@ -100,7 +100,7 @@ def build(case: Case) -> Any:  # noqa: ANN401
 
 
 def _dense_comes_back(case: Case) -> bool:
-    """Whether transformers saves and loads the dense model of a case without a difference."""
+    """Whether transformers saves and loads the dense model of a case, but for rounding."""
     try:
         model = build(case)
         batch = random_batches(model, case.task, 1, seed=1)[0]
@@ -108,7 +108,7 @@ def _dense_comes_back(case: Case) -> bool:
         with tempfile.TemporaryDirectory() as folder:
             model.save_pretrained(folder)
             loaded = _auto_load(case, Path(folder))
-        return torch.equal(predictions(loaded.eval(), batch), expected)
+        return _difference(predictions(loaded.eval(), batch), expected) <= LOADED
     except Exception:  # of transformers, not ours
         return False
 
@@ -198,9 +198,12 @@ def _compare(
     batch: dict[str, Any],
     allowed: float,
 ) -> None:
-    found = predictions(model.eval(), batch)
-    scale = float(expected.abs().max()) or 1.0
-    difference = float((found - expected).abs().max()) / scale
+    difference = _difference(predictions(model.eval(), batch), expected)
     trip.differences[trip.step] = difference
     if not difference <= allowed or math.isnan(difference):
         raise DifferenceError(f"by {difference:.1e} of the largest logit")
+
+
+def _difference(found: torch.Tensor, expected: torch.Tensor) -> float:
+    """Largest difference as a share of the largest expected value."""
+    return float((found - expected).abs().max()) / (float(expected.abs().max()) or 1.0)

@@ -69,6 +69,8 @@ _SPREAD = {"initializer_range": 0.2, "init_std": 0.2, "initializer_factor": 1.0}
 # What a type's field names do not tell: values by model type.
 _OVERRIDES: dict[str, dict[str, Any]] = {
     "bamba": {"attn_layer_indices": [1]},
+    "blt": {"use_cache": False},
+    "bros": {"hidden_size": 64},
     "cohere_compass_text": {
         "rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 1e4}}
     },
@@ -83,7 +85,14 @@ _OVERRIDES: dict[str, dict[str, Any]] = {
     "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
     "lilt": {"hidden_size": 48, "channel_shrink_ratio": 2},
     "mamba2": {"num_heads": 8},
+    "musicgen_decoder": {"num_codebooks": 1},
+    "musicgen_melody_decoder": {"num_codebooks": 1},
     "neomme": {"head_dim": 16},
+    "perceiver": {"max_position_embeddings": 12},
+    "qwen4_exp_text": {
+        **{"indexer_n_heads": 2, "indexer_kv_heads": 1, "indexer_head_dim": 8},
+        **{"indexer_budget": 8, "indexer_compress_ratio": 4},
+    },
     "reformer": {"axial_pos_shape": [8, 8], "axial_pos_embds_dim": [16, 16]},
     "recurrent_gemma": {"num_hidden_layers": 3},
     "xlstm": {"num_heads": 2, "hidden_size": 128},

@@ -21,6 +21,7 @@ from hf_lowrank.compression.goals import check_goal
 from hf_lowrank.evaluation.samples import continue_prompts, side_by_side
 from hf_lowrank.evaluation.size import model_sizes
 from hf_lowrank.files import check_output_folder, write_text
+from hf_lowrank.inputs.processor import processor_files
 from hf_lowrank.inputs.sources import check_windows, load_causal_lm
 from hf_lowrank.inputs.start_token import start_text
 from hf_lowrank.measuring.distributed import current_processes
@@ -45,6 +46,7 @@ def run(args: CompressionArguments, publishing: PublishingArguments) -> None:
     sizes = check_before_loading(args, publishing, folder)
     announce(f"load {args.model}")
     model, tokenizer = load_causal_lm(args.model, args.dtype, args.device, args.trust_remote_code)
+    processor = processor_files(args.model)
     targets = find_targets(model, config)
     for ratio in args.param_ratio or []:
         check_goal(targets, config.replace(param_ratio=ratio))
@@ -78,6 +80,7 @@ def run(args: CompressionArguments, publishing: PublishingArguments) -> None:
                 folder / name,
                 repo_id,
                 private=publishing.private,
+                processor=processor,
                 overwrite=args.overwrite_output_dir,
                 page=args.html_report,
             )

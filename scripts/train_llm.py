@@ -19,6 +19,7 @@ from hf_lowrank.cli.language_model import (
     train_language_model,
 )
 from hf_lowrank.files import check_output_folder
+from hf_lowrank.inputs.processor import processor_files
 from hf_lowrank.report.text.table import format_report
 
 ARGUMENTS = (LanguageModelArguments, LanguageModelTrainingArguments, PublishingArguments)
@@ -31,11 +32,20 @@ def main() -> None:
         folder = Path(training.output_dir) / "final"
         check_output_folder(folder, overwrite=False, source=Path(args.model))
         repo_id = check_publishing(publishing, training.output_dir)[""]
+        processor = processor_files(args.model)
         model, tokenizer, report = train_language_model(args, training)
         if training.process_index == 0:
             name_models(report, args.model, publishing)
             print(format_report(report))
-            save_and_publish(model, tokenizer, report, folder, repo_id, private=publishing.private)
+            save_and_publish(
+                model,
+                tokenizer,
+                report,
+                folder,
+                repo_id,
+                private=publishing.private,
+                processor=processor,
+            )
 
 
 if __name__ == "__main__":

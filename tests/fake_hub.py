@@ -8,10 +8,12 @@ import base64
 import hashlib
 import json
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
@@ -96,7 +98,8 @@ def acting_as_the_hub(monkeypatch: pytest.MonkeyPatch, folder: Path) -> Iterator
             f"{fake.url}/{{repo_id}}/resolve/{{revision}}/{{filename}}",
         )
         monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(folder / "no-token"))
-        monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda seconds: None)
+        impatient = SimpleNamespace(**{**vars(time), "sleep": lambda seconds: None})
+        monkeypatch.setattr("huggingface_hub.utils._http.time", impatient)  # of retries alone
         monkeypatch.setattr("transformers.utils.hub._hf_api", None, raising=False)  # a cache
         monkeypatch.setenv("HF_TOKEN", "hf_write")
         monkeypatch.delenv("HUGGING_FACE_HUB_TOKEN", raising=False)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -81,6 +81,7 @@ def save_and_publish(
     repo_id: str | None = None,
     *,
     private: bool = False,
+    processor: Mapping[str, bytes] | None = None,
     **options: bool,
 ) -> None:
     """Saves a model with report and card, publishes it if asked to, and says where it is.
@@ -92,13 +93,16 @@ def save_and_publish(
         folder: Where to.
         repo_id: Repository on the Hub, from `check_publishing`, or None.
         private: Whether it is to be private.
+        processor: As in `save_compressed`.
         **options: `overwrite` and `page` of `save_compressed`.
 
     Raises:
         StorageError: Nothing is saved.
         PublishError: It is saved, and nothing is published.
     """
-    save_compressed(model, tokenizer, report, folder, repo_id=repo_id, **options)
+    save_compressed(
+        model, tokenizer, report, folder, repo_id=repo_id, processor=processor, **options
+    )
     print(f"saved to {folder}\n", flush=True)
     if repo_id:
         print(f"published as {publish(folder, repo_id, private)}\n", flush=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ def save_compressed(
     overwrite: bool = False,
     repo_id: str | None = None,
     page: bool = True,
+    processor: Mapping[str, bytes] | None = None,
 ) -> None:
     """Writes model, tokenizer, report and model card into a folder, all or nothing.
 
@@ -34,6 +36,8 @@ def save_compressed(
         overwrite: Whether an existing folder is replaced.
         repo_id: The model's id on the Hub, for the card; by default the folder.
         page: Whether to write `report.html`, which needs matplotlib; without it there is none.
+        processor: Files of its processor by name, see `processor_files`; what the tokenizer has
+            written stays.
 
     Raises:
         StorageError: Writing failed; nothing is left.
@@ -42,6 +46,9 @@ def save_compressed(
         model.save_pretrained(temporary)  # type: ignore[operator]
         if tokenizer is not None:
             tokenizer.save_pretrained(temporary)
+        for name, content in (processor or {}).items():
+            if not (temporary / name).exists():
+                (temporary / name).write_bytes(content)
         report.save(temporary / "report.json")
         has_page = page and can_draw()
         place = folder.name if folder.is_absolute() else folder.as_posix()

@@ -204,7 +204,7 @@ def _recover(model: nn.Module, config: LowRankConfig, dense: Dense, run: Run) ->
         return None
     calibration, held_out = run.texts.calibration or [], run.texts.held_out or []
     with run.stopwatch.phase("recovery"):
-        return recover_(model, dense.layers, calibration, held_out, settings, run.options.progress)
+        return recover_(model, dense.layers, calibration, held_out, settings, run.progress)
 
 
 def _speed(model: nn.Module, dense: Dense, run: Run) -> Speed | None:

@@ -61,7 +61,7 @@ def decide(model: nn.Module, analysis: Analysis, run: Run) -> Decision:
         with run.stopwatch.phase("prices"):
             plan = _likely_plan(model, analysis)
             held_out = run.texts.held_out or []
-            found = measure_parts(model, analysis, plan, held_out, run.options.progress)
+            found = measure_parts(model, analysis, plan, held_out, run.progress)
             parts = run.processes.decide(found)
             analysis = scaled_prices(analysis, parts)
     with run.stopwatch.phase("ranks"):
@@ -102,8 +102,8 @@ Found = tuple[RankPlan, list[Probe], LossDifference | None]
 
 def held_out_loss(model: nn.Module, run: Run) -> HeldOutLoss:
     """Measures plans on a run's held-out batches."""
-    options = run.options
-    return HeldOutLoss(model, run.texts.held_out or [], options.loss_function, options.progress)
+    loss_function = run.options.loss_function
+    return HeldOutLoss(model, run.texts.held_out or [], loss_function, run.progress)
 
 
 def _at_ratio(model: nn.Module, analysis: Analysis, run: Run) -> Found:

@@ -12,7 +12,6 @@ import dataclasses
 from collections.abc import Iterable, Sequence
 
 from torch import nn
-from tqdm.auto import tqdm
 
 from hf_lowrank.compression.analysis import Analysis
 from hf_lowrank.compression.held_out import HeldOutDivergence
@@ -20,6 +19,7 @@ from hf_lowrank.errors import ConfigError, DataError, NumericalError
 from hf_lowrank.format.feed_forward import named_feed_forwards
 from hf_lowrank.measuring.causal import check_distillable
 from hf_lowrank.measuring.items import Batch, is_causal_lm
+from hf_lowrank.measuring.progress import track
 from hf_lowrank.modeling.surgery import factorized
 from hf_lowrank.ranks.plan import RankPlan
 from hf_lowrank.ranks.searches.problem import block_number
@@ -34,7 +34,8 @@ def check_measurable(model: nn.Module, held_out: Sequence[Batch]) -> None:
     """Refuses models whose divergence can't be measured.
 
     Raises:
-        ConfigError: The model is no causal language model, or changes its logits after the head.
+        ConfigError: The model is no causal language model, or its logits are not made of its last
+            hidden states by the head, position by position.
         DataError: There is no held-out text.
     """
     if not is_causal_lm(model):
@@ -61,7 +62,7 @@ def measure_parts(
         analysis: Its spectra and channels.
         plan: What the prices propose.
         batches: Held-out text; its first 8 windows are used.
-        progress: Whether to show a progress bar.
+        progress: Whether to show progress.
 
     Returns:
         The parts that are cut; a factor is at most 20 either way.
@@ -72,7 +73,7 @@ def measure_parts(
     divergence = HeldOutDivergence(model, batches, WINDOWS)
     found = []
     parts = model_parts(model, plan.ranks)
-    for layers in tqdm(parts, desc="measure prices", disable=None if progress else True):
+    for layers in track(parts, "measure prices" if progress else None, "parts"):
         alone = RankPlan(
             {name: rank if name in layers else None for name, rank in plan.ranks.items()},
             plan.shapes,

@@ -7,6 +7,8 @@ help, and prices can't be measured.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from torch import nn
 
 from hf_lowrank.compression.options import Texts
@@ -15,7 +17,6 @@ from hf_lowrank.errors import TargetError
 from hf_lowrank.format.feed_forward import find_feed_forwards
 from hf_lowrank.measuring.causal import check_distillable
 from hf_lowrank.measuring.items import Batch, LossFunction, is_causal_lm
-from hf_lowrank.modeling.targets import find_targets
 
 RECIPES = {
     "causal language model": {"channels": True, "measured_prices": True},
@@ -62,19 +63,26 @@ def recipe_of(
     calibration = texts.calibration or []
     batches = texts.held_out or (calibration if len(calibration) > 1 else [])
     is_own = bool(batches) and loss_function is None
-    found = with_recipe(config, measurable=is_own and _is_measurable(model, batches[0]))
-    if found.channels and config.channels is None and not _has_channels(model, config):
-        return found.replace(channels=False)
+    return with_recipe(config, measurable=is_own and _is_measurable(model, batches[0]))
+
+
+def possible_recipe(
+    model: nn.Module, asked: LowRankConfig, found: LowRankConfig, targets: Iterable[str]
+) -> LowRankConfig:
+    """A recipe without channels where nobody asked for them and there are none to take out.
+
+    Args:
+        model: The dense model.
+        asked: The config as it was given.
+        found: What `recipe_of` made of it.
+        targets: Names of the layers that can be factorized.
+    """
+    if asked.channels is None and found.channels:
+        try:
+            find_feed_forwards(model, targets)
+        except TargetError:
+            return found.replace(channels=False)
     return found
-
-
-def _has_channels(model: nn.Module, config: LowRankConfig) -> bool:
-    """Whether there is a feed-forward of a known kind among the layers that the config names."""
-    targets = find_targets(model, config)
-    try:
-        return bool(find_feed_forwards(model, targets))
-    except TargetError:
-        return False
 
 
 def _is_measurable(model: nn.Module, batch: Batch) -> bool:

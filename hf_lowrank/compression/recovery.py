@@ -15,13 +15,13 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
-from tqdm.auto import tqdm
 
 from hf_lowrank.errors import ConfigError, DataError, NumericalError
 from hf_lowrank.evaluation.perplexity import measure_loss
 from hf_lowrank.format.rebuild import compressed_layers
 from hf_lowrank.measuring.causal import check_distillable, distillation_losses, hidden_states
 from hf_lowrank.measuring.items import Batch, eval_mode, is_causal_lm
+from hf_lowrank.measuring.progress import track
 from hf_lowrank.modeling.lora import check_peft, lora_on_factors
 from hf_lowrank.modeling.surgery import swapped
 from hf_lowrank.report.sections import Recovery
@@ -90,7 +90,8 @@ def check_recoverable(
     """Refuses what `recover_` can't work with, before a cut.
 
     Raises:
-        ConfigError: The model is no causal language model, or changes its logits after the head.
+        ConfigError: The model is no causal language model, or its logits are not made of its last
+            hidden states by the head, position by position.
         DataError: There is no calibration text or no held-out text.
     """
     if not is_causal_lm(model):
@@ -125,7 +126,7 @@ def recover_(
         batches: Calibration text.
         held_out: Text on which the result is judged.
         settings: How to train.
-        progress: Whether to show a progress bar.
+        progress: Whether to show progress.
 
     Raises:
         ConfigError, DataError: See `check_recoverable`.
@@ -177,7 +178,7 @@ def _train(
             parameter.requires_grad_(False)
         for parameter in trained:
             parameter.requires_grad_(True)
-        for step in tqdm(order, desc="recover", disable=None if progress else True, leave=False):
+        for step in track(order, "recover" if progress else None, "steps"):
             batch = {name: tensor.to(device) for name, tensor in batches[step].items()}
             left[step] -= 1
             teacher = kept.pop(step, None)

@@ -22,7 +22,7 @@ from hf_lowrank.compression.options import (
     split_texts,
 )
 from hf_lowrank.compression.prices import check_measurable
-from hf_lowrank.compression.recipe import recipe_of
+from hf_lowrank.compression.recipe import possible_recipe, recipe_of
 from hf_lowrank.compression.recovery import check_recoverable, recovery_settings
 from hf_lowrank.compression.stages import check_stages, compress_in_stages
 from hf_lowrank.config import LowRankConfig
@@ -104,10 +104,12 @@ def compress(
         evaluation=evaluation,
         foreign=foreign,
     )
-    config = recipe_of(model, config or LowRankConfig(), texts, loss_function)
-    check_stages(config, stages, recover_steps)
-    run = Run(split_texts(config, texts, recover_steps), options, processes=current_processes())
-    targets, left_dense = run_targets(model, config, run)
+    asked = config or LowRankConfig()
+    recipe = recipe_of(model, asked, texts, loss_function)
+    check_stages(recipe, stages, recover_steps)
+    run = Run(split_texts(recipe, texts, recover_steps), options, processes=current_processes())
+    targets, left_dense = run_targets(model, recipe, run)
+    config = possible_recipe(model, asked, recipe, targets)
     check_run(model, targets, config, run)
     dense = measure_dense(model, targets, run, left_dense)
     if stages > 1:
@@ -180,9 +182,10 @@ def sweep(
     goals = dict.fromkeys(("loss_tolerance", "megabytes", "rank", "ranks"))
     first = config.replace(param_ratio=param_ratios[0], **goals)
     recipe = recipe_of(model, first, texts, loss_function)
-    configs = [recipe.replace(param_ratio=ratio) for ratio in param_ratios]
     run = Run(split_texts(recipe, texts, recover_steps), options, processes=current_processes())
-    targets, left_dense = run_targets(model, configs[0], run)
+    targets, left_dense = run_targets(model, recipe, run)
+    recipe = possible_recipe(model, first, recipe, targets)
+    configs = [recipe.replace(param_ratio=ratio) for ratio in param_ratios]
     for each in configs:
         check_run(model, targets, each, run)
     dense = measure_dense(model, targets, run, left_dense)

@@ -26,6 +26,8 @@ _MAX_DEPTH = 64
 _WEIGHTS = "model.safetensors"
 # Settings that make transformers build a list or a module for each unit of their value.
 _COUNTED = re.compile(r"layer|depth|block|expert|stage|stack|label|group")
+# Such a name means no count after all: a rotary base, the width of something.
+_UNCOUNTED = re.compile(r"theta|channel")
 # Would send transformers to other weights than those that were checked.
 _REDIRECTS = ("transformers_weights",)
 
@@ -206,8 +208,8 @@ def _check_settings(
                 f"{folder}: config.json asks for {'.'.join(path)} {value!r}, code from the Hub."
             )
         is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-        # A rotary base, as in layer_rope_theta, counts nothing.
-        if is_number and value > most and _COUNTED.search(key) and "theta" not in key:
+        is_count = is_number and _COUNTED.search(key) and not _UNCOUNTED.search(key)
+        if is_count and value > most:
             raise CheckpointError(
                 f"{folder}: config.json has {key} {value}, more than its {len(shapes)} tensors "
                 "can be for."

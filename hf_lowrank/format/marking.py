@@ -74,28 +74,40 @@ class _SavePretrained:
             Path(save_directory).mkdir(parents=True, exist_ok=True)
             code = Path(save_directory) / f"{REMOTE_MODULE}.py"
             code.write_text(loading_code(), encoding="utf-8")
-        if _joins_layers(self.model):
+        if _saved_names_are_lost(self.model):
             kwargs.setdefault("save_original_format", False)
         save = getattr(type(self.model), "save_pretrained")  # noqa: B009
         save(self.model, save_directory, is_main_process, *args, **kwargs)
 
 
-def _joins_layers(model: Any) -> bool:  # noqa: ANN401
-    """Whether transformers would join a compressed layer with others, such as q, k and v, to save.
+def _saved_names_are_lost(model: Any) -> bool:  # noqa: ANN401
+    """Whether transformers, which saves some models under older names, could not read ours again.
 
-    Layers of different ranks can't be joined, so such a model is saved under its modules' names.
+    It joins layers, such as q, k and v, which can't be done with layers of different ranks, or it
+    takes the name of a layer's factor for that of its weight. Such a model is saved under its
+    modules' names.
     """
     try:
         from transformers.conversion_mapping import get_model_conversion_mapping
         from transformers.core_model_loading import WeightConverter
-    except ModuleNotFoundError:  # transformers 4 joins nothing
+    except ModuleNotFoundError:  # transformers 4 has one name for each tensor
         return False
     is_native = isinstance(model, transformers.PreTrainedModel)
-    conversions = get_model_conversion_mapping(model) if is_native else []
-    saving = [each.reverse_transform() for each in conversions if isinstance(each, WeightConverter)]
-    return any(
-        each.rename_source_key(f"{name}.{tensor}")[1] is not None
-        for name, layer in compressed_layers(model).items()
-        for tensor in ("weight", *form_of(layer).tensors)
-        for each in saving
-    )
+    loading = get_model_conversion_mapping(model) if is_native else []
+    joining = [each.reverse_transform() for each in loading if isinstance(each, WeightConverter)]
+    renaming = [each for each in loading if not isinstance(each, WeightConverter)]
+    saving = [each.reverse_transform() for each in reversed(renaming)]
+    for name, layer in compressed_layers(model).items():
+        keys = [f"{name}.{tensor}" for tensor in ("weight", *form_of(layer).tensors)]
+        if any(each.rename_source_key(key)[1] is not None for key in keys for each in joining):
+            return True
+        if any(_renamed(_renamed(key, saving), renaming) != key for key in keys[1:]):
+            return True
+    return False
+
+
+def _renamed(key: str, renamings: list[Any]) -> str:
+    """A tensor's name after several renamings, one after the other."""
+    for each in renamings:
+        key = each.rename_source_key(key)[0]
+    return key

@@ -77,6 +77,7 @@ class LowRankQuantizer(HfQuantizer):
     ) -> None:
         if self.pre_quantized:
             replace_with_lowrank(model, Layout.from_settings(self.quantization_config.to_dict()))
+            _leave_uninitialized(model)
 
     def _process_model_after_weight_loading(
         self,
@@ -114,6 +115,16 @@ class LowRankQuantizer(HfQuantizer):
             model.set_submodule(name, layer.to_dense())
         unmark_as_lowrank(model)
         return model
+
+
+def _leave_uninitialized(model: nn.Module) -> None:
+    """Keeps a model's `_init_weights` off the factors.
+
+    Some go by the names of their linear layers and would not know what these are.
+    """
+    for layer in compressed_layers(model).values():
+        for part in layer.modules():
+            part._is_hf_initialized = True  # type: ignore[assignment]
 
 
 AUTO_QUANTIZATION_CONFIG_MAPPING.setdefault(QUANT_METHOD, LowRankCheckpointConfig)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,9 +10,11 @@ import torch
 from torch import nn
 
 from hf_lowrank.measuring.batches import token_mask, token_shape
-from hf_lowrank.measuring.items import IGNORED, Batch, is_encoder_decoder
+from hf_lowrank.measuring.items import IGNORED, Batch, eval_mode, is_encoder_decoder
+from hf_lowrank.measuring.projection import plain_forward
 
 _DECODER_PADDING = {"labels": IGNORED, "decoder_input_ids": 0, "decoder_attention_mask": 0}
+_FOLLOWS_LABELS: weakref.WeakKeyDictionary[nn.Module, bool] = weakref.WeakKeyDictionary()
 
 
 @dataclass(frozen=True)
@@ -53,7 +56,8 @@ def separate_lengths(model: nn.Module, batch: dict[str, torch.Tensor]) -> dict[s
 
     Masks are matched to activations by shape, so equal lengths are ambiguous where the masks
     differ. One more ignored label at the end separates them; where the decoder has no position
-    left for it, the last label is dropped instead.
+    left for it, the last label is dropped instead. Decoders that are not as long as the labels
+    keep theirs, which is tried once for each model.
     """
     labels = batch.get("labels")
     if not is_encoder_decoder(model) or labels is None or labels.shape != token_shape(batch):
@@ -66,8 +70,22 @@ def separate_lengths(model: nn.Module, batch: dict[str, torch.Tensor]) -> dict[s
     mask = torch.ones_like(labels, dtype=torch.bool) if mask is None else mask
     if is_full and torch.equal(mask, labels != IGNORED):
         return batch
+    changed = dict(batch)
     for name, value in _DECODER_PADDING.items():
         if name in batch:
             change = (0, -1 if is_full else 1)
-            batch[name] = torch.nn.functional.pad(batch[name], change, value=value)
-    return batch
+            changed[name] = torch.nn.functional.pad(batch[name], change, value=value)
+    if model not in _FOLLOWS_LABELS:
+        _FOLLOWS_LABELS[model] = _can_read(model, changed)
+    return changed if _FOLLOWS_LABELS[model] else batch
+
+
+@torch.no_grad()
+def _can_read(model: nn.Module, batch: Batch) -> bool:
+    """Whether the decoder is as long as the labels; some read the encoder's tokens once more."""
+    try:
+        with eval_mode(model):
+            plain_forward(model)(**{name: value[:1] for name, value in batch.items()})
+    except (RuntimeError, ValueError):
+        return False
+    return True

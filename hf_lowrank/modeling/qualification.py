@@ -72,10 +72,12 @@ def qualified(
         processes: Those that run this with the same model; the main one's answer counts.
 
     Raises:
-        TargetError: No layer is left, or one that the config names in full does not qualify.
+        TargetError: No layer is left, or one that the config names in full does not qualify, or
+            the model rescales its own weights.
         DataError, NumericalError: The batch has no loss, or none that is finite.
         ConfigError: See `find_targets`.
     """
+    _refuse_rescaling(model)
     named = find_targets(model, config)
     reasons = _visible_reasons(model, named)
     plain = {name: layer for name, layer in named.items() if name not in reasons}
@@ -99,6 +101,17 @@ def qualified(
             f"one: {reasons[name]}. Name others with target_modules."
         )
     return Qualified(targets, reasons)
+
+
+def _refuse_rescaling(model: nn.Module) -> None:
+    """RWKV divides weights in its first pass, and divides what was saved after it once more."""
+    every = getattr(getattr(model, "config", None), "rescale_every", 0)
+    if every:
+        raise TargetError(
+            f"{type(model).__name__}: divides weights of its own in its first pass (rescale_every "
+            f"{every}), and would do so again with the saved ones; set rescale_every to 0 in its "
+            "config.json, or give it to from_pretrained."
+        )
 
 
 def _named_in_full(config: LowRankConfig) -> list[str]:

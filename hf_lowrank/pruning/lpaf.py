@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from typing import Any
 from torch import nn
 
 from hf_lowrank.compression.goals import check_goal
+from hf_lowrank.compression.options import Texts, read_texts
 from hf_lowrank.compression.verbs import compress
 from hf_lowrank.config import LowRankConfig
 from hf_lowrank.decomposition.metrics import METRICS
@@ -76,8 +77,8 @@ def lpaf_(
     collator: Callable[[list[Any]], dict[str, Any]] | None = None,
     settings: LpafSettings | None = None,
     *,
-    calibration: Sequence[Batch] | None = None,
-    held_out: Sequence[Batch] | None = None,
+    calibration: Iterable[Batch] | None = None,
+    held_out: Iterable[Batch] | None = None,
     eval_dataset: Any = None,  # noqa: ANN401
     teacher: nn.Module | None = None,
     work_dir: str | Path | None = None,
@@ -94,7 +95,7 @@ def lpaf_(
         train_dataset: Tokenized examples.
         collator: Makes a batch of them.
         settings: What each stage does.
-        calibration: Batches for the metrics that need moments.
+        calibration: Batches for the metrics that need moments, as in `compress`.
         held_out: Batches for a loss tolerance, which is measured from the pruned model.
         eval_dataset: Examples on which the last stage keeps its best epoch, the start included.
         teacher: Dense fine-tuned model, where `distillation_weight` is set; another object than
@@ -112,13 +113,14 @@ def lpaf_(
         ConfigError, DataError, TargetError: Before anything is changed.
     """
     run = _Run(model, settings or LpafSettings(), StageStore(Path(work_dir) if work_dir else None))
-    run.check(calibration, teacher)
-    run.make_keys(train_dataset, calibration, held_out, eval_dataset, teacher)
+    texts = read_texts(model, True, calibration=calibration, held_out=held_out)
+    run.check(texts, teacher)
+    run.make_keys(train_dataset, texts, eval_dataset, teacher)
     notify = on_stage or (lambda stage, model: None)
     if not run.restore_all():
         run.prune(train_dataset, collator)
         notify(STAGES[0], model)
-        run.factorize(calibration, held_out)
+        run.factorize(texts)
         notify(STAGES[1], model)
         run.fine_tune(train_dataset, collator, eval_dataset, teacher)
     model.eval()
@@ -139,14 +141,14 @@ class _Run:
         self.restored: list[str] = []
         self.keys: dict[str, str] = {}
 
-    def check(self, calibration: Sequence[Batch] | None, teacher: nn.Module | None) -> None:
+    def check(self, texts: Texts, teacher: nn.Module | None) -> None:
         """Refuses what would fail in a later stage, hours from now."""
         settings, config = self.settings, self.settings.compression
         check_goal(self.targets, config)
         if config.channels:
             raise ConfigError("LPAF factorizes pruned weights and takes no channels out.")
         needs_data = bool(METRICS[config.metric].needs) or config.goal == "loss_tolerance"
-        if needs_data and not calibration:
+        if needs_data and not texts.calibration:
             raise DataError(
                 f"metric {config.metric!r} with goal {config.goal} needs calibration batches."
             )
@@ -158,7 +160,7 @@ class _Run:
         if tuning.distillation_weight > 0 and (teacher is None or teacher is self.model):
             raise ConfigError("distillation_weight needs a teacher that is not the model itself.")
 
-    def make_keys(self, train: Any, calibration: Any, held_out: Any, *tuning: Any) -> None:  # noqa: ANN401
+    def make_keys(self, train: Any, texts: Texts, *tuning: Any) -> None:  # noqa: ANN401
         """Hashes of what each stage depends on; nothing is hashed where nothing is kept."""
         if self.store.folder is None:
             self.keys = dict.fromkeys(STAGES, "")
@@ -166,7 +168,7 @@ class _Run:
         settings = self.settings
         pruned = digest_of(self.model, train, settings.training, settings.prune, settings.pruning)
         config = settings.compression.to_dict()
-        factorized = digest_of(pruned, config, calibration, held_out)
+        factorized = digest_of(pruned, config, texts.calibration, texts.held_out)
         tuned = digest_of(factorized, settings.mixed_rank, settings.fine_tuning, *tuning)
         self.keys = dict(zip(STAGES, (pruned, factorized, tuned), strict=True))
 
@@ -202,9 +204,7 @@ class _Run:
         ranks["layers"] = {name: p["numerical_rank"] for name, p in ranks["layers"].items()}
         self._finish(STAGES[0], seconds, numerical_ranks=ranks, overhead=overhead)
 
-    def factorize(
-        self, calibration: Sequence[Batch] | None, held_out: Sequence[Batch] | None
-    ) -> None:
+    def factorize(self, texts: Texts) -> None:
         """Stage 2: replaces what survived by factors."""
         record = self.store.read(STAGES[1], self.keys[STAGES[1]])
         if record is not None:
@@ -214,7 +214,9 @@ class _Run:
             return
         start = time.perf_counter()
         config = copy.deepcopy(self.settings.compression)
-        found = compress(self.model, config, calibration, held_out=held_out, progress=False)
+        found = compress(
+            self.model, config, texts.calibration, held_out=texts.held_out, progress=False
+        )
         self._finish(
             STAGES[1],
             time.perf_counter() - start,

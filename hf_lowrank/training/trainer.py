@@ -20,7 +20,9 @@ from hf_lowrank.evaluation.perplexity import ItemLoss, LossMeasurement, measure_
 from hf_lowrank.format.dense_linear import linear_shape
 from hf_lowrank.format.forms.factors import LowRankLinear
 from hf_lowrank.format.rebuild import factorized_layers
+from hf_lowrank.measuring.batches import checked_batches
 from hf_lowrank.measuring.items import Batch
+from hf_lowrank.measuring.losses import check_losses
 from hf_lowrank.modeling.marks import attach_config
 from hf_lowrank.modeling.weight_precision import refuse_quantized
 from hf_lowrank.ranks.plan import RankPlan, useful_rank
@@ -249,7 +251,7 @@ class LowRankTrainer(CheckedTrainer):
             collate_fn=self._get_collator_with_removed_columns(self.data_collator),
         )
         tensors = ({k: v for k, v in b.items() if isinstance(v, torch.Tensor)} for b in loader)
-        return list(tensors)
+        return checked_batches(tensors, "selection", self.model)
 
     def export(self) -> nn.Module:
         """Folds the spectra into the stored form, in place; the model is then ready to ship."""
@@ -309,9 +311,12 @@ class LowRankTrainer(CheckedTrainer):
 
     def _measure_start(self) -> None:
         """Measures the model before training, where `tolerance_reference` refers to it."""
+        batches = self.selection_batches()  # refused now, not after the first epoch
+        if self.args.target_param_ratio is None or self.args.selection_rule == "price":
+            check_losses(self.model, batches[0])
         refers = self.args.tolerance_reference != "current"
         if self.reference is None and refers and self.args.target_param_ratio is None:
-            self.reference = list(self._measure(self.selection_batches()).items)
+            self.reference = list(self._measure(batches).items)
 
     def _update_reference(self, now: LossMeasurement) -> list[ItemLoss]:
         """The losses that the tolerance is measured from; see `tolerance_reference`."""

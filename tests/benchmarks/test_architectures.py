@@ -40,6 +40,15 @@ DIVERSE = [
     Case("SEQ_TO_SEQ_CAUSAL_LM", "t5", "T5ForConditionalGeneration"),
     Case("MULTIPLE_CHOICE", "bert", "BertForMultipleChoice"),
 ]
+# Their factors' names, a setting, their feed-forwards or their decoder's length are no others'.
+ODD = [
+    Case("CAUSAL_LM", "inkling2_text", "Inkling2ForCausalLM"),
+    Case("CAUSAL_LM", "xlstm", "xLSTMForCausalLM"),
+    Case("CAUSAL_LM", "zamba", "ZambaForCausalLM"),
+    Case("SEQUENCE_CLASSIFICATION", "perceiver", "PerceiverForSequenceClassification"),
+    Case("TOKEN_CLASSIFICATION", "umt5", "UMT5ForTokenClassification"),
+    Case("SEQ_TO_SEQ_CAUSAL_LM", "fsmt", "FSMTForConditionalGeneration"),
+]
 QUICK = DIVERSE[0]
 
 
@@ -52,6 +61,15 @@ def test_diverse_classes_come_back_bit_for_bit(case: Case, recipe: str):
     assert trip.layers
     assert (trip.differences["load"], trip.differences["auto"]) == (0.0, 0.0)
     assert 0 < trip.differences["merge"] < 1e-4
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("recipe", round_trip.RECIPES)
+@pytest.mark.parametrize("case", ODD, ids=lambda case: case.model_class)
+def test_odd_classes_come_back_but_for_rounding(case: Case, recipe: str):
+    trip = round_trip.round_trip(case, recipe)
+    assert (trip.outcome, trip.detail) == ("ok", "")
+    assert trip.layers
 
 
 @pytest.mark.parametrize("kind", [BertConfig, GPT2Config, LlamaConfig, MixtralConfig, T5Config])
@@ -93,6 +111,25 @@ def test_what_the_dense_model_loses_too_is_told_apart(monkeypatch: pytest.Monkey
     monkeypatch.setattr(round_trip, "_auto_load", lose)
     trip = round_trip.round_trip(QUICK, "plain")
     assert (trip.outcome, trip.step, trip.detail) == ("transformers", "auto", "OSError: planted")
+
+
+@pytest.mark.parametrize(("factor", "outcome"), [(1 + 1e-7, "failed"), (1.01, "transformers")])
+def test_a_dense_model_comes_back_if_it_differs_by_rounding(
+    factor: float, outcome: str, monkeypatch: pytest.MonkeyPatch
+):
+    load = round_trip._auto_load
+
+    def nearly(*args: Any) -> Any:
+        model = load(*args)
+        model.lm_head.register_forward_hook(lambda head, inputs, logits: logits * factor)
+        return model
+
+    def fail(*args: Any) -> Any:
+        raise OSError("planted")
+
+    monkeypatch.setattr(round_trip, "_auto_load", nearly)
+    monkeypatch.setattr(round_trip.hf_lowrank, "load", fail)
+    assert round_trip.round_trip(QUICK, "plain").outcome == outcome
 
 
 def test_a_refusal_is_recorded_with_its_sentence(monkeypatch: pytest.MonkeyPatch):

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -38,6 +39,12 @@ def test_a_run_can_be_killed_and_started_again(finished: Trials):
     assert row["failures"] == []
 
 
+def test_the_wait_for_a_run_is_one(commands: dict[str, Scenario]):
+    began = time.perf_counter()
+    time.sleep(0.02)  # retries of the fake Hub do not wait, all else does
+    assert time.perf_counter() - began >= 0.02
+
+
 def test_a_kill_ends_the_run_before_it_has_written(finished: Trials):
     finished.scenario.clear()
     assert run(finished.scenario, 0.0).code == SIGKILL
@@ -71,11 +78,13 @@ def test_a_cached_file_that_breaks_off_is_seen_and_a_temporary_one_is_not(finish
     )
 
 
-def test_another_rank_in_the_report_is_named_and_other_seconds_are_not(finished: Trials):
+def test_another_rank_in_the_report_is_named_and_what_is_of_the_run_is_not(finished: Trials):
     finished.undisturbed()
     path = finished.scenario.final / "report.json"
     report = json.loads(path.read_text("utf-8"))
-    path.write_text(json.dumps(report | {"seconds": {"total": 1e9}}), "utf-8")
+    path.write_text(
+        json.dumps(report | {"seconds": {"total": 1e9}, "command": "python resumed.py"}), "utf-8"
+    )
     assert half_written(finished.scenario, finished.wanted) == ""
     path.write_text(json.dumps(report | {"ranks": {}}), "utf-8")
     assert half_written(finished.scenario, finished.wanted) == (

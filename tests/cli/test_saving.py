@@ -324,6 +324,14 @@ def test_a_tokenizer_is_optional(tmp_path: Path):
     assert not list((tmp_path / "out").glob("tokenizer*"))
 
 
+def test_a_processors_files_lie_beside_the_tokenizers(tmp_path: Path):
+    model, report = compressed()
+    files = {"processor_config.json": b'{"size": 32}\n', "tokenizer.json": b"of the dense model"}
+    save_compressed(model, word_tokenizer(), report, tmp_path / "out", processor=files)
+    assert (tmp_path / "out" / "processor_config.json").read_bytes() == b'{"size": 32}\n'
+    assert (tmp_path / "out" / "tokenizer.json").read_bytes() != b"of the dense model"
+
+
 def test_a_report_that_cannot_be_written_takes_the_model_with_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):

@@ -13,6 +13,7 @@ from torch import nn
 
 import hf_lowrank
 from hf_lowrank import LowRankConfig
+from hf_lowrank.errors import TargetError
 from hf_lowrank.format.forms.factors import LowRankLinear
 from tests.tiny_models import (
     HIDDEN,
@@ -54,6 +55,13 @@ JAMBA = {
     "use_mamba_kernels": False,
     "mamba_d_state": 8,
     "mamba_dt_rank": 8,
+}
+RWKV = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": HIDDEN,
+    "num_hidden_layers": 2,
+    "context_length": MAX_LENGTH,
+    "rescale_every": 1,
 }
 BERT_LIKE = {
     "vocab_size": VOCABULARY,
@@ -119,6 +127,7 @@ KINDS: dict[str, tuple[str, dict[str, Any], Any, dict[str, str]]] = {
         seq2seq_batches,
         dict.fromkeys(("query_global", "key_global", "value_global"), UNCALLED),
     ),
+    "rwkv": ("RwkvForCausalLM", RWKV | {"rescale_every": 0}, token_batches, {}),
     "deepseek_v32": (
         "DeepseekV32ForCausalLM",
         INDEXED,
@@ -160,6 +169,19 @@ def test_what_is_saved_computes_what_was_compressed(kind: str, tmp_path: Path):
     torch.testing.assert_close(logits(loaded, batches[0]), written, rtol=0, atol=1e-6)
     hf_lowrank.merge(model)
     torch.testing.assert_close(logits(model, batches[0]), written, rtol=1e-3, atol=1e-4)
+
+
+def test_a_model_that_rescales_its_weights_is_refused():
+    model = build(transformers.RwkvForCausalLM, transformers.RwkvConfig(**RWKV), 0)
+    logits(model, token_batches(1)[0])  # what it divided before is not seen any more
+    before = snapshot(model)
+    with pytest.raises(
+        TargetError,
+        match=r"^RwkvForCausalLM: divides weights of its own in its first pass \(rescale_every 1\),"
+        r" and would do so again with the saved ones; set rescale_every to 0 in its config\.json",
+    ):
+        hf_lowrank.compress(model, LowRankConfig(rank=4), token_batches(), progress=False)
+    assert equal_states(snapshot(model), before)
 
 
 @pytest.mark.parametrize("kind", ["mamba", "jamba"])

@@ -125,6 +125,15 @@ def test_a_run_reports_what_corrected_its_prices(text):
     assert equal_states(snapshot(again), snapshot(model))
 
 
+def test_a_log_file_hears_of_the_parts(text, analysis, capsys):
+    model, plan = tiny_llama(), analysis.plan_for_ratio(0.5)
+    measure_parts(model, analysis, plan, text[6:], progress=False)
+    assert capsys.readouterr().err == ""
+    measure_parts(model, analysis, plan, text[6:])
+    number = len(model_parts(model, plan.ranks))
+    assert capsys.readouterr().err == f"... measure prices: 0 of {number} parts, 0%\n"
+
+
 def test_a_tolerance_is_searched_with_corrected_prices(text):
     model, dense = tiny_llama(), tiny_llama()
     config = LowRankConfig(loss_tolerance=0.1, measured_prices=True)

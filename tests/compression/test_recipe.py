@@ -85,6 +85,20 @@ def test_a_mixture_of_experts_has_no_channels_to_take_and_is_compressed(text: li
     assert num_lowrank(model)
 
 
+def test_feed_forwards_that_do_not_qualify_have_no_channels_to_take(text: list[Batch]):
+    model = tiny_llama()
+    for layer in model.model.layers:
+        layer.mlp.down_proj.register_forward_hook(lambda *args: None)
+    report = hf_lowrank.compress(model, SIZE, text[:8], progress=False)
+    assert (report.config.channels, report.config.measured_prices) == (False, True)
+    assert num_lowrank(model)
+    hf_lowrank.merge(model)
+    (swept,) = hf_lowrank.sweep(model, SIZE, [0.6], text[:8], progress=False)
+    assert swept.config.channels is False
+    with pytest.raises(TargetError, match=r"LlamaForCausalLM has no feed-forward of a known kind"):
+        hf_lowrank.compress(model, SIZE.replace(channels=True), text[:8], progress=False)
+
+
 def test_channels_that_are_asked_for_are_refused_before_the_model_is_measured(text: list[Batch]):
     model = tiny_mixtral()
     asked = SIZE.replace(channels=True)

@@ -97,6 +97,14 @@ def test_no_steps_change_nothing():
     assert all(torch.equal(before[n], t) for n, t in model.state_dict().items())
 
 
+def test_a_log_file_hears_of_the_steps(capsys: pytest.CaptureFixture[str]):
+    cut, settings = compressed(), RecoverySettings(steps=2)
+    recover_(*cut, settings, progress=False)
+    assert capsys.readouterr().err == ""
+    recover_(*cut, settings)
+    assert capsys.readouterr().err == "... recover: 0 of 2 steps, 0%\n"
+
+
 @pytest.mark.parametrize("kind", ["factors", "lora"])
 def test_a_model_that_stayed_dense_has_nothing_to_train(kind: str):
     model = tiny_llama()

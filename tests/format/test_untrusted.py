@@ -214,9 +214,10 @@ def test_a_good_checkpoint_still_loads(folder: Path):
     assert torch.isfinite(logits(model, batch)).all()
 
 
-def test_a_rotary_base_is_no_count(folder: Path):
-    """Some models name it after their layers: layer_rope_theta."""
-    set_in_config(folder, layer_rope_theta=500_000.0)
+@pytest.mark.parametrize("name", ["layer_rope_theta", "_label_trainable_num_channels"])
+def test_a_rotary_base_or_a_width_is_no_count(folder: Path, name: str):
+    """Some models name it after layers or labels."""
+    set_in_config(folder, **{name: 500_000.0})
     assert loads_right(folder)
 
 

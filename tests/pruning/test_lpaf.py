@@ -13,6 +13,7 @@ from hf_lowrank import LowRankConfig
 from hf_lowrank.errors import CheckpointError, ConfigError, DataError
 from hf_lowrank.format.forms.factors import LowRankLinear
 from hf_lowrank.format.rebuild import factorized_layers
+from hf_lowrank.pruning import lpaf
 from hf_lowrank.pruning.lpaf import STAGES, LpafSettings, lpaf_
 from tests.tiny_models import NUM_LABELS, logits, sentence_batches, tiny_bert_classifier
 from tests.training import sentence_rows
@@ -74,6 +75,24 @@ def test_metrics_and_goals_of_the_library_apply(metric: str, goal: dict[str, flo
     )  # fmt: skip
     assert factorized_layers(model)
     assert (report["compression"]["held_out"] is not None) == ("loss_tolerance" in goal)
+
+
+def test_batches_are_read_once_and_may_be_lists_of_numbers(tmp_path: Path):
+    texts = sentence_batches(4)
+    rows = ({name: tensor.tolist() for name, tensor in batch.items()} for batch in texts)
+    settings = lpaf_settings("kfac", fine_tuning={"num_train_epochs": 0})
+    expected, _ = run(settings, calibration=texts, work_dir=tmp_path / "one")
+    model, report = run(settings, calibration=rows, work_dir=tmp_path / "two")
+    assert same(model, expected)
+    _, again = run(settings, calibration=texts, work_dir=tmp_path / "two")
+    assert (report["restored"], again["restored"]) == ([], list(STAGES))
+
+
+def test_a_bad_batch_is_refused_before_the_pruning(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(lpaf, "PruningTrainer", None)
+    text = {"input_ids": [[1, 2], None], "labels": [0, 1]}
+    with pytest.raises(DataError, match=r"held_out, batch 0: 'input_ids', row 1, is null"):
+        run(lpaf_settings(), held_out=[text])
 
 
 def test_without_pruning_the_given_weights_are_factorized():

@@ -38,6 +38,18 @@ def test_the_output_is_the_native_class_without_missing_or_unexpected_keys(
     assert hf_lowrank.load(tmp_path / "small").config.quantization_config.param_ratio == 0.6
 
 
+def test_every_size_comes_with_the_files_of_the_models_processor(
+    compress_llm: InProcess, inputs: Inputs, broken: Path, tmp_path: Path
+):
+    (broken / "preprocessor_config.json").write_text('{"size": 224}', "utf-8")
+    settings = inputs.arguments(model=broken, metric="plain", output_dir=tmp_path / "small")
+    done = compress_llm(*settings, "--param_ratio", 0.6, 0.4)
+    assert done.code == 0, done.err
+    for size in ("0.6", "0.4"):
+        copied = tmp_path / "small" / size / "preprocessor_config.json"
+        assert copied.read_text("utf-8") == '{"size": 224}'
+
+
 def test_report_counts_what_is_in_the_files(
     compress_llm: InProcess, inputs: Inputs, tmp_path: Path
 ):

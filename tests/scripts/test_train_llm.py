@@ -40,11 +40,13 @@ def run(inputs: Inputs, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureF
     return start
 
 
-def test_a_run_leaves_a_smaller_model_and_its_report(run: Any, tmp_path: Path):
+def test_a_run_leaves_a_smaller_model_and_its_report(run: Any, broken: Path, tmp_path: Path):
     output = tmp_path / "out"
-    done = run(output_dir=output, target_param_ratio=0.5)
+    (broken / "processor_config.json").write_text('{"size": 224}', "utf-8")
+    done = run(model=broken, output_dir=output, target_param_ratio=0.5)
     assert done.code == 0, done.err
     assert f"saved to {output / 'final'}\n" in done.out
+    assert (output / "final" / "processor_config.json").read_text("utf-8") == '{"size": 224}'
     report = json.loads((output / "final" / "report.json").read_text("utf-8"))
     kept, dense = (report["parameters"][f"targeted_{name}"] for name in ("kept", "dense"))
     assert 0.45 * dense < kept <= 0.5 * dense

@@ -8,11 +8,12 @@ import torch
 from torch import nn
 from transformers import TrainerCallback
 
+from hf_lowrank.errors import DataError
 from hf_lowrank.evaluation.perplexity import LossMeasurement, measure_loss
 from hf_lowrank.format.dense_linear import linear_shape
 from hf_lowrank.format.rebuild import factorized_layers
 from hf_lowrank.ranks.plan import RankPlan
-from tests.tiny_models import tiny_bert_classifier, tiny_llama
+from tests.tiny_models import equal_states, snapshot, tiny_bert_classifier, tiny_llama
 from tests.training import (
     kept_ratio,
     run_to_the_end,
@@ -128,6 +129,30 @@ def test_the_reference_is_measured_before_the_first_step(kind: str, tmp_path: Pa
         assert [tuple(item) for item in trainer.reference] == list(start.items)
     reference = sum(item[0] for item in trainer.reference) / 16
     assert reference <= start.mean + 1e-6
+
+
+@pytest.mark.parametrize("goal", [{}, {"target_param_ratio": 0.5, "selection_rule": "price"}])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda row: row["input_ids"].fill_(5000), r"selection, batch 0, row 3: token id 5000 is"),
+        (lambda row: row.pop("labels"), "labels"),
+    ],
+)
+def test_rows_that_no_selection_can_read_are_refused_before_the_first_step(
+    change: Any, message: str, goal: dict[str, Any], tmp_path: Path
+):
+    rows = sentence_rows(4)
+    for row in rows[3:] if "token" in message else rows:
+        change(row)
+    trainer = trainer_for(
+        tiny_bert_classifier(), rows, tmp_path, tolerance_reference="current", **goal
+    )
+    before = snapshot(trainer.model)
+    with pytest.raises(DataError, match=message):
+        trainer.train()
+    assert trainer.state.global_step == 0
+    assert equal_states(snapshot(trainer.model), before)
 
 
 @pytest.mark.parametrize("rule", ["relative", "price"])
