@@ -124,8 +124,8 @@ def block_of(shape: tuple[int, int], bits: int, *, by_columns: bool = False) -> 
         by_columns: Whether blocks along a column are taken where both are equally good.
     """
     rows, columns = shape
-    if bits == 8:
-        return 1, columns
+    if bits == 8:  # torchao finds no scale for a row of one number
+        return (1, columns) if columns > 1 else (rows, 1)
     lying, standing = nearest_divisor(columns), nearest_divisor(rows)
     (off_lying, along_row), (off_standing, along_column) = (
         (abs(math.log(size / GROUP)), size) for size in (lying, standing)

@@ -50,6 +50,7 @@ def random_layer(shape, dtype=torch.float32):
     ("shape", "precision"),
     [
         ((6, 10), Precision(8, (1, 10))),
+        ((6, 1), Precision(8, (6, 1))),
         ((64, 96), Precision(4, (1, 32))),
         ((64, 7), Precision(4, (32, 1))),
         ((5, 7), Precision(4, (1, 7))),

@@ -35,6 +35,7 @@ def test_blocks_go_along_the_side_that_has_the_better_divisor():
     assert block_of((576, 192), 4) == (1, 32)
     assert block_of((576, 192), 4, by_columns=True) == (32, 1)
     assert block_of((576, 97), 8, by_columns=True) == (1, 97)
+    assert block_of((576, 1), 8) == (576, 1)
 
 
 @needs_torchao
