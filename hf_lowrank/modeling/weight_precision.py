@@ -1,7 +1,7 @@
 """Weights of targeted layers in int8 or int4, after the cut and its recovery.
 
 int8 has a scale for each row, int4 one for each block of about 32 numbers. With "int4" second
-factors and both matrices of compact layers stay int8: on SmolLM2-135M nearly all that int4 costs in
+factors and both matrices of compact layers stay int8: on SmolLM2-135M most of what int4 costs in
 low-rank layers came from these.
 """
 
