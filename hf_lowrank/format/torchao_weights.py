@@ -101,9 +101,9 @@ def quantize_(layer: nn.Linear, precision: Precision) -> None:
     weight, torchao = layer.weight.detach(), _torchao()
     (m, n), (rows, columns) = weight.shape, precision.block
     if precision.bits == 8:
-        whole = torchao.PerRow()
-        scale = torchao.Int8Tensor.from_hp(weight, whole).scale.to(weight.dtype)
-        numbers = torchao.Int8Tensor.from_hp(weight, whole, scale=scale).qdata
+        shares = torchao.PerTensor() if (rows, columns) == (m, n) else torchao.PerRow()
+        scale = torchao.Int8Tensor.from_hp(weight, shares).scale.to(weight.dtype)
+        numbers = torchao.Int8Tensor.from_hp(weight, shares, scale=scale).qdata
     else:
         intx = importlib.import_module("torchao.quantization.quantize_.workflows")
         # torchao's algorithm goes along rows.

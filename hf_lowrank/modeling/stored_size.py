@@ -10,7 +10,7 @@ from torch import nn
 from hf_lowrank.format.dense_linear import linear_weight
 from hf_lowrank.format.forms.stored_form import stored_form
 from hf_lowrank.format.torchao_weights import num_bytes
-from hf_lowrank.modeling.weight_precision import matrix_bytes
+from hf_lowrank.modeling.weight_precision import bits_of, matrix_bytes
 from hf_lowrank.ranks.plan import RankPlan
 
 _ENTRY = 110  # bytes of a tensor's entry in the header of a safetensors file, without its name
@@ -53,7 +53,7 @@ class SizeOnDisk:
         weights: str | None,
     ) -> int:
         """Bytes of a layer's matrices, and of the header entries that it has beyond the first."""
-        shape = plan.shapes[name]
+        shape, form_name = plan.shapes[name], "dense" if rank is None else plan.form
         if rank is None:
             whole = plan.narrowed.get(name, shape)
             tensors: dict[str, tuple[int, ...]] = {"weight": (whole[0], whole[1])}
@@ -63,7 +63,8 @@ class SizeOnDisk:
         total = 0
         for end, each in tensors.items():
             if end.endswith("weight"):
-                total += matrix_bytes((each[0], each[1]), end, weights, weight.element_size())
+                bits = weights and bits_of(form_name, end.removesuffix(".weight"), weights)
+                total += matrix_bytes((each[0], each[1]), bits or None, weight.element_size())
             else:
                 total += _INT32 * math.prod(each)
         entries = len(tensors) * (1 if weights is None else 2)

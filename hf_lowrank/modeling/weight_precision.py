@@ -1,8 +1,8 @@
 """Weights of targeted layers in int8 or int4, after the cut and its recovery.
 
-int8 has a scale for each row. int4 has one for each block of about 32 numbers along a row, or along
-a column of a second factor: then all numbers of a block belong to one component of the spectrum,
-and the rank need not divide into blocks.
+int8 has a scale for each row, int4 one for each block of about 32 numbers. With "int4" second
+factors and both matrices of compact layers stay int8: on SmolLM2-135M most of what int4 costs in
+low-rank layers came from these.
 """
 
 from __future__ import annotations
@@ -79,40 +79,45 @@ def planned_precisions(
         names: Its targeted layers, also those that stayed dense.
         weights: "int8" or "int4".
     """
-    bits = _BITS[weights]
     found = {}
     for name in names:
         layer = model.get_submodule(name)
-        children = dict(layer.named_children()) if isinstance(layer, CompressedLayer) else {}
-        for child, factor in children.items():
-            if isinstance(factor, nn.Linear):
-                shape = (factor.out_features, factor.in_features)
-                block = block_of(shape, bits, by_columns=child.endswith("_B"))
-                found[f"{name}.{child}"] = Precision(bits, block)
-        if not children:
-            rows, columns = linear_weight(layer).shape
-            found[name] = Precision(bits, block_of((rows, columns), bits))
+        form = layer.form if isinstance(layer, CompressedLayer) else "dense"
+        children = layer.named_children() if form != "dense" else ()
+        factors = {f"{name}.{child}": each for child, each in children}
+        for full, each in (factors or {name: layer}).items():
+            rows, columns = linear_weight(each).shape
+            bits = bits_of(form, full, weights)
+            found[full] = Precision(bits, block_of((rows, columns), bits))
     return found
 
 
-def matrix_bytes(shape: tuple[int, int], name: str, weights: str | None, element_size: int) -> int:
+def bits_of(form: str, module: str, weights: str) -> int:
+    """Bits of a matrix.
+
+    Args:
+        form: Stored form of its layer.
+        module: Name of the module whose weight it is.
+        weights: "int8" or "int4".
+    """
+    return 8 if form == "compact" or module.endswith("lowrank_B") else _BITS[weights]
+
+
+def matrix_bytes(shape: tuple[int, int], bits: int | None, element_size: int) -> int:
     """Bytes of a matrix in a file, with its scales.
 
     Args:
         shape: (m, n).
-        name: Its tensor's name, which tells second factors from others.
-        weights: "int8", "int4", or None for a weight as it is.
+        bits: 4, 8, or None for a weight as it is.
         element_size: Bytes of a number of the model's dtype, which scales have, too.
     """
-    if weights is None:
+    if bits is None:
         return shape[0] * shape[1] * element_size
-    bits = _BITS[weights]
-    block = block_of(shape, bits, by_columns=name.endswith("_B.weight"))
-    numbers, scales = stored_shapes(shape, Precision(bits, block)).values()
+    numbers, scales = stored_shapes(shape, Precision(bits, block_of(shape, bits))).values()
     return math.prod(numbers) + math.prod(scales) * element_size
 
 
-def block_of(shape: tuple[int, int], bits: int, *, by_columns: bool = False) -> tuple[int, int]:
+def block_of(shape: tuple[int, int], bits: int) -> tuple[int, int]:
     """(rows, columns) of the numbers of a matrix that share a scale.
 
     torchao takes whole blocks only, so in int4 it is the divisor of a side that is nearest to 32:
@@ -121,17 +126,15 @@ def block_of(shape: tuple[int, int], bits: int, *, by_columns: bool = False) -> 
     Args:
         shape: (m, n) of the matrix.
         bits: 4 or 8.
-        by_columns: Whether blocks along a column are taken where both are equally good.
     """
     rows, columns = shape
-    if bits == 8:
-        return 1, columns
+    if bits == 8:  # torchao finds no scale for a row of one number
+        return (1, columns) if columns > 1 else (rows, 1)
     lying, standing = nearest_divisor(columns), nearest_divisor(rows)
     (off_lying, along_row), (off_standing, along_column) = (
         (abs(math.log(size / GROUP)), size) for size in (lying, standing)
     )
-    stands = off_standing < off_lying or (by_columns and off_standing == off_lying)
-    return (along_column, 1) if stands else (1, along_row)
+    return (along_column, 1) if off_standing < off_lying else (1, along_row)
 
 
 @functools.cache

@@ -13,7 +13,8 @@ class Quantization:
 
     Attributes:
         weights: "int8" or "int4".
-        matrices: How many are; each factor counts.
+        matrices: How many are quantized; each factor counts. With int4 those that are not among
+            `groups` are int8: second factors and compact layers.
         groups: Number of int4 matrices by how many numbers share a scale: 32, or where a side has
             no such divisor, the one nearest to it.
         bytes: Of these matrices before, in the model's dtype, and after, with the scales.
@@ -27,10 +28,13 @@ class Quantization:
     def describe(self) -> str:
         """What is stored, in a sentence without a full stop."""
         groups = ", ".join(f"{size} in {count}" for size, count in self.groups.items())
+        rest = self.matrices - sum(self.groups.values())
+        counts = [f"{sum(self.groups.values())} int4"] if groups else []
+        counts += [f"{rest} int8"] if rest else []
         return (
-            f"{self.matrices} weights of targeted layers are {self.weights}, "
+            f"weights of targeted layers: {', '.join(counts)}, "
             f"{self.bytes.dense / 1e6:.1f} MB -> {self.bytes.kept / 1e6:.1f} MB with their scales"
-            + (f"; numbers to a scale: {groups}" if groups else ", one for each row")
+            + (f"; numbers to a scale in int4: {groups}" if groups else ", one for each row")
         )
 
 

@@ -17,6 +17,7 @@ from hf_lowrank.format.rebuild import factorized_layers, narrowed_layers
 from hf_lowrank.modeling.qualification import qualified
 from hf_lowrank.modeling.surgery import empty_lowrank, lowrank_from_factors, replace_layer_
 from hf_lowrank.modeling.targets import fixed_ranks
+from hf_lowrank.modeling.weight_precision import refuse_quantized
 from hf_lowrank.ranks.plan import break_even_rank
 
 
@@ -35,8 +36,10 @@ def to_training_form_(model: nn.Module, config: LowRankConfig) -> dict[str, LowR
         The layers in training form, by name.
 
     Raises:
-        TargetError, ConfigError: The model has narrowed layers alone; or see `qualified`.
+        TargetError, ConfigError: The model has quantized weights, or narrowed layers alone; or see
+            `qualified`.
     """
+    refuse_quantized(model)
     layers = factorized_layers(model)
     if layers:
         for name, layer in layers.items():

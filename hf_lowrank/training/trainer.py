@@ -24,7 +24,6 @@ from hf_lowrank.measuring.batches import checked_batches
 from hf_lowrank.measuring.items import Batch
 from hf_lowrank.measuring.losses import check_losses
 from hf_lowrank.modeling.marks import attach_config
-from hf_lowrank.modeling.weight_precision import refuse_quantized
 from hf_lowrank.ranks.plan import RankPlan, useful_rank
 from hf_lowrank.ranks.threshold import check_budget
 from hf_lowrank.report.sections import Training
@@ -85,7 +84,6 @@ class LowRankTrainer(CheckedTrainer):
             )
         if kwargs.get("train_dataset") is None:
             raise DataError("LowRankTrainer needs a train_dataset: ranks are selected on it.")
-        refuse_quantized(model)
         self.lowrank_config = config = lowrank_config or LowRankConfig()
         check_lowrank_config(config, args, is_compressed=bool(factorized_layers(model)))
         self._damping = MetricSettings(

@@ -35,7 +35,6 @@ NOT_ON_THE_COMMAND_LINE = {
     "ranks",
     "narrowed",
     "quantized",
-    "form",
     "format_version",
     "quant_method",
 }

@@ -50,6 +50,7 @@ def random_layer(shape, dtype=torch.float32):
     ("shape", "precision"),
     [
         ((6, 10), Precision(8, (1, 10))),
+        ((6, 1), Precision(8, (6, 1))),
         ((64, 96), Precision(4, (1, 32))),
         ((64, 7), Precision(4, (32, 1))),
         ((5, 7), Precision(4, (1, 7))),
@@ -112,14 +113,18 @@ def test_int4_takes_two_numbers_to_a_byte(int4):
     tensors = load_file(int4.folder / "model.safetensors")
     config = int4.model.config.quantization_config
     assert config.weights == "int4"
-    assert {each["bits"] for each in config.quantized.values()} == {4}
-    for name, module in quantized_modules(int4.model).items():
+    bits = {name: each["bits"] for name, each in config.quantized.items()}
+    assert {name for name in bits if bits[name] == 8} == {
+        name for name in bits if name.endswith("lowrank_B")
+    }
+    modules = {n: m for n, m in quantized_modules(int4.model).items() if bits[n] == 4}
+    for name, module in modules.items():
         numbers = tensors[f"{name}.{NUMBERS}"]
         assert numbers.dtype == torch.uint8
         assert numbers.shape == (module.out_features, (module.in_features + 1) // 2)
         assert f"{name}.weight" not in tensors
-    quantized = [t for name, t in tensors.items() if name.rpartition(".")[2] in (NUMBERS, SCALE)]
-    count = sum(m.in_features * m.out_features for m in quantized_modules(int4.model).values())
+    quantized = [tensors[f"{name}.{part}"] for name in modules for part in (NUMBERS, SCALE)]
+    count = sum(m.in_features * m.out_features for m in modules.values())
     # Half a byte, and 4 for each scale of about 32 numbers, which is fp32 as the model is.
     assert sum(map(num_bytes, quantized)) < (0.5 + 4 / 25) * count
     rest = sum(num_bytes(t) for t in tensors.values()) - sum(map(num_bytes, quantized))

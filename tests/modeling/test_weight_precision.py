@@ -10,6 +10,7 @@ from transformers import Trainer, TrainingArguments
 from hf_lowrank import LowRankConfig, compress, compress_jointly, get_lowrank_model, sweep
 from hf_lowrank.errors import ConfigError, TargetError
 from hf_lowrank.format.forms.quantized import QuantizedLinear
+from hf_lowrank.format.layout import Precision
 from hf_lowrank.format.torchao_weights import precision_of, quantized_modules
 from hf_lowrank.modeling.weight_precision import block_of, nearest_divisor
 from hf_lowrank.training.trainer import LowRankTrainer
@@ -31,28 +32,32 @@ def test_the_divisor_nearest_to_32(size, expected):
 
 def test_blocks_go_along_the_side_that_has_the_better_divisor():
     assert block_of((576, 97), 4) == (32, 1)
-    assert block_of((97, 576), 4, by_columns=True) == (1, 32)
+    assert block_of((97, 576), 4) == (1, 32)
     assert block_of((576, 192), 4) == (1, 32)
-    assert block_of((576, 192), 4, by_columns=True) == (32, 1)
-    assert block_of((576, 97), 8, by_columns=True) == (1, 97)
+    assert block_of((576, 97), 8) == (1, 97)
+    assert block_of((576, 1), 8) == (576, 1)
 
 
 @needs_torchao
+@pytest.mark.parametrize("form", ["factors", "compact"])
 @pytest.mark.parametrize("weights", ["int8", "int4"])
-def test_every_target_is_quantized_and_nothing_else(weights):
+def test_every_target_is_quantized_and_nothing_else(weights, form):
     model = tiny_gpt2()
     ranks = {"transformer.h.0.attn.c_attn": 5, "transformer.h.0.mlp.c_fc": None}
     settings = {"ranks": ranks, "target_modules": list(ranks), "metric": "plain"}
-    compress(model, LowRankConfig(**settings, weights=weights), progress=False)
+    compress(model, LowRankConfig(**settings, weights=weights, form=form), progress=False)
     modules = quantized_modules(model)
     first = "transformer.h.0.attn.c_attn.lowrank_"
     assert modules.keys() == {f"{first}A", f"{first}B", "transformer.h.0.mlp.c_fc"}
     assert type(modules["transformer.h.0.mlp.c_fc"]) is QuantizedLinear
-    blocks = {name: precision_of(module.weight).block for name, module in modules.items()}
-    assert blocks == {
-        f"{first}A": (1, 32),
-        f"{first}B": (1, 5) if weights == "int8" else (32, 1),
-        "transformer.h.0.mlp.c_fc": (1, 32),
+    found = {name: precision_of(module.weight) for name, module in modules.items()}
+    bits = 8 if weights == "int8" else 4
+    # A compact layer of more outputs than inputs keeps 32 - 5 of them in A.
+    first_bits, width = (8, 27) if form == "compact" else (bits, 32)
+    assert found == {
+        f"{first}A": Precision(first_bits, (1, width)),
+        f"{first}B": Precision(8, (1, 5)),
+        "transformer.h.0.mlp.c_fc": Precision(bits, (1, 32)),
     }
 
 
@@ -63,8 +68,9 @@ def test_the_report_says_what_is_stored(text):
     report = compress(model, config, text[:4], text[4:6], progress=False)
     found = report.quantization
     assert (found.weights, found.matrices) == ("int4", len(quantized_modules(model)))
-    assert sum(found.groups.values()) == found.matrices
-    assert found.groups["32"] > 8
+    precisions = model.config.quantization_config.quantized.values()
+    assert sum(found.groups.values()) == sum(each["bits"] == 4 for each in precisions)
+    assert 0 < found.groups["32"] < found.matrices
     plain = compress(other, config.replace(weights=None), text[:4], text[4:6], progress=False)
     assert plain.quantization is None
     assert report.parameters == plain.parameters

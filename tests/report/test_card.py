@@ -103,7 +103,7 @@ def test_quantized_weights_and_what_loads_them_are_said():
     quantization = Quantization("int4", 12, {"32": 12}, Sizes(4_000_000, 1_200_000))
     ranks = {"model.layers.0.mlp.up_proj": None}
     card = str(model_card(report(quantization=quantization, ranks=ranks), "ada/small"))
-    assert "12 weights of targeted layers are int4, 4.0 MB -> 1.2 MB" in card
+    assert "Weights of targeted layers: 12 int4, 4.0 MB -> 1.2 MB" in card
     assert "Loading needs torchao." in card
     assert "trust_remote_code" in card  # though no layer has a rank
 

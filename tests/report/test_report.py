@@ -172,14 +172,15 @@ def test_a_recovery_is_shown_with_its_outcome(accepted: bool, word: str):
 @pytest.mark.parametrize(
     ("weights", "groups", "end"),
     [
-        ("int4", {"32": 11, "97": 1}, "; numbers to a scale: 32 in 11, 97 in 1"),
-        ("int8", {}, ", one for each row"),
+        ("12 int4", {"32": 11, "97": 1}, "; numbers to a scale in int4: 32 in 11, 97 in 1"),
+        ("9 int4, 3 int8", {"32": 9}, "; numbers to a scale in int4: 32 in 9"),
+        ("12 int8", {}, ", one for each row"),
     ],
 )
 def test_quantized_weights_are_counted(weights: str, groups: dict[str, int], end: str):
-    quantization = Quantization(weights, 12, groups, Sizes(4_000_000, 1_200_000))
+    quantization = Quantization(weights[-4:], 12, groups, Sizes(4_000_000, 1_200_000))
     text = format_report(report(quantization=quantization))
-    expected = f"12 weights of targeted layers are {weights}, 4.0 MB -> 1.2 MB with their scales"
+    expected = f"weights of targeted layers: {weights}, 4.0 MB -> 1.2 MB with their scales"
     assert f"\n{expected}{end}\n" in text
 
 
