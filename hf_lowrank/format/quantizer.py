@@ -52,6 +52,9 @@ class LowRankQuantizer(HfQuantizer):
     requires_calibration = True
     quantization_config: LowRankCheckpointConfig
 
+    def _convert_model_for_quantization(self, model: nn.Module) -> None:
+        """Converts nothing, as for every method but two; transformers 4 needs accelerate for it."""
+
     def _process_model_before_weight_loading(
         self,
         model: nn.Module,
