@@ -28,7 +28,7 @@ memory by {loaded:g} of the largest logit at most, the merged model's by {merged
 docs/architectures.md` goes on where the file ends and writes this page
 ([rows](results/architectures.json), each with its differences).
 
-{number} of {every} classes were tried.
+{number} of {every} classes are counted here.
 
 """
 

@@ -6,6 +6,7 @@ import random
 import tempfile
 from collections import Counter
 from dataclasses import dataclass
+from itertools import cycle
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -49,8 +50,10 @@ def kill_runs(args: KillsArguments) -> None:
     logging.disable_progress_bar()
     with tempfile.TemporaryDirectory() as place, scenarios(Path(place)) as found:
         trials = [Trials(scenario, args.seed) for scenario in found]
-        for number in range(args.count):
-            trials[number % len(trials)].kill_once()
+        for trial in cycle(trials):
+            trial.kill_once()
+            if sum(each.counts["kills"] for each in trials) >= args.count:
+                break
     rows = [trial.row() for trial in trials]
     for row in rows:
         print(f"{row['command']}: {row['kills']} kills, {len(row['failures'])} failures")

@@ -68,8 +68,7 @@ def compress(
         held_out: Batches on which a loss tolerance is tested, ranks are searched for, prices are
             corrected and a recovery is judged. By default the last quarter of the calibration
             batches, which then do not enter the moments.
-        foreign: Batches of another kind than the calibration's, for a second before and after in
-            the report: a model that was cut looks better on text like its calibration than it is.
+        foreign: Batches unlike the calibration's, for the report: on like ones a cut looks better.
         loss_function: See `RunOptions`, as all that follow.
         recover_steps: Steps of training the factors after the cut.
         recover: What they train, "factors" or "lora".
@@ -104,12 +103,11 @@ def compress(
         evaluation=evaluation,
         foreign=foreign,
     )
-    asked = config or LowRankConfig()
-    recipe = recipe_of(model, asked, texts, loss_function)
+    recipe = recipe_of(model, config or LowRankConfig(), texts, loss_function)
     check_stages(recipe, stages, recover_steps)
     run = Run(split_texts(recipe, texts, recover_steps), options, processes=current_processes())
     targets, left_dense = run_targets(model, recipe, run)
-    config = possible_recipe(model, asked, recipe, targets)
+    config = possible_recipe(model, config or LowRankConfig(), recipe, targets)
     check_run(model, targets, config, run)
     dense = measure_dense(model, targets, run, left_dense)
     if stages > 1:

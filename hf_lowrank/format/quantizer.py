@@ -70,6 +70,9 @@ class LowRankQuantizer(HfQuantizer):
         if self.pre_quantized and self.quantization_config.quantized:
             check_torchao("This checkpoint's weights are quantized, which")
 
+    def _convert_model_for_quantization(self, model: nn.Module) -> None:
+        """Converts nothing, as for every method but two; transformers 4 needs accelerate for it."""
+
     def _process_model_before_weight_loading(
         self,
         model: nn.Module,

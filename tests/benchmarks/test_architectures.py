@@ -188,7 +188,7 @@ def test_a_stopped_sweep_goes_on_and_tries_again_what_is_asked(
     assert {"command", "commit", "versions"} <= set(found)
     assert found["counts"] == {"default": {"ok": 1, "failed": 1}, "plain": {"ok": 1, "failed": 1}}
     text = page.read_text("utf-8")
-    assert f"2 of {len(all_cases(TASKS))} classes were tried." in text
+    assert f"2 of {len(all_cases(TASKS))} classes are counted here." in text
     assert "| causal lm | default | 1 | 1 | 0 | 0 | 1 | 0 | 0 |" in text
     assert "- default, merge: a\\_b\n  LlamaForCausalLM" in text
     assert "- causal lm: GPT2LMHeadModel" in text

@@ -1,5 +1,6 @@
 """`benchmark.py kills`: one kill of a command, and that each thing that can be wrong is seen."""
 
+import itertools
 import json
 import shutil
 import time
@@ -125,6 +126,16 @@ def test_a_count_of_kills_is_written_with_its_origin(
     assert {"command", "commit", "hardware", "versions"} <= set(found)
     assert (found["kills"], found["failures"]) == (7, 0)
     assert [row["kills"] for row in found["rows"]] == [2, 2, 1, 1, 1]
+
+
+def test_a_run_that_ends_before_its_kill_is_no_kill(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    kinds = itertools.cycle(["kills", "finished_before"])
+    monkeypatch.setattr(Trials, "kill_once", lambda self: self.counts.update([next(kinds)]))
+    kill_runs(KillsArguments(count=7, output=str(tmp_path / "kills.json")))
+    found = json.loads((tmp_path / "kills.json").read_text("utf-8"))
+    assert (found["kills"], found["finished_before"]) == (7, 6)
 
 
 def test_a_run_without_kills_is_refused():

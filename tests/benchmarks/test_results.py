@@ -7,6 +7,7 @@ from typing import Any
 
 from benchmarks import system_rows
 from benchmarks import table as task_rows
+from benchmarks.architecture_table import format_page
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "docs" / "results"
@@ -185,6 +186,71 @@ def test_question_answering_has_its_measured_scores():
             for when in ("uncured_metrics", "metrics")
         ]
         assert cells == wanted, method
+
+
+# Lines of the tables of reliability by their names in the results.
+OUTCOMES = {
+    "the same model comes back": "ok",
+    "refused before any work": "refused",
+    "another model comes back, and nothing says so": "differs",
+    "an error, a crash or a hang": "failed",
+    "the dense model does not come back either": "transformers",
+    "can't be tried": "untried",
+}
+DAMAGES = {
+    "values in `config.json`": "mutate_config",
+    "values in its part on the compression": "mutate_settings",
+    "bytes of `config.json`": "mutate_config_bytes",
+    "the index of the shards": "mutate_index",
+    "values in a header": "mutate_header",
+    "bytes of a header": "mutate_header_bytes",
+    "a file cut off, too long or gone": "cut_file",
+    "tensors gone, added, cut, reshaped, swapped": "change_tensors",
+}
+
+
+def test_every_class_has_its_measured_outcome():
+    found = result("architectures")
+    _, *shown = table("docs/results.md", "outcome", "default")
+    assert {name: cells for name, *cells in shown} == {
+        name: [str(found["counts"][recipe].get(kind, 0)) for recipe in ("default", "plain")]
+        for name, kind in OUTCOMES.items()
+    }
+    assert len(found["rows"]) == found["classes"]
+    page = (ROOT / "docs" / "architectures.md").read_text("utf-8")
+    assert page == format_page(found["rows"], found["classes"])
+
+
+def test_damaged_checkpoints_have_their_measured_outcomes():
+    found = result("damaged_checkpoints")
+    _, *shown, total = table("docs/results.md", "damage", "loaded right")
+    assert {name: cells for name, *cells in shown} == {
+        name: damage_cells(found["by_kind"][kind]) for name, kind in DAMAGES.items()
+    }
+    assert total == ["all", *damage_cells(found["outcomes"])]
+    assert sum(found["outcomes"].values()) == found["arguments"]["count"]
+
+
+def damage_cells(counts: dict[str, int]) -> list[str]:
+    right, refused = (counts.get(kind, 0) for kind in ("loaded right", "refused"))
+    return [f"{n:,}" for n in (right, refused, sum(counts.values()) - right - refused)]
+
+
+def test_kills_have_their_measured_outcomes():
+    rows = result("kills")["rows"]
+    _, *shown = table("docs/results.md", "command", "kills")
+    cells = [kill_cells([row]) for row in rows]
+    assert shown == [
+        *([f"`{row['command']}`", *found] for row, found in zip(rows, cells, strict=True)),
+        ["all", *kill_cells(rows)],
+    ]
+
+
+def kill_cells(rows: list[dict[str, Any]]) -> list[str]:
+    """Sums over rows."""
+    names = ("kills", "was_finished", "resumed")
+    sums = [sum(row[name] for row in rows) for name in names]
+    return [str(number) for number in (*sums, sum(len(row["failures"]) for row in rows))]
 
 
 def test_tables_are_found_with_their_cells():
