@@ -85,6 +85,7 @@ class LowRankTrainer(CheckedTrainer):
         if kwargs.get("train_dataset") is None:
             raise DataError("LowRankTrainer needs a train_dataset: ranks are selected on it.")
         self.lowrank_config = config = lowrank_config or LowRankConfig()
+        self.export_form = config.inference_form
         check_lowrank_config(config, args, is_compressed=bool(factorized_layers(model)))
         self._damping = MetricSettings(
             config.input_damping, config.output_damping, config.activation_alpha
@@ -211,11 +212,6 @@ class LowRankTrainer(CheckedTrainer):
             for name, rank in ranks.items()
         }
         return RankPlan(useful, shapes, form=form).param_ratio
-
-    @property
-    def export_form(self) -> str:
-        """Stored form of the layers after `export`: `form` of the config, or compact."""
-        return self.lowrank_config.inference_form
 
     def summary(self) -> Training:
         """How the training went, for the report."""

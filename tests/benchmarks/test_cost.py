@@ -71,8 +71,8 @@ CHECKS = {
     "svd": (2 + 1 + 8, 0),
     "kfac": (2 + 1 + 8, 8),
     "rank-selection": (2 + 2 + 1, 0),
-    "rank-selection-price": (2 + 2 + 1, 0),
-    "lpaf": (2 + 2 + 5 + 8, 0),
+    "rank-selection-price": (2 + 2 + 2, 0),
+    "lpaf": (2 + 2 + 6 + 8, 0),
     "joint": (2 + 1 + 1 + 8, 8),
 }
 

@@ -39,6 +39,8 @@ SPECIAL = ("<pad>", "<s>", "</s>")
 WORDS = tuple(f"w{number:02d}" for number in range(VOCABULARY - len(SPECIAL)))
 Refusal = Callable[..., str]  # runs with some changes and returns the error
 _PROGRESS = re.compile(r"\d+%\||^\.\.\. ")
+# What torchao writes when transformers imports it, where it is installed: kernels for GPUs.
+_OF_TORCHAO = re.compile(r"^Failed to load \S*torchao|_pytree\.py:\d+\] <enum ")
 
 
 def word_tokenizer() -> PreTrainedTokenizerFast:
@@ -140,9 +142,10 @@ class Finished(NamedTuple):
 
     @property
     def messages(self) -> list[str]:
-        """Lines on stderr that are no progress bars."""
+        """Lines on stderr that are no progress bars and none of torchao's."""
         lines = [line.strip() for line in re.split(r"[\r\n]", self.err)]
-        return [line for line in lines if line and not _PROGRESS.search(line)]
+        noise = (_PROGRESS, _OF_TORCHAO)
+        return [line for line in lines if line and not any(each.search(line) for each in noise)]
 
     @property
     def error(self) -> str:

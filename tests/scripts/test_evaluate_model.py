@@ -111,7 +111,7 @@ def test_prompts_that_are_too_long_get_one_sentence(evaluate: InProcess, small: 
     ("arguments", "message"),
     [
         (["--tasks", "piqa"], "Tasks need the package lm_eval: pip install lm_eval."),
-        (["--int8"], "int8 needs the package torchao: pip install torchao."),
+        (["--int8"], "int8 needs torchao 0.18 or newer: pip install 'torchao>=0.18'."),
     ],
 )
 def test_missing_packages_get_one_sentence(
