@@ -10,6 +10,7 @@ import pytest
 from benchmarks import system_rows
 from benchmarks import table as task_rows
 from benchmarks.architecture_table import format_page
+from benchmarks.recipe import format_recipes
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "docs" / "results"
@@ -259,3 +260,11 @@ def kill_cells(rows: list[dict[str, Any]]) -> list[str]:
 def test_tables_are_found_with_their_cells():
     text = "a\n\n| x | y |\n| --- | ---: |\n| 1 | |\n\n| z |\n| --- |\n"
     assert tables(text) == [[["x", "y"], ["1", ""]], [["z"]]]
+
+
+def test_recipes_in_both_forms_have_their_measured_rises():
+    rows = [json.loads(path.read_text("utf-8")) for path in sorted((RESULTS / "recipe").iterdir())]
+    assert len(rows) >= 5
+    assert table("docs/results.md", "calibration", "size", "recipe") in tables(
+        format_recipes(rows) + "\n"
+    )
