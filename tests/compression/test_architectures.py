@@ -225,7 +225,8 @@ def test_gpt2_at_its_real_width_and_vocabulary(tmp_path):
     dense.save_pretrained(tmp_path / "dense")
     del dense
     model = GPT2LMHeadModel.from_pretrained(tmp_path / "dense")
-    assert sum(parameter.numel() for parameter in model.parameters()) == 124_439_808 - 10 * 7_087_872
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    assert parameters == 124_439_808 - 10 * 7_087_872
     batches = token_batches(2, batch_size=1, length=32, vocabulary=50_000)
     config = LowRankConfig(param_ratio=0.6, metric="whitened")
     report = compress(model, config, batches[:1], batches[1:], progress=False)
