@@ -2,6 +2,8 @@
 
 import copy
 import json
+import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -19,7 +21,7 @@ from hf_lowrank import LowRankConfig, compress
 from hf_lowrank.format.layout import Layout
 from hf_lowrank.format.rebuild import replace_with_lowrank
 from hf_lowrank.modeling.marks import attach_config
-from tests.format import BATCH, LAYER, RANK, load_clean, same_tensors
+from tests.format import BATCH, LAYER, RANK, edit_config, load_clean, same_tensors
 from tests.tiny_models import logits, num_lowrank, tiny_llama
 
 pytestmark = pytest.mark.oldest
@@ -152,3 +154,19 @@ def test_a_model_built_from_the_same_config_object_stays_dense(tmp_path):
     assert own is student.model.config is student.model.layers[0].self_attn.config
     student.save_pretrained(tmp_path / "student")
     assert same_tensors(hf_lowrank.load(tmp_path / "student"), student)
+
+
+def test_a_checkpoint_of_version_1_loads_as_two_factors(llama, tmp_path):
+    folder = Path(shutil.copytree(llama.folder, tmp_path / "old"))
+
+    def age(config):
+        settings = config["quantization_config"]
+        settings["format_version"] = 1
+        del settings["form"]
+
+    edit_config(folder, age)
+    for loaded in (hf_lowrank.load(folder), AutoModelForCausalLM.from_pretrained(folder)):
+        assert same_tensors(loaded, llama.model)
+        assert loaded.config.quantization_config.inference_form == "factors"
+    loaded.save_pretrained(tmp_path / "again")
+    assert same_tensors(hf_lowrank.load(tmp_path / "again"), llama.model)
