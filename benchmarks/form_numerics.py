@@ -15,7 +15,8 @@ from hf_lowrank.compression.analysis import analyze
 from hf_lowrank.compression.decision import decide
 from hf_lowrank.compression.options import Run, Texts
 from hf_lowrank.config import LowRankConfig, option
-from hf_lowrank.decomposition.spectrum import Factors
+from hf_lowrank.decomposition.metrics import QuadraticForm
+from hf_lowrank.decomposition.spectrum import decompose
 from hf_lowrank.evaluation.perplexity import measure_loss
 from hf_lowrank.format.forms.compact import CompactLinear
 from hf_lowrank.inputs.sources import load_causal_lm
@@ -69,7 +70,8 @@ def random_layers(count: int, seed: int, dtype: str) -> dict[str, float]:
         weight = torch.randn(rows, columns, generator=generator, dtype=torch.float64)
         left, sigma, right = torch.linalg.svd(weight, full_matrices=False)
         decay = torch.logspace(0, -4 * float(torch.rand(1, generator=generator)), len(sigma))
-        factors = Factors(left * sigma * decay.double(), right)
+        weight = (left * sigma * decay.double()) @ right
+        factors = decompose(weight, QuadraticForm(), dtype=torch.float64)[1]
         inputs = torch.randn(16, columns, generator=generator).to(kind)
         wanted = inputs.double() @ factors.product(rank).T
         source = nn.Linear(columns, rows, bias=False, dtype=kind)

@@ -19,7 +19,7 @@ def compact_columns(
 
     Args:
         left: Shape (m, r), of all components, in descending order; `left @ right` is the weight.
-        right: Shape (r, n).
+        right: Shape (r, n), orthonormal in the metric: of m and n the smaller one's factor.
         rank: k, less than n.
         dtype: Data type in which T will be stored.
 

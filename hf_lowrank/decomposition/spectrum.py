@@ -50,6 +50,9 @@ class Spectrum:
 class Factors:
     """All rank-k approximations of one weight, for every k at once.
 
+    The components of the smaller side are orthonormal in the metric (`right = V^T R^-1` for
+    m >= n), those of the other side carry the singular values.
+
     Attributes:
         left: Shape (m, r), r <= min(m, n); `left[:, :k] @ right[:k]` is the best W_k.
         right: Shape (r, n).

@@ -10,6 +10,7 @@ import pytest
 from benchmarks import system_rows
 from benchmarks import table as task_rows
 from benchmarks.architecture_table import format_page
+from benchmarks.form_speed import format_speeds
 from benchmarks.recipe import format_recipes
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -268,3 +269,8 @@ def test_recipes_in_both_forms_have_their_measured_rises():
     assert table("docs/results.md", "calibration", "size", "recipe") in tables(
         format_recipes(rows) + "\n"
     )
+
+
+def test_stored_forms_have_their_measured_speeds():
+    [expected] = tables(format_speeds(result("form_speed")["rows"]) + "\n")
+    assert table("docs/results.md", "layer", "size", "tokens") == expected
