@@ -274,3 +274,14 @@ def test_recipes_in_both_forms_have_their_measured_rises():
 def test_stored_forms_have_their_measured_speeds():
     [expected] = tables(format_speeds(result("form_speed")["rows"]) + "\n")
     assert table("docs/results.md", "layer", "size", "tokens") == expected
+
+
+def test_rounding_of_the_compact_form_is_the_measured_one():
+    found = result("form_numerics")
+    _, *shown = table("docs/results.md", "type", "perplexity", "of the product")
+    assert [cells[0] for cells in shown] == list(found["model"])
+    for dtype, *cells in shown:
+        model, layers = found["model"][dtype], found["random"][dtype]
+        expected = [f"{model[name]:.2f}" for name in ("perplexity", "perplexity_of_product")]
+        expected.append(f"{model['largest_logit_difference']:.2g}")
+        assert cells == [*expected, f"{layers['compact']:.2g}", f"{layers['factors']:.2g}"]
