@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from benchmarks.table import TableArguments, fill_table, part_of
-from hf_lowrank.config import option
+from hf_lowrank.config import config_option, option
 from hf_lowrank.tasks.glue import GlueArguments, load_glue_task
 
 
@@ -14,6 +14,7 @@ class GlueTableArguments(GlueArguments, TableArguments):
     """Arguments of the GLUE table; those of one run apply to all rows."""
 
     tasks: list[str] | None = option(None, "Tasks; default mrpc.")
+    form: str | None = config_option("form", default="factors")  # as papers store them
     folder: str = option("outputs/glue", "Folder of rows, a JSON file for each finished one.")
 
 

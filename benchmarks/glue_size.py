@@ -127,7 +127,7 @@ def _without_training(
             return main_score(task.score(model, split))
 
     dense = main_score(task.score(model, task.held_out))
-    floor = max(0.02, smallest_ratio(analysis.shapes))
+    floor = max(0.02, smallest_ratio(analysis.shapes, **analysis.limits))
     ratio, probes = bisect_size(lambda r: score(r, task.held_out), share * dense, floor)
     return {
         "share": share,

@@ -48,7 +48,7 @@ def compare_metrics(
     before = measure_loss(model, evaluation, progress="evaluate dense")
     rows: list[dict[str, Any]] = []
     for metric in (name for name in METRICS if name not in _FOR_PRUNED_WEIGHTS):
-        config = LowRankConfig(param_ratio=1.0, metric=metric)
+        config = LowRankConfig(param_ratio=1.0, metric=metric, form="factors")
         start = time.perf_counter()
         spectra, factors, failures = decompose_layers(targets, dict(moments), config)
         seconds[f"decomposition_{metric}"] = time.perf_counter() - start

@@ -61,7 +61,7 @@ def measure_perturbations(args: PerturbationArguments) -> None:
     """
     ratios = args.param_ratio or [0.8]
     scales = args.scales or [0.003, 0.01, 0.03, 0.1, 0.3, 1.0]
-    configs = [LowRankConfig(param_ratio=ratio, seed=args.seed) for ratio in ratios]
+    configs = [LowRankConfig(param_ratio=r, seed=args.seed, form="factors") for r in ratios]
     for scale in scales:
         if not 0 < scale < math.inf:
             raise ConfigError(f"scales must be numbers > 0, got {scale!r}.")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from benchmarks.table import TableArguments, fill_table, part_of
-from hf_lowrank.config import option
+from hf_lowrank.config import config_option, option
 from hf_lowrank.tasks.qa import QaArguments, load_qa_task
 
 
@@ -13,6 +13,7 @@ from hf_lowrank.tasks.qa import QaArguments, load_qa_task
 class QaTableArguments(QaArguments, TableArguments):
     """Arguments of the table of question answering; those of one run apply to all rows."""
 
+    form: str | None = config_option("form", default="factors")  # as papers store them
     folder: str = option("outputs/qa", "Folder of rows, a JSON file for each finished one.")
 
 

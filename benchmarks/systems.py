@@ -192,7 +192,7 @@ class _Bench:
             restore_(self.model, originals)
 
     def _joint(self, system: System, param_ratio: float) -> dict[str, Any]:
-        config = LowRankConfig(param_ratio=param_ratio, seed=self.options.seed)
+        config = LowRankConfig(param_ratio=param_ratio, seed=self.options.seed, form="factors")
         originals = find_targets(self.model, config)
         try:
             with counted(self.model) as cost:
@@ -234,6 +234,7 @@ class _Bench:
             metric=system.metric,
             channels=system.channels,
             seed=self.options.seed,
+            form="factors",  # as all papers store and count them
         )
         if self._analysis is None or self._analysis[0].config != config:
             self._analysis = None

@@ -253,7 +253,8 @@ def _is_done(row: TaskArguments, folder: Path) -> bool:
     path = _path(row, folder)
     if not path.is_file():
         return False
-    found = json.loads(path.read_text("utf-8"))["arguments"]
+    # Rows from before there was a choice hold two factors.
+    found = {"form": "factors"} | json.loads(path.read_text("utf-8"))["arguments"]
     for name, value in vars(row).items():
         if name not in _FREE and name in found and found[name] != value:
             raise ConfigError(

@@ -111,7 +111,7 @@ def apply(model: nn.Module, decision: Decision, dense: Dense, run: Run) -> Repor
     analysis, plan, config = decision.analysis, decision.plan, decision.analysis.config
     with dense_on_error(model, dense.layers):
         with run.stopwatch.phase("surgery"):
-            cut_layers = factorize_(model, analysis.factors, plan, analysis.orders, form=plan.form)
+            cut_layers = factorize_(model, analysis.factors, plan, analysis.orders)
             narrowed = {name: list(shape) for name, shape in plan.narrowed.items()} or None
             found: dict[str, Any] = {"ranks": dict(plan.ranks), "narrowed": narrowed}
             decided = config.replace(**found, form=plan.form, format_version=FORMAT_VERSION)

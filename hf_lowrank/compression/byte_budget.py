@@ -143,7 +143,7 @@ def _applied(model: nn.Module, analysis: Analysis, fit: Fit) -> Iterator[nn.Modu
     """The model cut and quantized for the time of the block, dense again afterwards."""
     dense = {name: model.get_submodule(name) for name in fit.plan.ranks}
     try:
-        factorize_(model, analysis.factors, fit.plan, analysis.orders, form=fit.plan.form)
+        factorize_(model, analysis.factors, fit.plan, analysis.orders)
         if fit.weights is not None:
             precisions = planned_precisions(model, fit.plan.ranks, fit.weights)
             quantize_weights_(model, precisions)

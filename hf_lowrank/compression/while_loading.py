@@ -85,7 +85,7 @@ def _compress_without_data(model: nn.Module, config: LowRankConfig) -> LowRankCo
     check_quantizable(targets, config.weights)
     decision = decide(model, analyze(model, targets, config, quiet), quiet)
     plan = decision.plan
-    factorize_(model, decision.analysis.factors, plan, form=plan.form)
+    factorize_(model, decision.analysis.factors, plan)
     quantize(model, targets, config, quiet)
     return config.replace(
         ranks=dict(plan.ranks),

@@ -8,6 +8,7 @@ The verbs with a trailing underscore work in place and check everything before t
 from __future__ import annotations
 
 import copy
+import dataclasses
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import cast
@@ -109,8 +110,6 @@ def factorize_(
     factors: Mapping[str, Factors],
     plan: RankPlan,
     orders: Mapping[str, ChannelOrder] | None = None,
-    *,
-    form: str = "factors",
 ) -> dict[str, nn.Module]:
     """Replaces the planned layers by factors, or by narrower layers, in place.
 
@@ -120,7 +119,6 @@ def factorize_(
         plan: Ranks by layer name; None leaves a layer dense, or narrowed if the plan says so.
         orders: Channel order of each feed-forward that the plan narrows, keyed by its output
             layer.
-        form: Stored form of the layers with a rank. For a trial of a plan two factors will do.
 
     Returns:
         The dense layers that were replaced, by name; `restore_` puts them back.
@@ -148,7 +146,7 @@ def factorize_(
     for name, each in blocks.items():
         layers |= narrowed(model, each.block, each.narrowing(model, plan.narrowed[name][1]))
     for name, rank in chosen.items():
-        layers[name] = lowrank_from_factors(originals[name], factors[name], rank, form)
+        layers[name] = lowrank_from_factors(originals[name], factors[name], rank, plan.form)
     restore_(model, layers)
     return originals
 
@@ -169,7 +167,7 @@ def factorized(
     form: str = "factors",
 ) -> Iterator[nn.Module]:
     """The model with the plan in force for the time of the block, dense again afterwards."""
-    originals = factorize_(model, factors, plan, orders, form=form)
+    originals = factorize_(model, factors, dataclasses.replace(plan, form=form), orders)
     try:
         yield model
     finally:

@@ -72,15 +72,9 @@ def to_inference_form_(model: nn.Module, form: str = "factors") -> nn.Module:
     for name, layer in factorized_layers(model).items():
         if layer.rank >= break_even_rank(layer.out_features, layer.in_features, form):
             replace_layer_(model, name, layer.to_dense())
-        elif layer.lowrank_s is not None and form == "compact":
+        elif layer.lowrank_s is not None:
             factors = Factors(*layer.factors())
             replace_layer_(model, name, lowrank_from_factors(layer, factors, layer.rank, form))
-        elif layer.lowrank_s is not None:
-            scale = layer.lowrank_s.abs().sqrt()
-            signed = scale * layer.lowrank_s.sign()
-            layer.lowrank_B.weight.mul_(signed)
-            layer.lowrank_A.weight.mul_(scale[:, None])
-            layer.lowrank_s = None
     return model
 
 

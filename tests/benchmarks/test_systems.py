@@ -13,7 +13,7 @@ from benchmarks.structured.methods import METHODS
 from benchmarks.system_rows import read_rows
 from benchmarks.system_tables import format_systems
 from benchmarks.systems import BenchmarkOptions, BenchmarkTexts, compare_systems
-from hf_lowrank import LowRankLinear
+from hf_lowrank import LowRankLinear, config
 from hf_lowrank.decomposition.metrics import METRICS
 from hf_lowrank.errors import ConfigError, DataError, NumericalError
 from hf_lowrank.evaluation.perplexity import measure_loss
@@ -65,6 +65,18 @@ def test_rows_say_what_was_kept_and_what_it_cost(texts, tmp_path: Path):
     table = format_systems(rows).split("\n")
     assert len(table) == 2 + 1 + len(rows)  # the dense model's line
     assert len({line.count("|") for line in table}) == 1
+
+
+@pytest.mark.parametrize("name", ["price+channels+measured", "joint"])
+def test_systems_are_cut_to_two_factors_whatever_the_default_form_is(
+    texts, tmp_path: Path, monkeypatch, name
+):
+    found = []
+    for form in ("factors", "compact"):
+        monkeypatch.setattr(config, "DEFAULT_FORM", form)
+        [row] = compare(texts, tmp_path / form, [name])
+        found.append((row["kept_parameters"], row["in_domain"]["perplexity_after"]))
+    assert found[0] == found[1]
 
 
 def test_structured_systems_have_rows_of_the_same_kind(texts, tmp_path: Path):

@@ -75,9 +75,7 @@ def test_after_the_cut(text, monkeypatch, name, error):
     # The dense model is measured first, the compressed one in the second call.
     fail(monkeypatch, application, name, error, at=2 if name == "measure_loss" else 1)
     cut, factorize_ = [], application.factorize_
-    monkeypatch.setattr(
-        application, "factorize_", lambda *a, **k: cut.append(a) or factorize_(*a, **k)
-    )
+    monkeypatch.setattr(application, "factorize_", lambda *a: cut.append(a) or factorize_(*a))
     with pytest.raises(error, match="late"):
         compress(before.model, CONFIG, text[:4], text[4:6], held_out=text[6:8], **OPTIONS)
     assert cut

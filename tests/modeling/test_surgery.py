@@ -1,5 +1,7 @@
 """Edits of a model: nothing is changed by a refused call, and everything can be taken back."""
 
+import dataclasses
+
 import pytest
 import torch
 from torch import nn
@@ -51,6 +53,18 @@ def test_factorize_replaces_the_planned_layers_only():
     lowrank = {n: m.rank for n, m in model.named_modules() if isinstance(m, LowRankLinear)}
     assert lowrank == {Q_PROJ: 4, UP_PROJ: 7}
     assert model.get_submodule("model.layers.0.mlp.up_proj") is kept
+
+
+@pytest.mark.parametrize("form", ["factors", "compact"])
+def test_layers_are_stored_in_the_form_that_the_plan_counts(form):
+    model = tiny_llama()
+    factors, plan = cut(model, {Q_PROJ: 4, UP_PROJ: 7})
+    plan = dataclasses.replace(plan, form=form)
+    factorize_(model, factors, plan)
+    layers = [model.get_submodule(name) for name in plan.ranks]
+    assert {layer.form for layer in layers} == {form}
+    stored = sum(weight.numel() for layer in layers for weight in layer.parameters())
+    assert stored == plan.kept_parameters
 
 
 def test_factors_multiply_to_the_best_approximation():

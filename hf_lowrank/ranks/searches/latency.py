@@ -66,20 +66,19 @@ def _latency_table(shape: tuple[int, int], form: str, time_of: Latency) -> dict[
 
 @torch.no_grad()
 def measure_latency(shape: tuple[int, int], rank: int | None, form: str = "factors") -> float:
-    """Median seconds of a layer on 128 rows of fp32 on the CPU."""
+    """Median seconds of a layer's products on 128 rows of fp32 on the CPU."""
     rows, columns = shape
-    read = 0 if rank is None or form != COMPACT else rank  # pivots, added to what the rest gives
-    inputs = torch.ones(ROWS, max(rows, columns) if read else columns)
-    weights = [torch.ones(rows, columns)]
-    if rank is not None:
-        inner = min(shape) - rank if read else columns
-        weights = [torch.ones(rank, inner), torch.ones(max(shape) if read else rows, rank)]
+    products = [(rows, columns)]
+    if rank is not None and form == COMPACT:
+        products = [(rank, min(shape) - rank), (max(shape), rank)]
+    elif rank is not None:
+        products = [(rank, columns), (rows, rank)]
+    inputs = [torch.ones(ROWS, inner) for _, inner in products]
+    weights = [torch.ones(outer, inner) for outer, inner in products]
     seconds = []
     for _ in range(REPEATS):
         start = time.perf_counter()
-        result = inputs[:, read : read + weights[0].shape[1]] @ weights[0].T
-        result = result + inputs[:, :read] if read else result
-        for weight in weights[1:]:
-            result = result @ weight.T
+        for each, weight in zip(inputs, weights, strict=True):
+            _ = each @ weight.T
         seconds.append(time.perf_counter() - start)
     return sorted(seconds)[REPEATS // 2]
