@@ -95,19 +95,15 @@ def compress(
         speed=speed,
         progress=progress,
     )
-    texts = read_texts(
+    config, run, targets, left_dense = _prepare(
         model,
-        loss_function is None,
+        config or LowRankConfig(),
+        options,
         calibration=calibration,
         held_out=held_out,
         evaluation=evaluation,
         foreign=foreign,
     )
-    recipe = recipe_of(model, config or LowRankConfig(), texts, loss_function)
-    check_stages(recipe, stages, recover_steps)
-    run = Run(split_texts(recipe, texts, recover_steps), options, processes=current_processes())
-    targets, left_dense = run_targets(model, recipe, run)
-    config = possible_recipe(model, config or LowRankConfig(), recipe, targets)
     check_run(model, targets, config, run)
     dense = measure_dense(model, targets, run, left_dense)
     if stages > 1:
@@ -169,20 +165,16 @@ def sweep(
     )
     if not param_ratios:
         return
-    texts = read_texts(
+    goals = dict.fromkeys(("loss_tolerance", "megabytes", "rank", "ranks"))
+    recipe, run, targets, left_dense = _prepare(
         model,
-        loss_function is None,
+        config.replace(param_ratio=param_ratios[0], **goals),
+        options,
         calibration=calibration,
         held_out=held_out,
         evaluation=evaluation,
         foreign=foreign,
     )
-    goals = dict.fromkeys(("loss_tolerance", "megabytes", "rank", "ranks"))
-    first = config.replace(param_ratio=param_ratios[0], **goals)
-    recipe = recipe_of(model, first, texts, loss_function)
-    run = Run(split_texts(recipe, texts, recover_steps), options, processes=current_processes())
-    targets, left_dense = run_targets(model, recipe, run)
-    recipe = possible_recipe(model, first, recipe, targets)
     configs = [recipe.replace(param_ratio=ratio) for ratio in param_ratios]
     for each in configs:
         check_run(model, targets, each, run)
@@ -195,6 +187,22 @@ def sweep(
             yield apply(model, decision, dense, own)
         finally:
             make_dense_again(model, targets)
+
+
+def _prepare(
+    model: nn.Module,
+    config: LowRankConfig,
+    options: RunOptions,
+    **batches: Iterable[Batch] | None,
+) -> tuple[LowRankConfig, Run, dict[str, nn.Module], dict[str, str]]:
+    """The config with its recipe, the run, the targets, and why others stay dense."""
+    texts = read_texts(model, options.loss_function is None, **batches)
+    recipe = recipe_of(model, config, texts, options.loss_function)
+    check_stages(recipe, options.stages, options.recover_steps)
+    split = split_texts(recipe, texts, options.recover_steps)
+    run = Run(split, options, processes=current_processes())
+    targets, left_dense = run_targets(model, recipe, run)
+    return possible_recipe(model, config, recipe, targets), run, targets, left_dense
 
 
 def check_run(

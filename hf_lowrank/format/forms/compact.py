@@ -13,7 +13,6 @@ import torch
 from torch import nn
 
 from hf_lowrank.errors import CheckpointError
-from hf_lowrank.format.dense_linear import plain
 from hf_lowrank.format.forms.factors import FactorsForm, LowRankLinear, check_rank
 from hf_lowrank.format.forms.stored_form import register
 
@@ -57,21 +56,24 @@ class CompactLinear(LowRankLinear):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super(LowRankLinear, self).__init__()
         check_rank(rank, (out_features, in_features), below=1)
-        self.in_features = in_features
-        self.out_features = out_features
-        self.conv1d = conv1d
-        self.lowrank_s = None
-        by_inputs = self.by_inputs
-        shape_a, shape_b = compact_shapes((out_features, in_features), rank)
+        by_inputs = out_features >= in_features
         options: dict[str, Any] = {"device": device, "dtype": dtype}
-        self.lowrank_A = nn.Linear(shape_a[1], shape_a[0], bias=False, **options)
-        self.lowrank_B = nn.Linear(shape_b[1], shape_b[0], bias=bias and by_inputs, **options)
+        super().__init__(
+            in_features, out_features, rank, bias and by_inputs, conv1d=conv1d, **options
+        )
         own_bias = torch.zeros(out_features, **options) if bias and not by_inputs else None
         self.lowrank_bias = None if own_bias is None else nn.Parameter(own_bias)
         order = torch.arange(min(in_features, out_features), dtype=torch.int32, device=device)
         self.register_buffer("lowrank_order", order)
+
+    @staticmethod
+    def child_shapes(shape: tuple[int, int], rank: int) -> tuple[tuple[int, int], tuple[int, int]]:
+        """Shapes of the weights of `lowrank_A` and `lowrank_B` for a layer of shape (m, n)."""
+        rows, columns = shape
+        if rows >= columns:
+            return (rank, columns - rank), (rows, rank)
+        return (rank, columns), (rows - rank, rank)
 
     @property
     def by_inputs(self) -> bool:
@@ -107,9 +109,8 @@ class CompactLinear(LowRankLinear):
         Returns:
             Shapes (m, k) and (k, n).
         """
-        dtype = torch.promote_types(self.lowrank_A.weight.dtype, torch.float32)
-        left, right = (plain(f.weight).to(dtype) for f in (self.lowrank_B, self.lowrank_A))
-        unit = torch.eye(self.rank, dtype=dtype, device=left.device)
+        left, right = super().factors()
+        unit = torch.eye(self.rank, dtype=left.dtype, device=left.device)
         order = self.lowrank_order.long()
         if self.by_inputs:
             return left, torch.cat((unit, right), dim=1)[:, order.argsort()]
@@ -129,14 +130,6 @@ class CompactLinear(LowRankLinear):
             )
 
 
-def compact_shapes(shape: tuple[int, int], rank: int) -> tuple[tuple[int, int], tuple[int, int]]:
-    """Shapes of `lowrank_A` and `lowrank_B` for a layer of shape (m, n)."""
-    rows, columns = shape
-    if rows >= columns:
-        return (rank, columns - rank), (rows, rank)
-    return (rank, columns), (rows - rank, rank)
-
-
 @register
 class CompactForm(FactorsForm):
     """A `CompactLinear` of rank k."""
@@ -145,8 +138,8 @@ class CompactForm(FactorsForm):
     tensors: ClassVar[tuple[str, ...]] = (*FactorsForm.tensors, "lowrank_order")
 
     def shapes(self, shape: tuple[int, int], entry: int) -> list[tuple[int, ...]]:
-        """Those of `compact_shapes` and (min(m, n),) for a rank k."""
-        return [*compact_shapes(shape, entry), (min(shape),)]
+        """Those of the children and (min(m, n),) for a rank k."""
+        return [*CompactLinear.child_shapes(shape, entry), (min(shape),)]
 
     def build(self, shape: tuple[int, int], rank: int, **options: Any) -> LowRankLinear:
         """See `RankedForm`."""

@@ -57,10 +57,17 @@ class LowRankLinear(CompressedLayer):
         self.in_features = in_features
         self.out_features = out_features
         self.conv1d = conv1d
-        self.lowrank_A = nn.Linear(in_features, rank, bias=False, device=device, dtype=dtype)
-        self.lowrank_B = nn.Linear(rank, out_features, bias=bias, device=device, dtype=dtype)
+        shape_a, shape_b = self.child_shapes((out_features, in_features), rank)
+        options: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.lowrank_A = nn.Linear(shape_a[1], shape_a[0], bias=False, **options)
+        self.lowrank_B = nn.Linear(shape_b[1], shape_b[0], bias=bias, **options)
         spectrum = torch.ones(rank, device=device, dtype=dtype) if form == "usv" else None
         self.lowrank_s = nn.Parameter(spectrum) if spectrum is not None else None
+
+    @staticmethod
+    def child_shapes(shape: tuple[int, int], rank: int) -> tuple[tuple[int, int], tuple[int, int]]:
+        """Shapes of the weights of `lowrank_A` and `lowrank_B` for a layer of shape (m, n)."""
+        return (rank, shape[1]), (shape[0], rank)
 
     @property
     def rank(self) -> int:
@@ -148,7 +155,7 @@ class FactorsForm(RankedForm):
 
     def shapes(self, shape: tuple[int, int], entry: int) -> list[tuple[int, ...]]:
         """(k, n) and (m, k) for a rank k."""
-        return [(entry, shape[1]), (shape[0], entry)]
+        return [*LowRankLinear.child_shapes(shape, entry)]
 
     def build(self, shape: tuple[int, int], rank: int, **options: Any) -> LowRankLinear:
         """See `RankedForm`."""
