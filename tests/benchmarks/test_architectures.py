@@ -52,6 +52,7 @@ ODD = [
 QUICK = DIVERSE[0]
 
 
+@pytest.mark.default_recipe
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("recipe", round_trip.RECIPES)
 @pytest.mark.parametrize("case", DIVERSE, ids=lambda case: case.model_class)
@@ -63,6 +64,7 @@ def test_diverse_classes_come_back_bit_for_bit(case: Case, recipe: str):
     assert 0 < trip.differences["merge"] < 1e-4
 
 
+@pytest.mark.default_recipe
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("recipe", round_trip.RECIPES)
 @pytest.mark.parametrize("case", ODD, ids=lambda case: case.model_class)
