@@ -19,6 +19,7 @@ from torch import nn
 
 from benchmarks.zero_shot import Question, answer_questions, read_questions
 from hf_lowrank.compression.analysis import Analysis, analyze
+from hf_lowrank.compression.byte_budget import Fit, applied
 from hf_lowrank.compression.decision import decide
 from hf_lowrank.compression.options import Run, Texts
 from hf_lowrank.config import LowRankConfig, option
@@ -28,7 +29,7 @@ from hf_lowrank.inputs.sources import load_causal_lm
 from hf_lowrank.inputs.start_token import start_text
 from hf_lowrank.inputs.text import token_batches
 from hf_lowrank.measuring.items import Batch
-from hf_lowrank.modeling.surgery import factorized
+from hf_lowrank.modeling.stored_size import SizeOnDisk
 from hf_lowrank.modeling.targets import find_targets
 from hf_lowrank.report.provenance import write_result
 
@@ -62,6 +63,7 @@ class RecipeArguments:
     question_limit: int = option(300, "Questions of each, from the start.")
     sequence_length: int = option(256, "Tokens in each window.")
     batch_size: int = option(4, "Windows in a batch.")
+    weights: list[str] | None = option(None, "Types of weights tried on top: int8, int4.")
     dtype: str = option("float32", "Data type of the model.")
     output_dir: str = option("outputs/recipe", "Folder of rows; those in it are not run again.")
 
@@ -133,7 +135,7 @@ def compare_recipes(args: RecipeArguments) -> None:
                 targets, run = find_targets(model, config), Run(Texts(texts[0]))
                 analysis = analyze(model, targets, config, run)
             row = {"recipe": recipe, "param_ratio": ratio, "calibration": calibration}
-            row |= _row(model, analysis, row, texts[1], judges, dense)
+            row |= _row(model, analysis, row, texts[1], judges, dense, args.weights or [])
             write_result(path, common | row)
     rows = [json.loads(path.read_text("utf-8")) for path in sorted(folder.glob("*-*.json"))]
     print(format_recipes(rows))
@@ -146,22 +148,27 @@ def _row(
     held_out: Sequence[Batch],
     judges: Judges,
     dense: tuple[Mapping[str, LossMeasurement], Mapping[str, Sequence[bool]]],
+    weights: Sequence[str],
 ) -> dict[str, Any]:
     """One recipe at one size: seconds to choose, and what the judges say of both models."""
     started, ratio = time.perf_counter(), row["param_ratio"]
     config = analysis.config.replace(param_ratio=ratio, **RECIPES[row["recipe"]])
     run = Run(Texts(held_out=held_out))
     plan = decide(model, analysis.with_config(config), run).plan
-    seconds = time.perf_counter() - started
-    with factorized(model, analysis.factors, plan, analysis.orders, form=plan.form):
-        losses, answers = judges.measure(model)
-    return {
-        "seconds": seconds,
-        "kept": plan.param_ratio,
-        "narrowed": len(plan.narrowed),
-        "texts": {n: dataclasses.asdict(compare(dense[0][n], losses[n])) for n in losses},
-        "questions": {name: _paired(dense[1][name], answers[name]) for name in answers},
-    }
+    seconds, size_of = time.perf_counter() - started, SizeOnDisk(model)
+    found = {"seconds": seconds, "kept": plan.param_ratio, "narrowed": len(plan.narrowed)}
+    types = {}
+    for each in (None, *weights):
+        fit = Fit(each, plan, size_of(plan, each))
+        asked = judges if each is None else dataclasses.replace(judges, questions={})
+        with applied(model, analysis, fit):
+            losses, answers = asked.measure(model)
+        types[each or "own type"] = {
+            "bytes": fit.size,
+            "texts": {n: dataclasses.asdict(compare(dense[0][n], losses[n])) for n in losses},
+            "questions": {name: _paired(dense[1][name], answers[name]) for name in answers},
+        }
+    return found | types.pop("own type") | {"quantized": types}
 
 
 def _paired(before: Sequence[bool], after: Sequence[bool]) -> dict[str, float]:
@@ -183,19 +190,26 @@ def format_recipes(rows: Sequence[Mapping[str, Any]]) -> str:
     """A row for each recipe: perplexity and rise of the loss on each text, accuracies."""
     texts = list(dict.fromkeys(name for row in rows for name in row["texts"]))
     questions = list(dict.fromkeys(name for row in rows for name in row["questions"]))
-    header = ["calibration", "size", "recipe", *texts, *questions]
+    header = ["calibration", "size", "recipe", "MB", *texts, *questions]
     lines = [header, ["---"] * len(header)]
     for row in sorted(rows, key=lambda each: (each["calibration"], -each["param_ratio"])):
-        cells = [_short(row["calibration"]), f"{row['param_ratio']:g}", row["recipe"]]
-        for name in texts:
-            found = row["texts"][name]
-            rise, error = found["loss_difference"], found["standard_error"]
-            cells.append(f"{found['perplexity_after']:.2f} ({rise:+.3f} ± {error:.3f})")
-        for name in questions:
-            found = row["questions"][name]
-            cells.append(f"{found['after']:.1%} (of {found['before']:.1%})")
-        lines.append(cells)
+        for kind, found in {"": row, **row.get("quantized", {})}.items():
+            recipe = row["recipe"] + f", {kind}" * bool(kind)
+            megabytes = f"{found['bytes'] / 1e6:.1f}" if "bytes" in found else ""
+            cells = [_short(row["calibration"]), f"{row['param_ratio']:g}", recipe, megabytes]
+            cells += [_rise(found["texts"][name]) for name in texts]
+            cells += [_accuracy(found["questions"].get(name)) for name in questions]
+            lines.append(cells)
     return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
+
+
+def _rise(found: Mapping[str, Any]) -> str:
+    rise, error = found["loss_difference"], found["standard_error"]
+    return f"{found['perplexity_after']:.2f} ({rise:+.3f} ± {error:.3f})"
+
+
+def _accuracy(found: Mapping[str, Any] | None) -> str:
+    return f"{found['after']:.1%} (of {found['before']:.1%})" if found else ""
 
 
 def _short(calibration: str) -> str:

@@ -131,7 +131,7 @@ def best_fit(
     trials = []
     for each in found:
         label = f"held-out data, {each.weights or 'own type'}, ratio {each.plan.param_ratio:.3f}"
-        context = _applied(model, analysis, each)
+        context = applied(model, analysis, each)
         difference = held_out.compare(context, label=label)
         trials.append(SizeTrial(each.weights, each.plan.param_ratio, each.size, difference.mean))
     best = min(range(len(found)), key=lambda index: trials[index].loss_difference)
@@ -139,8 +139,14 @@ def best_fit(
 
 
 @contextmanager
-def _applied(model: nn.Module, analysis: Analysis, fit: Fit) -> Iterator[nn.Module]:
-    """The model cut and quantized for the time of the block, dense again afterwards."""
+def applied(model: nn.Module, analysis: Analysis, fit: Fit) -> Iterator[nn.Module]:
+    """The model cut and quantized for the time of the block, dense again afterwards.
+
+    Args:
+        model: The dense model.
+        analysis: What the plan was chosen from.
+        fit: A plan, and a type of weights.
+    """
     dense = {name: model.get_submodule(name) for name in fit.plan.ranks}
     try:
         factorize_(model, analysis.factors, fit.plan, analysis.orders)
