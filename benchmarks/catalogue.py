@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from hf_lowrank.errors import ConfigError
+from hf_lowrank.ranks.plan import COMPACT
 
 RANKED, JOINT, STRUCTURED = "ranked", "joint", "structured"
 OWN = "this library"
@@ -48,6 +49,8 @@ class System:
             structured/methods.py.
         channels: Of a ranked system, whether feed-forwards may lose channels, too.
         measured: Of a ranked system, whether its prices are corrected by measurement.
+        form: Stored form of its low-rank layers, which is what its sizes count: two factors, as
+            papers store them, or "compact" in the rows that show what the form alone brings.
     """
 
     name: str
@@ -60,6 +63,12 @@ class System:
     kind: str = RANKED
     channels: bool = False
     measured: bool = False
+    form: str = "factors"
+
+    @property
+    def compact(self) -> System:
+        """The same with compact factors."""
+        return replace(self, name=f"{self.name}+compact", form=COMPACT)
 
 
 @dataclass(frozen=True)
@@ -110,7 +119,7 @@ _SENSITIVITY = _Ranks("sensitivity", "Yuan 2023", "layer-wise", "search")
 _GROUPS = _Ranks("bayes-groups", "Ji 2024", "by group", "search")
 _PRICE = _Ranks("price", OWN, "layer-wise", "theory")
 _FOLDING = "Wang 2025 (folding)"
-SYSTEMS = (
+AS_PAPERS_STORE = (
     _equal("svd", "plain", "Eckart-Young"),
     *(ranks.on(name, "plain") for name, ranks in _RULES.items()),
     _equal("fwsvd", "fisher-rows", "Hsu 2022"),
@@ -152,6 +161,9 @@ SYSTEMS = (
     _structured("model-folding", "plain", "merged channels", _FOLDING),
     _structured("model-folding+repair", "plain", "merged, repaired", _FOLDING),
     _structured("basis-sharing", "whitened", "shared basis", "Wang 2025 (Basis Sharing)"),
+)
+SYSTEMS = AS_PAPERS_STORE + tuple(
+    system.compact for system in AS_PAPERS_STORE if system.kind != STRUCTURED
 )
 
 

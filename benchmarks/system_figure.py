@@ -20,6 +20,7 @@ from benchmarks.named_lines import (
 )
 from benchmarks.system_rows import all_texts
 from hf_lowrank.errors import ConfigError
+from hf_lowrank.ranks.plan import COMPACT
 
 # Of two systems that share a dash, the markers differ; of a rank rule on two metrics, the dashes.
 _DASHES = {"plain": "-", "kfac": "--"}
@@ -36,7 +37,8 @@ def draw_systems(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
     This library's systems are thick and black, all others thin and grey: solid in the plain metric,
     dashed in `kfac`, dotted in others. Every line has its name at the right edge, in the order of
     the lines there. A rise that is not positive is drawn on the lower edge of the log scale with an
-    arrow, one that overflowed on the upper edge; failed rows are named below the panel.
+    arrow, one that overflowed on the upper edge; failed rows are named below the panel. Rows that
+    repeat a system with compact factors are left to the tables.
 
     Args:
         rows: Rows of `compare_systems`.
@@ -45,6 +47,7 @@ def draw_systems(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
     Raises:
         ConfigError: matplotlib is missing, or no row was measured.
     """
+    rows = [row for row in rows if row.get("form") != COMPACT]
     texts = all_texts(rows)
     if not texts:
         raise ConfigError("There is no measured row to draw.")

@@ -179,7 +179,7 @@ class _Bench:
                     measure=measure,
                     trials=self.options.trials,
                     seed=self.options.seed,
-                    fixed=analysis.fixed,
+                    **analysis.limits,
                 )
         search += saved
         with counted(self.model) as surgery:
@@ -192,7 +192,7 @@ class _Bench:
             restore_(self.model, originals)
 
     def _joint(self, system: System, param_ratio: float) -> dict[str, Any]:
-        config = LowRankConfig(param_ratio=param_ratio, seed=self.options.seed, form="factors")
+        config = LowRankConfig(param_ratio=param_ratio, seed=self.options.seed, form=system.form)
         originals = find_targets(self.model, config)
         try:
             with counted(self.model) as cost:
@@ -234,7 +234,7 @@ class _Bench:
             metric=system.metric,
             channels=system.channels,
             seed=self.options.seed,
-            form="factors",  # as all papers store and count them
+            form="factors",  # whatever the form, the spectra are the same
         )
         if self._analysis is None or self._analysis[0].config != config:
             self._analysis = None
@@ -243,7 +243,8 @@ class _Bench:
                 run = Run(Texts(self.texts.calibration))
                 found = analyze(self.model, targets, config, run)
             self._analysis = found, cost
-        return self._analysis
+        found, cost = self._analysis
+        return found.with_config(config.replace(form=system.form)), cost
 
     def _quality(self, shapes: Mapping[str, tuple[int, int]]) -> dict[str, Any]:
         """Weights counted from the model as it is, a shared one once, and its losses."""

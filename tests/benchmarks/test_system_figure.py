@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 
 from benchmarks import system_figure
-from benchmarks.catalogue import OWN, SYSTEMS
+from benchmarks.catalogue import AS_PAPERS_STORE as SYSTEMS
+from benchmarks.catalogue import OWN
 from benchmarks.named_lines import spread
 from benchmarks.system_figure import draw_systems
 from hf_lowrank.errors import ConfigError
@@ -47,7 +48,8 @@ def curves(axes) -> list[tuple[list[float], list[float], str]]:
 
 
 def test_every_system_is_a_line_with_a_name(panels_for):
-    panels = panels_for(ALL)
+    again = made_up_row(SYSTEMS[0].compact.name, 0.8, 0.1) | {"form": "compact"}
+    panels = panels_for([*ALL, again])
     assert [axes.get_title(loc="left") for axes in panels] == list(DENSE)
     for factor, axes in enumerate(panels, start=1):
         assert axes.get_yscale() == "log"

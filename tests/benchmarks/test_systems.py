@@ -14,9 +14,11 @@ from benchmarks.system_rows import read_rows
 from benchmarks.system_tables import format_systems
 from benchmarks.systems import BenchmarkOptions, BenchmarkTexts, compare_systems
 from hf_lowrank import LowRankLinear, config
+from hf_lowrank.compression import application
 from hf_lowrank.decomposition.metrics import METRICS
 from hf_lowrank.errors import ConfigError, DataError, NumericalError
 from hf_lowrank.evaluation.perplexity import measure_loss
+from hf_lowrank.modeling.surgery import factorize_
 from hf_lowrank.ranks.rules import RULES
 from hf_lowrank.ranks.searches.search import SEARCHES
 from tests.scripts import InProcess, make_inputs
@@ -77,6 +79,24 @@ def test_systems_are_cut_to_two_factors_whatever_the_default_form_is(
         [row] = compare(texts, tmp_path / form, [name])
         found.append((row["kept_parameters"], row["in_domain"]["perplexity_after"]))
     assert found[0] == found[1]
+
+
+@pytest.mark.parametrize("name", ["kfac-uniform", "joint"])
+def test_the_same_with_compact_factors_keeps_more_ranks_in_the_same_budget(
+    texts, tmp_path: Path, monkeypatch, name
+):
+    kept = {}
+
+    def note(model, factors, plan, orders=None):
+        kept[plan.form] = sum(rank or 0 for rank in plan.ranks.values())
+        return factorize_(model, factors, plan, orders)
+
+    for module in (systems, application):
+        monkeypatch.setattr(module, "factorize_", note)
+    rows = compare(texts, tmp_path, [name, f"{name}+compact"])
+    assert [row["form"] for row in rows] == ["factors", "compact"]
+    assert all(0.45 < row["kept_parameters"] / row["dense_parameters"] <= 0.5 for row in rows)
+    assert kept["compact"] > 1.1 * kept["factors"]
 
 
 def test_structured_systems_have_rows_of_the_same_kind(texts, tmp_path: Path):
@@ -161,7 +181,10 @@ def test_systems_exist_once_and_name_known_parts():
     assert {system.metric for system in ranked} == set(METRICS) - pruned
     assert {system.rule for system in ranked} == {*RULES, *SEARCHES} - {"energy"}
     assert {s.name for s in SYSTEMS if s.kind == STRUCTURED} == set(METHODS)
-    assert [s.name for s in SYSTEMS if s.kind not in (RANKED, STRUCTURED)] == ["joint"]
+    assert [s.name for s in SYSTEMS if s.kind not in (RANKED, STRUCTURED)] == [
+        "joint",
+        "joint+compact",
+    ]
     assert select_systems([]) == list(SYSTEMS)
     with pytest.raises(ConfigError, match=r"^No system 'magic'; there are svd, "):
         select_systems(["svd", "magic"])
