@@ -118,9 +118,11 @@ def make_checkpoints(place: Path) -> dict[str, Path]:
     models: dict[str, Any] = {
         "llama narrowed": tiny_llama(num_hidden_layers=1),
         "llama usv": tiny_llama(num_hidden_layers=1),
-        "llama sharded": tiny_llama(),
+        "llama compact sharded": tiny_llama(),
+        "llama compact int8": tiny_llama(num_hidden_layers=1),
+        "llama factors int4": tiny_llama(num_hidden_layers=1),
         "gpt2 factors": tiny_gpt2(),
-        "bert factors": tiny_bert_classifier(),
+        "bert compact": tiny_bert_classifier(),
     }
     for name, model in models.items():
         if name.endswith("narrowed"):
@@ -129,7 +131,10 @@ def make_checkpoints(place: Path) -> dict[str, Path]:
             replace_with_lowrank(model, Layout({LAYER: 6}, form="usv"))
             attach_config(model, LowRankConfig(ranks={LAYER: 6}, form="usv"))
         else:
-            hf_lowrank.compress(model, plain, progress=False)
+            words = name.split()
+            form = "factors" if "factors" in words else "compact"
+            weights = words[-1] if words[-1].startswith("int") else None
+            hf_lowrank.compress(model, plain.replace(form=form, weights=weights), progress=False)
         size = "20KB" if name.endswith("sharded") else "5GB"
         model.save_pretrained(place / name, max_shard_size=size)
     return {name: place / name for name in models}

@@ -27,6 +27,7 @@ NAMES = [
     *("id2label", "rope_scaling", "rope_parameters", "tie_word_embeddings", "text_config"),
     *("use_cache", "problem_type", "pruned_heads", "is_decoder", "output_attentions", "unknown"),
     *("ranks", "narrowed", "channels", "form", "format_version", "rank", "param_ratio", "shape"),
+    *("weights", "quantized", "block", "bits"),
     "data_offsets",
 ]
 Mutation = Callable[[Path, random.Random], None]

@@ -40,7 +40,10 @@ def test_sound_checkpoints_load_right_in_every_stored_form(good: dict[str, Path]
     }
     assert settings["llama narrowed"]["narrowed"]
     assert settings["llama usv"]["form"] == "usv"
-    assert (good["llama sharded"] / mutations.INDEX).is_file()
+    assert settings["bert compact"]["form"] == "compact"
+    assert settings["llama compact int8"]["weights"] == "int8"
+    assert settings["llama factors int4"]["weights"] == "int4"
+    assert (good["llama compact sharded"] / mutations.INDEX).is_file()
 
 
 def test_a_short_run_is_written_with_its_origin(tmp_path: Path, capsys: Any):
@@ -105,7 +108,7 @@ def test_a_process_that_dies_or_hangs_is_one_case(
 def test_a_mutation_is_a_change_that_its_seed_repeats(
     good: dict[str, Path], tmp_path: Path, mutate: mutations.Mutation
 ):
-    source, changed = good["llama sharded"], 0
+    source, changed = good["llama compact sharded"], 0
     for seed in range(8):
         for name in ("one", "other"):
             shutil.copytree(source, tmp_path / name, dirs_exist_ok=True)
