@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from hf_lowrank.errors import ConfigError
+from hf_lowrank.errors import CheckpointError, ConfigError
 from hf_lowrank.format.layout import Precision
 from hf_lowrank.format.weight_stand_in import WeightStandIn
 
@@ -149,8 +149,18 @@ def assemble_(model: nn.Module) -> None:
 
 
 def _read(layer: nn.Linear, parts: dict[str, torch.Tensor]) -> torch.Tensor:
-    """A layer's weight from its two tensors, whose types and shapes tell the precision."""
+    """A layer's weight from its two tensors, whose types and shapes tell the precision.
+
+    Raises:
+        CheckpointError: They are of types that no quantized weight has.
+    """
     numbers, scale = parts[NUMBERS], parts[SCALE]
+    if numbers.dtype not in (torch.int8, torch.uint8) or not scale.dtype.is_floating_point:
+        raise CheckpointError(
+            f"a quantized weight of shape {[layer.out_features, layer.in_features]} is stored as "
+            f"{numbers.dtype} with scales in {scale.dtype}; numbers are int8, or uint8 for two of "
+            "4 bits, and scales are floats."
+        )
     block = (layer.out_features // scale.shape[0], layer.in_features // scale.shape[1])
     if numbers.dtype == torch.int8:
         return _joined(numbers, scale, Precision(8, block))

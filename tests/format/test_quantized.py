@@ -209,6 +209,20 @@ def test_a_factor_whose_numbers_are_missing_is_refused(broken_int4, int4):
     refused(broken_int4, r"has rank \d+ in config\.json but no factors")
 
 
+@pytest.mark.parametrize(
+    ("end", "dtype"), [(NUMBERS, torch.int32), (NUMBERS, torch.bool), (SCALE, torch.int32)]
+)
+def test_tensors_of_other_types_than_a_quantized_weight_has_are_refused(broken_int4, end, dtype):
+    def retype(tensors):
+        name = next(name for name in sorted(tensors) if name.endswith(end))
+        tensors[name] = tensors[name].to(dtype)
+
+    edit_tensors(broken_int4, retype)
+    refused(broken_int4, "is stored as torch.* with scales in torch.*; numbers are int8, or uint8")
+    with pytest.raises(hf_lowrank.LowRankError, match="numbers are int8, or uint8 for two of 4"):
+        AutoModelForCausalLM.from_pretrained(broken_int4)
+
+
 def test_a_factor_that_config_does_not_know_to_be_quantized_is_refused(broken_int4, int4):
     name = next(n for n in quantized_modules(int4.model) if n.endswith("lowrank_B"))
     edit_config(broken_int4, lambda c: c["quantization_config"]["quantized"].pop(name))
