@@ -197,15 +197,16 @@ class _Bench:
         originals = find_targets(self.model, config)
         try:
             with counted(self.model) as cost:
-                result = compress_jointly(
+                report = compress_jointly(
                     self.model, config, self.texts.calibration, self.texts.held_out
                 )
+            assert report.joint is not None  # as of every joint compression
             analysis_seconds = sum(
-                result.report.seconds.get(phase, 0.0) for phase in ("statistics", "decomposition")
+                report.seconds.get(phase, 0.0) for phase in ("statistics", "decomposition")
             )
             found = _cost_fields(cost) | {"search_seconds": cost.seconds - analysis_seconds}
-            found |= {"decompositions": result.decompositions, "method": result.method}
-            found["trials"] = [dataclasses.asdict(each) for each in result.trials]
+            tried = dataclasses.asdict(report.joint)
+            found |= {name: tried[name] for name in ("decompositions", "method", "trials")}
             return found | self._quality({n: linear_shape(m) for n, m in originals.items()})
         finally:
             restore_(self.model, originals)

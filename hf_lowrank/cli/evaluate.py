@@ -139,12 +139,6 @@ def format_evaluation(result: Result) -> str:
             f"speed-up over the baseline: prefill {comparison['prefill_speed_up']:.2f}, decode "
             f"{comparison['decode_speed_up']:.2f} (medians, timed in turn)"
         )
-    if "assisted" in result:
-        assisted = result["assisted"]
-        lines.append(
-            f"as the baseline's assistant: {assisted['acceptance_rate']:.1%} of its drafts "
-            f"accepted, speed-up {assisted['speed_up']:.2f} over {assisted['new_tokens']} tokens"
-        )
     return "\n".join(lines)
 
 
