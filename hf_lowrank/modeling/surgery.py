@@ -7,7 +7,6 @@ The verbs with a trailing underscore work in place and check everything before t
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -22,7 +21,7 @@ from hf_lowrank.channels.order import ChannelOrder
 from hf_lowrank.decomposition.pivots import compact_columns
 from hf_lowrank.decomposition.spectrum import Factors
 from hf_lowrank.errors import TargetError
-from hf_lowrank.format.dense_linear import linear_shape, linear_weight
+from hf_lowrank.format.dense_linear import linear_shape
 from hf_lowrank.format.forms.compact import CompactLinear
 from hf_lowrank.format.forms.factors import LowRankLinear
 from hf_lowrank.format.forms.stored_form import stored_form
@@ -183,18 +182,6 @@ def swapped(model: nn.Module, layers: Mapping[str, nn.Module]) -> Iterator[nn.Mo
         yield model
     finally:
         restore_(model, current)
-
-
-@contextmanager
-def reweighted(model: nn.Module, weights: Mapping[str, torch.Tensor]) -> Iterator[nn.Module]:
-    """The model with other dense weights, shape (out, in) each, for the time of the block."""
-    layers = {}
-    for name, weight in weights.items():
-        layers[name] = copy.deepcopy(model.get_submodule(name))
-        with torch.no_grad():
-            linear_weight(layers[name]).copy_(weight)
-    with swapped(model, layers):
-        yield model
 
 
 def merge_(model: nn.Module) -> nn.Module:
