@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from hf_lowrank.cli.evaluate import Result, TaskChoice, evaluate_models, score_classifiers
+from hf_lowrank.cli.evaluate import Result, evaluate_models, score_classifiers
 from hf_lowrank.config import option
 from hf_lowrank.errors import ConfigError
 from hf_lowrank.evaluation.harness import check_harness
@@ -93,9 +93,13 @@ def evaluate(args: EvaluationArguments) -> Result:
         )
         for model in models.values():
             check_windows(model, text, args.evaluation)
-    tasks = args.tasks and TaskChoice(args.tasks, args.include_path, args.limit, args.batch_size)
+    chosen = ("tasks", "include_path", "limit", "batch_size")
     result = evaluate_models(
-        models, tokenizer, text=text, tasks=tasks or None, speed=speed if args.speed else None
+        models,
+        tokenizer,
+        text=text,
+        tasks={name: getattr(args, name) for name in chosen} if args.tasks else None,
+        speed=speed if args.speed else None,
     )
     result["start_token"] = start_text(tokenizer)
     return result

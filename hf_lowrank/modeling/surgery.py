@@ -1,6 +1,6 @@
 """Edits of a model's layers: factorize, take back, merge.
 
-Only this module and modeling_lowrank.py (for loading) put layers into a model; others call them.
+Only this folder and format/ (for loading) put layers into a model; others call them.
 
 The verbs with a trailing underscore work in place and check everything before their first edit.
 """
@@ -165,7 +165,16 @@ def factorized(
     *,
     form: str = "factors",
 ) -> Iterator[nn.Module]:
-    """The model with the plan in force for the time of the block, dense again afterwards."""
+    """The model with the plan in force for the time of the block, dense again afterwards.
+
+    Args:
+        model: The dense model.
+        factors: As in `factorize_`, as the next two.
+        plan: Ranks and narrowed layers.
+        orders: Channel orders.
+        form: Stored form of the layers in the block. Two factors compute the same as any other,
+            but for rounding, and take no work to make.
+    """
     originals = factorize_(model, factors, dataclasses.replace(plan, form=form), orders)
     try:
         yield model
