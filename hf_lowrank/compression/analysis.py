@@ -208,7 +208,10 @@ def _read_cache(cache: RunCache | None, group: Group) -> Decomposed | None:
         return None
     found = cache.read("spectra", group.names)
     orders = cache.read("channels", group.whole) if group.blocks else {}
-    return None if found is None or orders is None else Decomposed(*found, orders)
+    if found is None or orders is None:
+        return None
+    spectra, factors, failures = found
+    return Decomposed(spectra, factors, failures, orders)
 
 
 def _decompose_group(

@@ -70,8 +70,9 @@ def decide(model: nn.Module, analysis: Analysis, run: Run) -> Decision:
     if config.megabytes is not None:
         return _within_size(model, analysis, run, parts)
     with run.stopwatch.phase("search"):
-        found = run.processes.decide(_within_tolerance(model, analysis, run))
-    return Decision(analysis, *found, parts)
+        searched = _within_tolerance(model, analysis, run)
+        plan, probes, difference = run.processes.decide(searched)
+    return Decision(analysis, plan, probes, difference, parts)
 
 
 def _likely_plan(model: nn.Module, analysis: Analysis) -> RankPlan:

@@ -74,8 +74,6 @@ def test_plans_are_frozen():
 
 @pytest.mark.parametrize(("ranks", "narrowed"), [({"a": 2}, (3, 4)), ({"a": None}, (9, 9))])
 def test_shapes_that_no_layer_can_be_narrowed_to_are_refused(ranks, narrowed):
-    message = (
-        r"^a: can't be narrowed to \(\d, \d\), at rank .*; narrowed layers have no rank "
-    )
+    message = r"^a: can't be narrowed to \(\d, \d\), at rank .*; narrowed layers have no rank "
     with pytest.raises(ConfigError, match=message):
         RankPlan(ranks, {"a": SHAPES["a"]}, {"a": narrowed})
