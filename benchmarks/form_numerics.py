@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from benchmarks.perturbation_range import reweighted
 from hf_lowrank.compression.analysis import analyze
 from hf_lowrank.compression.decision import decide
 from hf_lowrank.compression.options import Run, Texts
@@ -21,7 +22,7 @@ from hf_lowrank.evaluation.perplexity import measure_loss
 from hf_lowrank.format.forms.compact import CompactLinear
 from hf_lowrank.inputs.sources import load_causal_lm
 from hf_lowrank.inputs.text import token_batches
-from hf_lowrank.modeling.surgery import factorized, lowrank_from_factors, reweighted
+from hf_lowrank.modeling.surgery import factorized, lowrank_from_factors
 from hf_lowrank.modeling.targets import find_targets
 from hf_lowrank.report.provenance import write_result
 

@@ -11,9 +11,9 @@ from benchmarks.metrics import compare_metrics, format_metrics
 from benchmarks.recovery import measure_recovery
 from benchmarks.system_rows import read_rows
 from benchmarks.system_tables import format_report
-from benchmarks.systems import BenchmarkOptions, BenchmarkTexts, compare_systems
+from benchmarks.systems import TRIALS, BenchmarkOptions, BenchmarkTexts, compare_systems
 from hf_lowrank.compression.recovery import RECOVERIES, RecoverySettings
-from hf_lowrank.config import LowRankConfig, config_option, option
+from hf_lowrank.config import LowRankConfig, option
 from hf_lowrank.inputs.sources import load_causal_lm
 from hf_lowrank.inputs.start_token import start_text
 from hf_lowrank.inputs.text import token_batches
@@ -70,7 +70,7 @@ class SystemsArguments:
     out_of_domain: str | None = option(None, "Evaluation text of another kind.")
     evaluation_sequences: int = option(32, "Token windows for each evaluation.")
     sequence_length: int = option(256, "Tokens in each window.")
-    trials: int = config_option("search_trials")
+    trials: int = option(TRIALS, "Plans that a search of ranks may measure on held-out text.")
     seed: int = option(0, "Seed of everything random.")
     dtype: str = option("auto", "Data type of the model.")
     folder: str = option(

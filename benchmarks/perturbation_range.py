@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import copy
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
+import torch
 from torch import nn
 
 from hf_lowrank.compression.analysis import Analysis
 from hf_lowrank.compression.held_out import HeldOutLoss
 from hf_lowrank.format.dense_linear import linear_weight
 from hf_lowrank.measuring.items import Batch, LossFunction
-from hf_lowrank.modeling.surgery import reweighted
+from hf_lowrank.modeling.surgery import swapped
 from hf_lowrank.ranks.plan import RankPlan
 
 SCALES = (0.01, 0.03, 0.1, 0.3, 1.0)
@@ -88,6 +91,18 @@ def measure_range(
             )
         )
     return points
+
+
+@contextmanager
+def reweighted(model: nn.Module, weights: Mapping[str, torch.Tensor]) -> Iterator[nn.Module]:
+    """The model with other dense weights, shape (out, in) each, for the time of the block."""
+    layers = {}
+    for name, weight in weights.items():
+        layers[name] = copy.deepcopy(model.get_submodule(name))
+        with torch.no_grad():
+            linear_weight(layers[name]).copy_(weight)
+    with swapped(model, layers):
+        yield model
 
 
 def linear_range(points: Sequence[PerturbationPoint], tolerance: float = 0.5) -> float:

@@ -18,7 +18,7 @@ from hf_lowrank.compression.recovery import RecoverySettings, recover_
 from hf_lowrank.compression.stages import check_stages, earlier_stages, stage_goals
 from hf_lowrank.config import LowRankConfig
 from hf_lowrank.evaluation.perplexity import measure_loss
-from hf_lowrank.evaluation.size import model_sizes
+from hf_lowrank.evaluation.size import DenseSize
 from hf_lowrank.measuring.items import Batch
 from hf_lowrank.modeling.surgery import factorize_, factorized
 from hf_lowrank.modeling.targets import find_targets
@@ -70,7 +70,7 @@ def measure_recovery(
     def perplexities() -> dict[str, float]:
         return {name: measure_loss(model, part).perplexity for name, part in evaluations.items()}
 
-    dense, before = perplexities(), Dense(targets, model_sizes(model), {})
+    dense, before = perplexities(), Dense(targets, DenseSize.of(model, targets))
     prices = analysis.with_config(config.replace(channels=False, measured_prices=False))
     rows = []
     for ratio in param_ratios:

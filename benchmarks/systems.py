@@ -14,6 +14,7 @@ from torch import nn
 
 from benchmarks.catalogue import JOINT, RANKED, STRUCTURED, System, select_systems
 from benchmarks.cost import Cost, counted
+from benchmarks.searches.search import search_plan
 from benchmarks.structured.methods import METHODS, Dense
 from benchmarks.system_rows import claim, read_row, row_path
 from benchmarks.system_tables import format_row
@@ -34,12 +35,12 @@ from hf_lowrank.modeling.marks import attach_config
 from hf_lowrank.modeling.surgery import factorize_, restore_, swapped
 from hf_lowrank.modeling.targets import find_targets
 from hf_lowrank.ranks.plan import RankPlan
-from hf_lowrank.ranks.searches.search import search_plan
 from hf_lowrank.report.provenance import write_result
 
 Ranks = tuple[tuple[str, int | None], ...]
 # The sensitivity search cuts every layer at every size by itself; all held-out text takes hours.
 SENSITIVITY_BATCHES = 1
+TRIALS = 24
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,7 @@ class BenchmarkOptions:
 
     param_ratios: Sequence[float]
     systems: Sequence[str] = ()
-    trials: int = LowRankConfig.search_trials
+    trials: int = TRIALS
     seed: int = 0
 
 
@@ -196,15 +197,16 @@ class _Bench:
         originals = find_targets(self.model, config)
         try:
             with counted(self.model) as cost:
-                result = compress_jointly(
+                report = compress_jointly(
                     self.model, config, self.texts.calibration, self.texts.held_out
                 )
+            assert report.joint is not None  # as of every joint compression
             analysis_seconds = sum(
-                result.report.seconds.get(phase, 0.0) for phase in ("statistics", "decomposition")
+                report.seconds.get(phase, 0.0) for phase in ("statistics", "decomposition")
             )
             found = _cost_fields(cost) | {"search_seconds": cost.seconds - analysis_seconds}
-            found |= {"decompositions": result.decompositions, "method": result.method}
-            found["trials"] = [dataclasses.asdict(each) for each in result.trials]
+            tried = dataclasses.asdict(report.joint)
+            found |= {name: tried[name] for name in ("decompositions", "method", "trials")}
             return found | self._quality({n: linear_shape(m) for n, m in originals.items()})
         finally:
             restore_(self.model, originals)

@@ -31,20 +31,13 @@ METRIC_NAMES = (
     "sparsity-whitened",
 )
 RULE_NAMES = ("uniform", "relative", "energy", "energy-share", "stable-rank", "price")
-SEARCH_NAMES = (
-    "sensitivity",
-    "bayes-types",
-    "bayes-groups",
-    "bayes-proxy",
-    "cross-entropy",
-    "latency",
-)
 LABEL_SOURCES = ("data", "model")
 WEIGHT_TYPES = (None, "int8", "int4")
 DEFAULT_LOSS_TOLERANCE = 0.05
 DEFAULT_FORM = "compact"
 _GOALS = ("param_ratio", "loss_tolerance", "megabytes", "rank")
 _TRADING_GOALS = _GOALS[:-1]
+_RETIRED = ("search_trials",)  # in checkpoints of older versions, and read no more
 # Settings that not every run reads: which choice decides, and with which choices they are read.
 # Elsewhere a value other than the default would do nothing, and is refused.
 READERS: dict[str, tuple[str, tuple[str, ...]]] = {
@@ -52,7 +45,6 @@ READERS: dict[str, tuple[str, tuple[str, ...]]] = {
     "min_rank": ("goal", _TRADING_GOALS),
     "channels": ("goal", _TRADING_GOALS),
     "measured_prices": ("goal", _TRADING_GOALS),
-    "search_trials": ("rule", ("bayes-types", "bayes-groups", "bayes-proxy", "cross-entropy")),
     "input_damping": ("metric", ("whitened", "pooled", "kfac", "sparsity-whitened")),
     "output_damping": ("metric", ("kfac",)),
     "activation_alpha": ("metric", ("activation-scale",)),
@@ -106,8 +98,7 @@ class LowRankConfig(QuantizationConfigMixin):
     )
     rule: str | None = option(
         None,
-        "How one threshold chooses the ranks: " + ", ".join(RULE_NAMES) + "; or how they are "
-        "searched for a given param_ratio: " + ", ".join(SEARCH_NAMES) + ". Default: price with "
+        "How one threshold chooses the ranks: " + ", ".join(RULE_NAMES) + ". Default: price with "
         "the kfac metric (the only one it works with), uniform with the others.",
     )
     channels: bool | None = option(
@@ -121,9 +112,6 @@ class LowRankConfig(QuantizationConfigMixin):
         "Correct the prices of each part of the model (tenths of the depth, feed-forwards and the "
         "rest) by how far it departs from the dense model when it is cut alone, on 8 windows of "
         "held-out text. Needs rule price and a causal language model, and is then the default.",
-    )
-    search_trials: int = option(
-        24, "Plans that a search of ranks may measure on held-out calibration data."
     )
     target_modules: list[str] | None = option(
         None,
@@ -186,7 +174,8 @@ class LowRankConfig(QuantizationConfigMixin):
         check_choice("form", self.form, (None, *form_names()))
         check_choice("weights", self.weights, WEIGHT_TYPES)
         if self.rule is not None:
-            check_choice("rule", self.rule, RULE_NAMES + SEARCH_NAMES)
+            if self.ranks is None:  # a record may name one that is no more
+                check_choice("rule", self.rule, RULE_NAMES)
             if self.rule == "price" and self.metric != "kfac":
                 raise ConfigError(
                     f"rule 'price' needs metric 'kfac', whose singular values are prices; got "
@@ -203,7 +192,6 @@ class LowRankConfig(QuantizationConfigMixin):
                 f"activation_alpha must lie in [0, 1], got {self.activation_alpha!r}."
             )
         check_count("min_rank", self.min_rank)
-        check_count("search_trials", self.search_trials)
         check_seed(self.seed)
         for field_name in ("target_modules", "exclude_modules"):
             value = getattr(self, field_name)
@@ -230,7 +218,7 @@ class LowRankConfig(QuantizationConfigMixin):
                 )
 
     def _check_readers(self) -> None:
-        choices = {"goal": self.goal, "rule": self.effective_rule, "metric": self.metric}
+        choices = {"goal": self.goal, "metric": self.metric}
         for name, (kind, readers) in READERS.items():
             value = getattr(self, name)
             is_given = value != _FIELDS[name].default and value is not False
@@ -291,8 +279,8 @@ class LowRankConfig(QuantizationConfigMixin):
 
     @property
     def searches(self) -> bool:
-        """Whether something is measured on held-out data to find the ranks."""
-        if self.goal == "loss_tolerance" or self.rule in SEARCH_NAMES:
+        """Whether something is measured on held-out data to find the plan."""
+        if self.goal == "loss_tolerance":
             return True
         if self.goal == "megabytes" and self.weights is None:
             return True
@@ -320,15 +308,15 @@ class LowRankConfig(QuantizationConfigMixin):
             CheckpointError: The format is newer than this library or a field is unknown.
         """
         check_version(config_dict.get("format_version"))
-        known = {field.name for field in dataclasses.fields(cls)}
-        unknown = sorted(set(config_dict) - known)
+        settings = {k: v for k, v in config_dict.items() if k not in _RETIRED}
+        unknown = sorted(settings.keys() - _FIELDS.keys())
         if unknown:
             raise CheckpointError(
                 f"config.json has unknown low-rank settings {', '.join(unknown)}; it was written "
                 "by another version of hf_lowrank or edited by hand."
             )
         old = {"form": "factors"} if config_dict["format_version"] == 1 else {}
-        config = cls(**old | config_dict)
+        config = cls(**old | settings)
         return (config, kwargs) if return_unused_kwargs else config
 
     def to_dict(self) -> dict[str, Any]:

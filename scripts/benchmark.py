@@ -18,6 +18,7 @@ python scripts/benchmark.py form-numerics --calibration FILE --evaluation FILE -
 python scripts/benchmark.py architectures --output architectures.json --page architectures.md
 python scripts/benchmark.py damaged-checkpoints --count 10000 --output damaged_checkpoints.json
 python scripts/benchmark.py kills --count 100 --output kills.json
+python scripts/benchmark.py assisted --model FOLDER --baseline demo --output assisted.json
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1]))  # benchmarks/ is not installed
 
 from benchmarks.architectures import ArchitecturesArguments, sweep_architectures
+from benchmarks.assisted import AssistedArguments, compare_assisted
 from benchmarks.bounds import BoundsArguments, check_bounds
 from benchmarks.damaged_checkpoints import DamagedArguments, try_damaged_checkpoints
 from benchmarks.form_numerics import FormNumericsArguments, measure_numerics
@@ -67,6 +69,7 @@ COMMANDS = {
     "architectures": (ArchitecturesArguments, sweep_architectures),
     "damaged-checkpoints": (DamagedArguments, try_damaged_checkpoints),
     "kills": (KillsArguments, kill_runs),
+    "assisted": (AssistedArguments, compare_assisted),
 }
 
 

@@ -16,7 +16,7 @@ from hf_lowrank.cli.arguments import (
     user_errors,
 )
 from hf_lowrank.cli.jobs import check_before_loading, compressed, name_models, save_and_publish
-from hf_lowrank.cli.roles import read_texts
+from hf_lowrank.cli.roles import batches_by_role
 from hf_lowrank.compression.goals import check_goal
 from hf_lowrank.evaluation.samples import continue_prompts, side_by_side
 from hf_lowrank.evaluation.size import model_sizes
@@ -53,7 +53,7 @@ def run(args: CompressionArguments, publishing: PublishingArguments) -> None:
     if folder:
         num_bytes = model_sizes(model)[1] * len(sizes)
         check_output_folder(folder, args.overwrite_output_dir, num_bytes)
-    texts = read_texts(args, tokenizer)
+    texts = batches_by_role(args, tokenizer)
     for role, batches in texts.items():
         check_windows(model, batches, args.text_source(role))
     used = {role: args.text_source(role) for role in texts if role != "held_out"}

@@ -10,12 +10,11 @@ import pytest
 import torch
 
 from hf_lowrank import LowRankConfig
-from hf_lowrank.config import METRIC_NAMES, READERS, RULE_NAMES, SEARCH_NAMES
+from hf_lowrank.config import METRIC_NAMES, READERS, RULE_NAMES
 from hf_lowrank.decomposition.metrics import METRICS, MetricSettings
 from hf_lowrank.decomposition.moments import Moments, SecondMoment
 from hf_lowrank.errors import CheckpointError, ConfigError, LowRankError
 from hf_lowrank.ranks.rules import RULES
-from hf_lowrank.ranks.searches.search import SEARCHES
 
 
 @pytest.mark.parametrize("value", [0, -0.5, 1.01, math.nan, math.inf, "0.8", True])
@@ -156,7 +155,6 @@ def test_metrics_without_prices_get_uniform_ranks(metric):
 def test_named_metrics_and_rules_are_those_that_exist():
     assert set(METRIC_NAMES) == set(METRICS)
     assert set(RULE_NAMES) == set(RULES)
-    assert set(SEARCH_NAMES) == set(SEARCHES)
 
 
 def test_replace_checks_the_result():
@@ -182,7 +180,6 @@ def test_every_setting_survives_json():
         output_damping=0.25,
         activation_alpha=0.75,
         label_source="model",
-        search_trials=30,
         seed=7,
         ranks={"a": 3, "b": None},
         narrowed={"b": [5, 8]},
@@ -239,6 +236,16 @@ def test_unknown_settings_are_refused_by_name():
         LowRankConfig.from_dict({"format_version": 1, "beta": 1, "alpha": 2})
 
 
+def test_records_of_searches_that_are_no_more_are_read():
+    """Older versions searched ranks in the package, and wrote how into every checkpoint."""
+    record = {"format_version": 1, "rule": "bayes-types", "search_trials": 24, "ranks": {"a": 3}}
+    config = LowRankConfig.from_dict(record)
+    assert (config.rule, config.ranks) == ("bayes-types", {"a": 3})
+    assert "search_trials" not in config.to_dict()
+    with pytest.raises(ConfigError, match=r"^rule must be one of uniform, .*; got 'bayes-types'"):
+        LowRankConfig(rule="bayes-types")
+
+
 def test_every_setting_has_a_help_text():
     for field in dataclasses.fields(LowRankConfig):
         assert field.metadata["help"].endswith("."), field.name
@@ -270,7 +277,6 @@ IGNORED = {
     ),
     "channels": ({"rank": 2}, True, "with goal 'rank'"),
     "measured_prices": ({"rank": 2}, True, "with goal 'rank'"),
-    "search_trials": ({"param_ratio": 0.5}, 5, r"with rule 'price': .* or cross-entropy\."),
     "input_damping": ({"metric": "plain"}, 5.0, "with metric 'plain': .* whitened or pooled"),
     "output_damping": ({"metric": "whitened"}, 5.0, r"with metric 'whitened': .* metric kfac\."),
     "activation_alpha": ({}, 0.75, "with metric 'kfac': it is read with metric activation-scale"),
@@ -305,7 +311,6 @@ def test_where_it_is_read_a_setting_is_accepted(name):
         set(readers)
         <= {
             "metric": set(METRIC_NAMES),
-            "rule": set(SEARCH_NAMES),
             "goal": {"param_ratio", "loss_tolerance", "megabytes"},
         }[kind]
     )

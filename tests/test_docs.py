@@ -15,6 +15,7 @@ from hf_lowrank.tasks.glue import GlueArguments
 from hf_lowrank.tasks.qa import QaArguments
 from tests.scripts import ROOT, script_module
 
+PACKAGE = ROOT / "hf_lowrank"
 README = (ROOT / "README.md").read_text("utf-8")
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 ARGUMENTS: dict[str, tuple[type, ...]] = {
@@ -176,6 +177,18 @@ def test_relative_links_lead_somewhere(page: Path):
     targets = re.findall(r"\]\((?!https?:|#|mailto:)([^)#\s]+)", page.read_text("utf-8"))
     missing = sorted(target for target in targets if not (page.parent / target).exists())
     assert not missing, f"{page.name} links to files that do not exist: {missing}"
+
+
+@pytest.mark.parametrize("page", [*PAGES, ROOT / "CONTRIBUTING.md"], ids=lambda page: page.name)
+def test_code_and_tests_that_a_page_names_exist(page: Path):
+    """As `folder/file.py`, `folder/` or `tests/folder`, from the root or from the package."""
+    if page.name == "LOG.md":  # a diary names what was there on a day
+        pytest.skip("says what was there")
+    named = re.findall(r"`([\w.-]+/[\w./-]*)`", page.read_text("utf-8"))
+    code = [name for name in named if name.endswith((".py", "/")) or name.startswith("tests/")]
+    places = (ROOT, PACKAGE)
+    missing = sorted(n for n in code if not any((place / n).exists() for place in places))
+    assert not missing, f"{page.name} names code that does not exist: {missing}"
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

@@ -20,6 +20,7 @@ SOURCES = {str(path.relative_to(PACKAGE)): path for path in sorted(PACKAGE.rglob
 APART = ("pruning", "tasks", "training")
 
 MOST_LINES = 12_000
+MOST_LINES_SO_FAR = 15_400  # lower it with the package; it never rises
 MOST_LINES_OF_A_FILE = 350
 MOST_LINES_OF_A_FUNCTION = 80
 MOST_LINES_OF_NINE_IN_TEN = 30
@@ -54,6 +55,11 @@ def length(node: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
 def test_the_wheel_is_small():
     counted = [path for name, path in SOURCES.items() if Path(name).parts[0] not in APART]
     assert sum(map(num_lines, counted)) <= MOST_LINES
+
+
+def test_the_wheel_does_not_grow():
+    counted = [path for name, path in SOURCES.items() if Path(name).parts[0] not in APART]
+    assert sum(map(num_lines, counted)) <= MOST_LINES_SO_FAR
 
 
 def test_no_benchmark_is_in_the_wheel():

@@ -18,7 +18,7 @@ from transformers.hf_argparser import string_to_bool
 from hf_lowrank.compression.recipe import with_recipe
 from hf_lowrank.compression.recovery import RECOVERIES, recovery_settings
 from hf_lowrank.compression.stages import check_stages
-from hf_lowrank.config import SEARCH_NAMES, LowRankConfig, config_option, option
+from hf_lowrank.config import LowRankConfig, config_option, option
 from hf_lowrank.errors import ConfigError, DataError, LowRankError
 from hf_lowrank.inputs.demo_text import DEMO, DEMO_GRAPHS, DEMO_LICENSES
 from hf_lowrank.inputs.sources import TRUST_HELP
@@ -166,7 +166,6 @@ class CompressionArguments:
     channels: bool | None = config_option("channels")
     measured_prices: bool | None = config_option("measured_prices")
     weights: str | None = config_option("weights")
-    search_trials: int = config_option("search_trials")
     target_modules: list[str] | None = config_option("target_modules")
     exclude_modules: list[str] | None = config_option("exclude_modules")
     label_source: str = config_option("label_source")
@@ -191,7 +190,7 @@ class CompressionArguments:
     )
     held_out_sequences: int = option(
         32,
-        "Token windows on which a loss tolerance is tested, ranks are searched for, prices are "
+        "Token windows on which a loss tolerance is tested, types of weights are tried, prices are "
         "corrected and a recovery is judged; from the end of the calibration text.",
     )
     joint: bool = option(
@@ -302,9 +301,9 @@ class CompressionArguments:
         return [] if chosen == ["none"] else chosen
 
     def text_roles(self) -> dict[str, int]:
-        """Token windows by role: tolerances, searches and recovery need held-out text, too."""
+        """Token windows by role: tolerances, prices and recovery need held-out text, too."""
         wanted = {"calibration": self.calibration_sequences}
-        searches = self.param_ratio is None or self.rule in SEARCH_NAMES
+        searches = self.param_ratio is None
         if searches or self._measures() or self.joint or self.recover_steps > 0:
             wanted["held_out"] = self.held_out_sequences
         if self.evaluation != "none":

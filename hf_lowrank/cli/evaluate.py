@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import Any
 
 from torch import nn
@@ -21,22 +21,12 @@ from hf_lowrank.tasks.glue_data import TASKS
 Result = dict[str, Any]
 
 
-@dataclass(frozen=True)
-class TaskChoice:
-    """Which of lm-eval's tasks to run, and how; see `run_tasks`."""
-
-    tasks: Sequence[str]
-    include_path: str | None = None
-    limit: int | None = None
-    batch_size: int = 4
-
-
 def evaluate_models(
     models: Mapping[str, nn.Module],
     tokenizer: Any,  # noqa: ANN401
     *,
     text: Sequence[Batch] | None = None,
-    tasks: TaskChoice | None = None,
+    tasks: Mapping[str, Any] | None = None,
     speed: SpeedSettings | None = None,
 ) -> Result:
     """Everything that was asked for, by model.
@@ -45,7 +35,7 @@ def evaluate_models(
         models: "model", and "baseline" if there is one.
         tokenizer: Tokenizer of both.
         text: Evaluation text, for the perplexity.
-        tasks: Zero-shot tasks.
+        tasks: Zero-shot tasks, and how to run them: arguments of `run_tasks`.
         speed: What to time, both models in turn.
 
     Returns:
@@ -65,7 +55,7 @@ def evaluate_models(
             comparison["standard_error"] = difference.standard_error
     if tasks is not None:
         for name, model in models.items():
-            found[name]["tasks"] = run_tasks(model, tokenizer, **asdict(tasks))
+            found[name]["tasks"] = run_tasks(model, tokenizer, **tasks)
     if speed is not None:
         times = measure_speed(models, speed)
         for name, each in times.items():
@@ -138,12 +128,6 @@ def format_evaluation(result: Result) -> str:
         lines.append(
             f"speed-up over the baseline: prefill {comparison['prefill_speed_up']:.2f}, decode "
             f"{comparison['decode_speed_up']:.2f} (medians, timed in turn)"
-        )
-    if "assisted" in result:
-        assisted = result["assisted"]
-        lines.append(
-            f"as the baseline's assistant: {assisted['acceptance_rate']:.1%} of its drafts "
-            f"accepted, speed-up {assisted['speed_up']:.2f} over {assisted['new_tokens']} tokens"
         )
     return "\n".join(lines)
 

@@ -4,17 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from hf_lowrank.cli.arguments import SAMPLE_PROMPTS
-from hf_lowrank.cli.evaluate import Result, TaskChoice, evaluate_models, score_classifiers
+from hf_lowrank.cli.evaluate import Result, evaluate_models, score_classifiers
 from hf_lowrank.config import option
 from hf_lowrank.errors import ConfigError
-from hf_lowrank.evaluation.assisted import measure_assisted
 from hf_lowrank.evaluation.harness import check_harness
 from hf_lowrank.evaluation.int8 import quantize_int8_
 from hf_lowrank.evaluation.speed import SpeedSettings
 from hf_lowrank.format.torchao_weights import check_torchao
 from hf_lowrank.inputs.sources import TRUST_HELP, check_windows, load_any_causal_lm
-from hf_lowrank.inputs.start_token import encode_prompt, start_text
+from hf_lowrank.inputs.start_token import start_text
 from hf_lowrank.inputs.text import check_local_text, token_batches
 
 
@@ -35,9 +33,8 @@ class EvaluationArguments:
     limit: int | None = option(None, "Examples of each task; default all.")
     speed: bool = option(True, "Time prefill and decode, both models in turn.")
     prompt_tokens: int = option(128, "Tokens of the prefill.")
-    new_tokens: int = option(32, "Tokens of the decode, and of assisted generation.")
+    new_tokens: int = option(32, "Tokens of the decode.")
     repeats: int = option(5, "Rounds of the timing.")
-    assisted: bool = option(False, "Let the model draft for the baseline; needs --baseline.")
     int8: bool = option(
         False, "Quantize the model's linear layers, not the baseline's, to int8; needs torchao."
     )
@@ -60,8 +57,8 @@ def evaluate(args: EvaluationArguments) -> Result:
         ConfigError, DataError: A setting, a text or a model does not fit, or a package is missing.
     """
     if args.glue_task:
-        if args.int8 or args.assisted:
-            raise ConfigError("glue_task scores classifiers; leave int8 and assisted out.")
+        if args.int8:
+            raise ConfigError("glue_task scores classifiers as they are; leave int8 out.")
         return score_classifiers(
             args.sources(),
             args.glue_task,
@@ -70,8 +67,6 @@ def evaluate(args: EvaluationArguments) -> Result:
             args.device,
             args.trust_remote_code,
         )
-    if args.assisted and not args.baseline:
-        raise ConfigError("assisted needs a model to draft for; give --baseline as well.")
     if args.int8:
         check_torchao("int8")
     speed = SpeedSettings(1, args.prompt_tokens, args.new_tokens, args.repeats)
@@ -98,13 +93,13 @@ def evaluate(args: EvaluationArguments) -> Result:
         )
         for model in models.values():
             check_windows(model, text, args.evaluation)
-    tasks = args.tasks and TaskChoice(args.tasks, args.include_path, args.limit, args.batch_size)
+    chosen = ("tasks", "include_path", "limit", "batch_size")
     result = evaluate_models(
-        models, tokenizer, text=text, tasks=tasks or None, speed=speed if args.speed else None
+        models,
+        tokenizer,
+        text=text,
+        tasks={name: getattr(args, name) for name in chosen} if args.tasks else None,
+        speed=speed if args.speed else None,
     )
     result["start_token"] = start_text(tokenizer)
-    if args.assisted:
-        prompts = [encode_prompt(tokenizer, prompt) for prompt in SAMPLE_PROMPTS]
-        found = measure_assisted(models["baseline"], models["model"], prompts, args.new_tokens)
-        result["assisted"] = found.to_dict()
     return result

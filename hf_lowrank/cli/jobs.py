@@ -126,7 +126,7 @@ def compressed(
             foreign=texts.get("foreign"),
             cache_dir=args.cache_dir,
             speed=args.speed,
-        ).report
+        )
     elif args.param_ratio and len(args.param_ratio) > 1:
         yield from sweep(model, config, args.param_ratio, **options)
     else:

@@ -18,14 +18,13 @@ from hf_lowrank.compression.options import Stopwatch
 from hf_lowrank.config import LowRankConfig, config_option, option
 from hf_lowrank.errors import DataError
 from hf_lowrank.evaluation.perplexity import measure_loss
-from hf_lowrank.evaluation.size import compare, counts_left, model_sizes
+from hf_lowrank.evaluation.size import DenseSize, compare, report_fields
 from hf_lowrank.inputs.sources import TRUST_HELP, check_windows, load_causal_lm
 from hf_lowrank.inputs.start_token import start_text
 from hf_lowrank.inputs.text import token_batches
 from hf_lowrank.measuring.items import Batch
-from hf_lowrank.modeling.targets import find_targets, untouched_weights
+from hf_lowrank.modeling.targets import find_targets
 from hf_lowrank.ranks.plan import RankPlan
-from hf_lowrank.report.provenance import commit, hardware, versions
 from hf_lowrank.report.schema import Report
 from hf_lowrank.report.sections import Data, Settings
 from hf_lowrank.training.form_changes import current_ranks
@@ -92,8 +91,7 @@ def train_language_model(
     config = LowRankConfig(
         target_modules=args.target_modules, exclude_modules=args.exclude_modules, form=args.form
     )
-    dense_sizes = model_sizes(model)
-    untouched = untouched_weights(model, find_targets(model, config))
+    dense = DenseSize.of(model, find_targets(model, config))
     watch = Stopwatch()
     with watch.phase("evaluation"):
         before = measure_loss(model, texts["evaluation"], progress="evaluate dense")
@@ -113,22 +111,14 @@ def train_language_model(
         after = measure_loss(model, texts["evaluation"], progress="evaluate compressed")
     shapes = trainer.lowrank_shapes
     plan = RankPlan(current_ranks(model, shapes), shapes, form=trainer.export_form)
-    parameters, size = counts_left(dense_sizes, model, plan)
     report = Report(
+        **report_fields(model, dense, plan),
         model=args.model,
         config=Settings.of(config),
         seed=training.seed,
-        versions=versions(),
-        commit=commit(),
-        hardware=hardware(),
-        parameters=parameters,
-        bytes=size,
-        ranks=dict(plan.ranks),
         evaluation=compare(before, after),
         seconds=watch.seconds,
-        untouched=untouched,
         training=trainer.summary(),
-        architecture=type(model).__name__,
         data=Data(
             train=args.train,
             train_tokens=sum(batch["input_ids"].numel() for batch in texts["train"]),

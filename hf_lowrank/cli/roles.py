@@ -9,7 +9,7 @@ from hf_lowrank.inputs.demo_text import BUILT_IN
 from hf_lowrank.inputs.text import token_batches
 
 
-def read_texts(args: CompressionArguments, tokenizer: Any) -> dict[str, Any]:  # noqa: ANN401
+def batches_by_role(args: CompressionArguments, tokenizer: Any) -> dict[str, Any]:  # noqa: ANN401
     """Batches by role; held-out text is the end of the calibration text."""
     wanted = args.text_roles()
     parts = {}

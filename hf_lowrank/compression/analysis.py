@@ -5,12 +5,10 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import nn
-from tqdm.auto import tqdm
 
 from hf_lowrank.channels.budget import plan_with_channels, predicted_rise_with_channels
 from hf_lowrank.channels.order import ChannelOrder, order_channels
@@ -26,6 +24,7 @@ from hf_lowrank.format.dense_linear import linear_shape, linear_weight
 from hf_lowrank.format.feed_forward import FeedForward, find_feed_forwards
 from hf_lowrank.measuring.batches import num_tokens
 from hf_lowrank.measuring.collection import collect_moments
+from hf_lowrank.measuring.progress import Progress, track
 from hf_lowrank.modeling.targets import fixed_ranks
 from hf_lowrank.ranks.plan import RankPlan
 from hf_lowrank.ranks.threshold import plan_for_budget, uniform_plan
@@ -185,17 +184,16 @@ def _analyze_group(
             cached = _decompose_group(model, group, moments, found.config, run)
         if cache:
             with run.stopwatch.phase("cache"):
-                cache.write_spectra(group.names, (cached.spectra, cached.factors, cached.failures))
+                cache.write("spectra", group.names, cached[:3])
                 if group.blocks:
-                    cache.write_orders(group.blocks, cached.orders)
+                    cache.write("channels", group.whole, cached.orders)
     found.spectra |= cached.spectra
     found.factors |= cached.factors
     found.failures |= cached.failures
     found.orders |= cached.orders
 
 
-@dataclass(frozen=True)
-class Decomposed:
+class Decomposed(NamedTuple):
     """What is made of some layers, by layer name; see the fields of `Analysis`."""
 
     spectra: dict[str, Spectrum]
@@ -206,11 +204,14 @@ class Decomposed:
 
 def _read_cache(cache: RunCache | None, group: Group) -> Decomposed | None:
     """What is known of a group of layers, or None if any of it is missing."""
-    found = cache.read_spectra(group.names) if cache else None
-    if cache is None or found is None:
+    if cache is None:
         return None
-    orders = cache.read_orders(group.blocks) if group.blocks else {}
-    return None if orders is None else Decomposed(*found, orders)
+    found = cache.read("spectra", group.names)
+    orders = cache.read("channels", group.whole) if group.blocks else {}
+    if found is None or orders is None:
+        return None
+    spectra, factors, failures = found
+    return Decomposed(spectra, factors, failures, orders)
 
 
 def _decompose_group(
@@ -262,12 +263,10 @@ def decompose_layers(
     spectra: dict[str, Spectrum] = {}
     factors: dict[str, Factors] = {}
     failures: dict[str, str] = {}
-    bar = tqdm(layers.items(), desc="decompose", disable=None if progress else True, leave=False)
-    for name, layer in bar:
-        bar.set_postfix_str(name)
+    for name in track(layers, "decompose" if progress else None, "layers"):
         try:
             form = metric.form(moments.pop(name), settings)
-            spectra[name], factors[name] = decompose(linear_weight(layer), form)
+            spectra[name], factors[name] = decompose(linear_weight(layers[name]), form)
         except NumericalError as error:
             failures[name] = str(error)
     return spectra, factors, failures
@@ -280,14 +279,14 @@ def _moments(
     names, needs, calibration = group.names, group.needs, run.texts.calibration
     if not needs or calibration is None:
         return {name: Moments() for name in names}
-    known = cache.read_moments(names, needs, group.whole) if cache else None
-    cached = run.processes.decide(known)
+    entry = [*names, *sorted(needs), *(f"{name}/whole" for name in group.whole)]
+    cached: dict[str, Moments] | None = run.processes.decide(
+        cache.read("moments", entry) if cache else None
+    )
     if cached is not None:
         return cached
-    shown = None if run.progress else True
-    with tqdm(
-        total=len(calibration), desc=f"calibrate ... {names[-1]}", disable=shown, leave=False
-    ) as bar:
+    phase = f"calibrate up to {names[-1]}" if run.progress else None
+    with Progress(phase, len(calibration)) as progress:
         moments = collect_moments(
             model,
             group.layers,
@@ -297,11 +296,11 @@ def _moments(
             whole=group.whole,
             label_source=config.label_source,
             seed=config.seed,
-            on_batch=partial(bar.update, run.processes.count),
+            on_batch=lambda: progress.update(run.processes.count),
             processes=run.processes,
         )
     if cache:
-        cache.write_moments(names, needs, moments, group.whole)
+        cache.write("moments", entry, moments)
     return moments
 
 

@@ -21,15 +21,13 @@ from hf_lowrank.compression.options import Run
 from hf_lowrank.compression.recovery import recover_, recovery_settings
 from hf_lowrank.config import LowRankConfig
 from hf_lowrank.evaluation.perplexity import LossMeasurement, measure_loss
-from hf_lowrank.evaluation.size import compare, counts_left, model_sizes, weight_bytes
+from hf_lowrank.evaluation.size import DenseSize, compare, report_fields, weight_bytes
 from hf_lowrank.evaluation.speed import speed_before_and_after
 from hf_lowrank.format.layout import FORMAT_VERSION, Precision
 from hf_lowrank.measuring.items import is_causal_lm
 from hf_lowrank.modeling.marks import attach_config
 from hf_lowrank.modeling.surgery import factorize_, restore_
-from hf_lowrank.modeling.targets import untouched_weights
 from hf_lowrank.modeling.weight_precision import planned_precisions, quantize_weights_
-from hf_lowrank.report.provenance import commit, hardware, versions
 from hf_lowrank.report.quantization import Quantization
 from hf_lowrank.report.schema import Report
 from hf_lowrank.report.sections import Data, Recovery, Settings, Sizes, Speed
@@ -42,15 +40,13 @@ class Dense:
 
     Attributes:
         layers: Its targeted layers by name.
-        sizes: (parameters, bytes) of the whole model.
-        untouched: Matrices inside the blocks that are no targets, and their parameters.
+        size: How large the whole model is.
         losses: On each text that the report measures, by the name of its field.
         left_dense: Reason by name, of layers that were asked for and can't be factorized.
     """
 
     layers: Mapping[str, nn.Module]
-    sizes: tuple[int, int]
-    untouched: Mapping[str, int]
+    size: DenseSize
     losses: Mapping[str, LossMeasurement] = field(default_factory=dict)
     left_dense: Mapping[str, str] = field(default_factory=dict)
 
@@ -63,8 +59,7 @@ def measure_dense(
 ) -> Dense:
     """What must be known of a dense model before it is cut."""
     losses = _measure(model, "evaluate dense", run)
-    untouched = untouched_weights(model, targets)
-    return Dense(targets, model_sizes(model), untouched, losses, left_dense or {})
+    return Dense(targets, DenseSize.of(model, targets), losses, left_dense or {})
 
 
 @contextmanager
@@ -124,18 +119,11 @@ def apply(model: nn.Module, decision: Decision, dense: Dense, run: Run) -> Repor
         evaluations = {name: compare(dense.losses[name], after[name]) for name in after}
         speed = _speed(model, dense, run) if cut_layers else None
         predicted = analysis.predicted_rise(plan)
-        parameters, size = counts_left(dense.sizes, model, plan)
         return Report(
+            **report_fields(model, dense.size, plan),
             model=str(getattr(getattr(model, "config", None), "_name_or_path", "") or "model"),
             config=Settings.of(decided),
             seed=config.seed,
-            versions=versions(),
-            commit=commit(),
-            hardware=hardware(),
-            parameters=parameters,
-            bytes=size,
-            ranks=dict(plan.ranks),
-            narrowed=dict(plan.narrowed),
             evaluation=evaluations.get("evaluation"),
             foreign_evaluation=evaluations.get("foreign_evaluation"),
             speed=speed,
@@ -148,9 +136,7 @@ def apply(model: nn.Module, decision: Decision, dense: Dense, run: Run) -> Repor
             size_trials=list(decision.size_trials),
             measured_prices=list(decision.parts),
             failures={**dense.left_dense, **analysis.failures},
-            untouched=dict(dense.untouched),
             data=Data(calibration_tokens=analysis.tokens),
-            architecture=type(model).__name__,
             spectra=compact_spectra(analysis.spectra),
             joint=decision.joint,
         )

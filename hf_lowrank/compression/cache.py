@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import nn
 
 from hf_lowrank.channels.order import ChannelOrder
@@ -22,26 +20,21 @@ from hf_lowrank.files import atomic_file
 from hf_lowrank.format.feed_forward import FeedForward
 from hf_lowrank.measuring.items import Batch, LossFunction
 
-# Spectra, factors, and reasons of failures, by layer name.
-Decompositions = tuple[dict[str, Spectrum], dict[str, Factors], dict[str, str]]
-# Which settings the cached results depend on, beside the model and the calibration data.
-_MOMENT_SETTINGS = ("label_source", "seed")
-_SPECTRUM_SETTINGS = (
-    *_MOMENT_SETTINGS,
-    "metric",
-    "input_damping",
-    "output_damping",
-    "activation_alpha",
+# Which settings each kind of result depends on, beside the model and the calibration data.
+_MOMENTS = ("label_source", "seed")
+_SPECTRA = (*_MOMENTS, "metric", "input_damping", "output_damping", "activation_alpha")
+_SETTINGS = {"moments": _MOMENTS, "spectra": _SPECTRA, "channels": _SPECTRA}
+# Plain data: what a file may hold beside tensors, numbers and text; all else is refused on reading.
+torch.serialization.add_safe_globals(
+    [ChannelOrder, Factors, FeedForward, Moments, SecondMoment, Spectrum]
 )
-_SECOND_MOMENTS = ("input", "input_whole", "input_centred", "output")
-_PLAIN_MOMENTS = ("input_abs", "gradient_rows", "gradient")
 
 
 class RunCache:
-    """Moments and spectra of one model on one calibration set.
+    """Results of one model on one calibration set, a file for each group of layers.
 
-    Each group of layers is one safetensors file. The file's name is a hash of the model's
-    weights, the calibration tensors and the settings that matter, so a stale entry is never read.
+    A file's name is a hash of the model's weights, the calibration tensors and the settings that
+    matter, so a stale entry is never read.
 
     Args:
         folder: Where all caches live; created when something is written.
@@ -75,132 +68,39 @@ class RunCache:
                 update_digest(digest, name, batch[name])
         self.inputs_digest = digest.hexdigest()
 
-    def read_spectra(self, names: list[str]) -> Decompositions | None:
-        """Spectra, factors and failures of a group of layers, or None if they are not there."""
-        found = _read(self._path("spectra", names, _SPECTRUM_SETTINGS))
-        if found is None:
+    def read(self, kind: str, parts: Iterable[str]) -> Any:  # noqa: ANN401
+        """What was written, on the CPU; None where it is not there, or can't be read.
+
+        Args:
+            kind: "moments", "spectra" or "channels".
+            parts: Names of the layers and of whatever else tells one entry from another.
+        """
+        try:
+            return torch.load(self._path(kind, parts), map_location="cpu", weights_only=True)
+        except Exception:  # not there, or damaged in whatever way: it is computed again
             return None
-        tensors, failures = found
-        spectra, factors = {}, {}
-        for name in names:
-            if name not in failures:
-                left, right = tensors[f"{name}/left"], tensors[f"{name}/right"]
-                factors[name] = Factors(left, right)
-                shape = (left.shape[0], right.shape[1])
-                sigma, price = tensors[f"{name}/sigma"], tensors.get(f"{name}/price")
-                spectra[name] = Spectrum(shape, sigma, price)
-        return spectra, factors, failures
 
-    def write_spectra(self, names: list[str], found: Decompositions) -> None:
-        """Stores a group's decompositions; raises StorageError where that is not possible."""
-        spectra, factors, failures = found
-        tensors: dict[str, torch.Tensor] = {}
-        for name, spectrum in spectra.items():
-            tensors |= {f"{name}/left": factors[name].left, f"{name}/right": factors[name].right}
-            tensors[f"{name}/sigma"] = spectrum.sigma
-            if spectrum.price is not None:
-                tensors[f"{name}/price"] = spectrum.price
-        _write(self._path("spectra", names, _SPECTRUM_SETTINGS), tensors, failures)
+    def write(self, kind: str, parts: Iterable[str], value: object) -> None:
+        """Stores a result under a temporary name and renames, so that no half of it is ever read.
 
-    def read_orders(self, blocks: Sequence[FeedForward]) -> dict[str, ChannelOrder] | None:
-        """Channel order of each feed-forward, keyed by its output layer; None if not there."""
-        found = _read(self._path("channels", [b.output for b in blocks], _SPECTRUM_SETTINGS))
-        if found is None:
-            return None
-        tensors, counts = found
-        return {
-            block.output: ChannelOrder(
-                block,
-                order=tensors[f"{block.output}/order"],
-                counts=counts[block.output],
-                rises=tensors[f"{block.output}/rises"],
-                moment=tensors[f"{block.output}/moment"],
-            )
-            for block in blocks
-            if block.output in counts
-        }
+        What several layers share is stored once, and is shared again when it is read.
 
-    def write_orders(
-        self, blocks: Sequence[FeedForward], orders: Mapping[str, ChannelOrder]
-    ) -> None:
-        """Stores the channels of a group's feed-forwards; raises StorageError like the others."""
-        tensors = {
-            f"{name}/{part}": getattr(order, part)
-            for name, order in orders.items()
-            for part in ("order", "rises", "moment")
-        }
-        counts = {name: order.counts for name, order in orders.items()}
-        path = self._path("channels", [block.output for block in blocks], _SPECTRUM_SETTINGS)
-        _write(path, tensors, counts)
+        Raises:
+            StorageError: That is not possible.
+        """
+        try:
+            with atomic_file(self._path(kind, parts)) as temporary:
+                torch.save(value, temporary)
+        except (OSError, RuntimeError) as error:  # the latter is torch's for a full disk
+            raise StorageError(
+                f"Could not write to the cache folder {self.folder}: {error}"
+            ) from error
 
-    def read_moments(
-        self, names: list[str], needs: frozenset[str], whole: Sequence[str] = ()
-    ) -> dict[str, Moments] | None:
-        """Moments of a group of layers, or None if they are not there."""
-        found = _read(self._moment_path(names, needs, whole))
-        if found is None:
-            return None
-        tensors, layout = found
-        shared = {
-            key: SecondMoment(tensors[key], squares, size)
-            for key, (squares, size) in layout["second_moments"].items()
-        }
-        return {
-            name: Moments(
-                **_parts(shared, tensors, name, entry),
-                tokens=entry["tokens"],
-                losses=entry["losses"],
-            )
-            for name, entry in layout["layers"].items()
-        }
-
-    def write_moments(
-        self,
-        names: list[str],
-        needs: frozenset[str],
-        moments: dict[str, Moments],
-        whole: Sequence[str] = (),
-    ) -> None:
-        """Stores a group's moments, shared ones once; raises StorageError like the other."""
-        tensors: dict[str, torch.Tensor] = {}
-        keys: dict[int, str] = {}
-        layout: dict[str, Any] = {"second_moments": {}, "layers": {}}
-        for name, moment in moments.items():
-            second = {p: getattr(moment, p) for p in _SECOND_MOMENTS if getattr(moment, p)}
-            for part, value in second.items():
-                key = keys.setdefault(id(value), f"{name}/{part}")
-                tensors[key] = value.matrix
-                layout["second_moments"][key] = (value.squares, value.size)
-            plain = [p for p in _PLAIN_MOMENTS if getattr(moment, p) is not None]
-            tensors |= {f"{name}/{part}": getattr(moment, part) for part in plain}
-            layout["layers"][name] = {
-                "second_moments": {part: keys[id(value)] for part, value in second.items()},
-                "plain": plain,
-                "tokens": moment.tokens,
-                "losses": moment.losses,
-            }
-        _write(self._moment_path(names, needs, whole), tensors, layout)
-
-    def _moment_path(self, names: list[str], needs: frozenset[str], whole: Sequence[str]) -> Path:
-        wanted = [*sorted(needs), *(f"{name}/whole" for name in whole)]
-        return self._path("moments", [*names, *wanted], _MOMENT_SETTINGS)
-
-    def _path(self, kind: str, names: list[str], settings: tuple[str, ...]) -> Path:
-        values = {name: getattr(self.config, name) for name in settings}
-        key = json.dumps([kind, self.inputs_digest, values, names], sort_keys=True)
+    def _path(self, kind: str, parts: Iterable[str]) -> Path:
+        values = {name: getattr(self.config, name) for name in _SETTINGS[kind]}
+        key = json.dumps([kind, self.inputs_digest, values, [*parts]], sort_keys=True)
         digest = hashlib.blake2b(key.encode(), digest_size=16).hexdigest()
-        return self.folder / f"{kind}-{digest}.safetensors"
-
-
-def _parts(
-    shared: dict[str, SecondMoment],
-    tensors: dict[str, torch.Tensor],
-    name: str,
-    entry: dict[str, Any],
-) -> dict[str, Any]:
-    """The tensors of one layer's moments by field name."""
-    second = {part: shared[key] for part, key in entry["second_moments"].items()}
-    return second | {part: tensors[f"{name}/{part}"] for part in entry["plain"]}
+        return self.folder / f"{kind}-{digest}.pt"
 
 
 def _description(model: nn.Module) -> str:
@@ -209,35 +109,6 @@ def _description(model: nn.Module) -> str:
     settings = config.to_dict() if hasattr(config, "to_dict") else {}
     settings = {k: v for k, v in settings.items() if not k.startswith("_")}
     return json.dumps([repr(model), settings], sort_keys=True, default=str)
-
-
-def _read(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]] | None:
-    try:
-        with safe_open(path, framework="pt") as file:
-            layout: dict[str, Any] = json.loads(file.metadata()["layout"])
-            return {key: file.get_tensor(key) for key in file.keys()}, layout  # noqa: SIM118
-    except (OSError, SafetensorError, KeyError, TypeError, ValueError):
-        return None  # not there, or cut off by something other than this code: compute it again
-
-
-def _write(path: Path, tensors: dict[str, torch.Tensor], layout: dict[str, Any]) -> None:
-    """Writes under a temporary name and renames, so no half-written file is ever read."""
-    try:
-        with atomic_file(path) as temporary:
-            save_file(_unshared(tensors), temporary, metadata={"layout": json.dumps(layout)})
-    except (OSError, SafetensorError) as error:
-        raise StorageError(f"Could not write to the cache folder {path.parent}: {error}") from error
-
-
-def _unshared(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Contiguous tensors on the CPU, none of which share memory: safetensors refuses that."""
-    seen: set[int] = set()
-    result = {}
-    for key, tensor in tensors.items():
-        cpu = tensor.cpu().contiguous()
-        result[key] = cpu.clone() if cpu.data_ptr() in seen else cpu
-        seen.add(cpu.data_ptr())
-    return result
 
 
 def update_digest(digest: hashlib.blake2b, name: str, tensor: torch.Tensor) -> None:

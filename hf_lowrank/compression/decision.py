@@ -14,7 +14,6 @@ from hf_lowrank.compression.held_out import HeldOutLoss, check_fixed_ranks
 from hf_lowrank.compression.options import Run
 from hf_lowrank.compression.prices import measure_parts, scaled_prices
 from hf_lowrank.ranks.plan import RankPlan
-from hf_lowrank.ranks.searches.search import search_plan
 from hf_lowrank.ranks.tolerance import LossDifference, Probe, search_tolerance
 from hf_lowrank.report.quantization import SizeTrial
 from hf_lowrank.report.sections import Joint, MeasuredPart
@@ -71,8 +70,8 @@ def decide(model: nn.Module, analysis: Analysis, run: Run) -> Decision:
     if config.megabytes is not None:
         return _within_size(model, analysis, run, parts)
     with run.stopwatch.phase("search"):
-        search = _within_tolerance if config.param_ratio is None else _at_ratio
-        plan, probes, difference = run.processes.decide(search(model, analysis, run))
+        searched = _within_tolerance(model, analysis, run)
+        plan, probes, difference = run.processes.decide(searched)
     return Decision(analysis, plan, probes, difference, parts)
 
 
@@ -97,32 +96,15 @@ def _within_size(
     return Decision(analysis, fit.plan, parts=parts, size_trials=trials)
 
 
-Found = tuple[RankPlan, list[Probe], LossDifference | None]
-
-
 def held_out_loss(model: nn.Module, run: Run) -> HeldOutLoss:
     """Measures plans on a run's held-out batches."""
     loss_function = run.options.loss_function
     return HeldOutLoss(model, run.texts.held_out or [], loss_function, run.progress)
 
 
-def _at_ratio(model: nn.Module, analysis: Analysis, run: Run) -> Found:
-    """Ranks for a size by one of the searches of `SEARCHES`."""
-    held_out, config = held_out_loss(model, run), analysis.config
-    plan = search_plan(
-        config.effective_rule,
-        analysis.shapes,
-        analysis.spectra,
-        config.param_ratio or 1.0,
-        measure=lambda plan: held_out.difference(analysis.factors, plan).mean,
-        trials=config.search_trials,
-        seed=config.seed,
-        **analysis.limits,
-    )
-    return plan, [], None
-
-
-def _within_tolerance(model: nn.Module, analysis: Analysis, run: Run) -> Found:
+def _within_tolerance(
+    model: nn.Module, analysis: Analysis, run: Run
+) -> tuple[RankPlan, list[Probe], LossDifference]:
     """The smallest plan that is measured to be within the loss tolerance."""
     held_out, tolerance = held_out_loss(model, run), analysis.config.effective_tolerance
     measured: dict[tuple[Hashable, ...], LossDifference] = {}

@@ -13,8 +13,6 @@ from hf_lowrank.errors import ConfigError
 from hf_lowrank.format.dense_linear import linear_shape
 from hf_lowrank.modeling.targets import fixed_ranks
 from hf_lowrank.ranks.plan import RankPlan
-from hf_lowrank.ranks.rules import RULES
-from hf_lowrank.ranks.searches.search import SEARCHES
 from hf_lowrank.ranks.threshold import check_budget, smallest_ratio
 
 
@@ -23,13 +21,10 @@ def check_goal(targets: Mapping[str, nn.Module], config: LowRankConfig) -> None:
 
     Raises:
         ConfigError: Even the smallest ranks exceed `param_ratio`, with the parameters allowed and
-            needed; a search of ranks is asked for a loss tolerance; or narrowed layers are to be
-            made without `channels`.
+            needed; or narrowed layers are to be made without `channels`.
     """
     if config.narrowed and not config.channels:
         raise ConfigError("To make the narrowed layers of a config again, set channels=True.")
-    if config.effective_rule in SEARCHES and config.goal != "param_ratio" and not config.ranks:
-        raise ConfigError(f"rule {config.rule!r} searches ranks for a size; set param_ratio.")
     if config.param_ratio is not None:
         shapes = {name: linear_shape(layer) for name, layer in targets.items()}
         fixed = fixed_ranks(targets, config)
@@ -45,7 +40,7 @@ def plan_for_goal(analysis: Analysis) -> RankPlan | None:
             name: (rows, columns) for name, (rows, columns) in (config.narrowed or {}).items()
         }
         return RankPlan(config.ranks, analysis.shapes, narrowed, config.inference_form)
-    if config.param_ratio is not None and config.effective_rule in RULES:
+    if config.param_ratio is not None:
         return analysis.plan_for_ratio(config.param_ratio)
     if config.rank is not None:
         return analysis.plan_for_rank(config.rank)

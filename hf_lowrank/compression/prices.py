@@ -22,7 +22,7 @@ from hf_lowrank.measuring.items import Batch, is_causal_lm
 from hf_lowrank.measuring.progress import track
 from hf_lowrank.modeling.surgery import factorized
 from hf_lowrank.ranks.plan import RankPlan
-from hf_lowrank.ranks.searches.problem import block_number
+from hf_lowrank.report.layers import block_number
 from hf_lowrank.report.sections import MeasuredPart
 
 WINDOWS = 8

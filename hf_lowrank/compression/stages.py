@@ -12,7 +12,7 @@ from torch import nn
 
 from hf_lowrank.compression.application import Dense, cut, dense_on_error
 from hf_lowrank.compression.options import Run
-from hf_lowrank.config import SEARCH_NAMES, LowRankConfig
+from hf_lowrank.config import LowRankConfig
 from hf_lowrank.errors import ConfigError
 from hf_lowrank.format.rebuild import compressed_layers
 from hf_lowrank.modeling.surgery import merge_
@@ -25,7 +25,7 @@ def check_stages(config: LowRankConfig, stages: int, recover_steps: int) -> None
 
     Raises:
         ConfigError: There are fewer than one, or there are several without a size to reach or
-            without a step of training for each, or with a rule that searches for ranks.
+            without a step of training for each.
     """
     if not isinstance(stages, int) or isinstance(stages, bool) or stages < 1:
         raise ConfigError(f"stages must be an integer >= 1, got {stages!r}.")
@@ -37,11 +37,6 @@ def check_stages(config: LowRankConfig, stages: int, recover_steps: int) -> None
         )
     if config.goal != "param_ratio":
         raise ConfigError("stages need a size to reach: set param_ratio.")
-    if config.effective_rule in SEARCH_NAMES:
-        raise ConfigError(
-            f"rule {config.effective_rule!r} would give layers back ranks that an earlier stage "
-            "took; choose another rule, or give no stages."
-        )
     if recover_steps <= stages:
         raise ConfigError(
             f"stages={stages} needs training after every cut: set recover_steps to at least "

@@ -15,7 +15,7 @@ from hf_lowrank.compression.application import quantize
 from hf_lowrank.compression.decision import decide
 from hf_lowrank.compression.goals import check_goal
 from hf_lowrank.compression.options import Run, RunOptions, run_targets
-from hf_lowrank.config import RULE_NAMES, LowRankConfig
+from hf_lowrank.config import LowRankConfig
 from hf_lowrank.decomposition.metrics import METRICS
 from hf_lowrank.errors import CheckpointError, ConfigError
 from hf_lowrank.format.layout import QUANT_METHOD
@@ -29,8 +29,7 @@ class LowRankHfQuantizer(LowRankQuantizer):
     """Rebuilds low-rank checkpoints, and compresses dense ones while they are loaded.
 
     `from_pretrained("gpt2", quantization_config=LowRankConfig(param_ratio=0.8, metric="plain"))`
-    has no data, so the metric must be one that needs none, and the goal a size, by a rule without
-    a search, or given `ranks`.
+    has no data, so the metric must be one that needs none, and the goal a size or given `ranks`.
     """
 
     requires_calibration = False
@@ -59,12 +58,6 @@ class LowRankHfQuantizer(LowRankQuantizer):
         elif config.ranks is None and config.goal in ("loss_tolerance", "megabytes"):
             raise ConfigError(
                 "from_pretrained can't measure a loss; give LowRankConfig a param_ratio or a rank."
-            )
-        elif config.ranks is None and config.searches:
-            raise ConfigError(
-                f"from_pretrained has no data to search ranks on, which rule {config.rule!r} "
-                f"does; use one of {', '.join(n for n in RULE_NAMES if n != 'price')}, or load "
-                "the dense model and call hf_lowrank.compress."
             )
 
     def _process_model_after_weight_loading(

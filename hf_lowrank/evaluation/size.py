@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import cast
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
 from torch import nn
 
 from hf_lowrank.evaluation.perplexity import LossMeasurement
 from hf_lowrank.format.torchao_weights import num_bytes
+from hf_lowrank.modeling.targets import untouched_weights
 from hf_lowrank.ranks.plan import RankPlan
 from hf_lowrank.ranks.tolerance import paired_difference
+from hf_lowrank.report.provenance import commit, hardware, versions
 from hf_lowrank.report.sections import Evaluation, Parameters, Sizes
 
 
@@ -29,19 +32,47 @@ def compare(before: LossMeasurement, after: LossMeasurement) -> Evaluation:
     )
 
 
-def counts_left(
-    dense: tuple[int, int], model: nn.Module, plan: RankPlan
-) -> tuple[Parameters, Sizes]:
-    """How many parameters and bytes of a model are left.
+@dataclass(frozen=True)
+class DenseSize:
+    """What a report keeps of a model from before it is cut.
+
+    Attributes:
+        parameters: Of the whole model, tied weights once.
+        bytes: Of these in a file.
+        untouched: Matrices inside the blocks that are no targets, and their parameters.
+    """
+
+    parameters: int
+    bytes: int
+    untouched: Mapping[str, int]
+
+    @classmethod
+    def of(cls, model: nn.Module, targets: Mapping[str, nn.Module]) -> DenseSize:
+        """Of a dense model and its target layers."""
+        return cls(*model_sizes(model), untouched_weights(model, targets))
+
+
+def report_fields(model: nn.Module, dense: DenseSize, plan: RankPlan) -> dict[str, Any]:
+    """The fields that reports of all runs share: what is left of a model, and where it was made.
 
     Args:
-        dense: `model_sizes` of the dense model.
         model: The compressed model.
+        dense: The same before the cut.
         plan: Its ranks and narrowed layers.
     """
     parameters, size = model_sizes(model)
-    counts = Parameters(dense[0], parameters, plan.dense_parameters, plan.kept_parameters)
-    return counts, Sizes(dense[1], size)
+    kept = plan.dense_parameters, plan.kept_parameters
+    return {
+        "architecture": type(model).__name__,
+        "versions": versions(),
+        "commit": commit(),
+        "hardware": hardware(),
+        "parameters": Parameters(dense.parameters, parameters, *kept),
+        "bytes": Sizes(dense.bytes, size),
+        "ranks": dict(plan.ranks),
+        "narrowed": dict(plan.narrowed),
+        "untouched": dict(dense.untouched),
+    }
 
 
 def weight_bytes(model: nn.Module, names: Iterable[str]) -> int:

@@ -1,13 +1,12 @@
 """Edits of a model's layers: factorize, take back, merge.
 
-Only this module and modeling_lowrank.py (for loading) put layers into a model; others call them.
+Only this folder and format/ (for loading) put layers into a model; others call them.
 
 The verbs with a trailing underscore work in place and check everything before their first edit.
 """
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -22,7 +21,7 @@ from hf_lowrank.channels.order import ChannelOrder
 from hf_lowrank.decomposition.pivots import compact_columns
 from hf_lowrank.decomposition.spectrum import Factors
 from hf_lowrank.errors import TargetError
-from hf_lowrank.format.dense_linear import linear_shape, linear_weight
+from hf_lowrank.format.dense_linear import linear_shape
 from hf_lowrank.format.forms.compact import CompactLinear
 from hf_lowrank.format.forms.factors import LowRankLinear
 from hf_lowrank.format.forms.stored_form import stored_form
@@ -166,7 +165,16 @@ def factorized(
     *,
     form: str = "factors",
 ) -> Iterator[nn.Module]:
-    """The model with the plan in force for the time of the block, dense again afterwards."""
+    """The model with the plan in force for the time of the block, dense again afterwards.
+
+    Args:
+        model: The dense model.
+        factors: As in `factorize_`, as the next two.
+        plan: Ranks and narrowed layers.
+        orders: Channel orders.
+        form: Stored form of the layers in the block. Two factors compute the same as any other,
+            but for rounding, and take no work to make.
+    """
     originals = factorize_(model, factors, dataclasses.replace(plan, form=form), orders)
     try:
         yield model
@@ -183,18 +191,6 @@ def swapped(model: nn.Module, layers: Mapping[str, nn.Module]) -> Iterator[nn.Mo
         yield model
     finally:
         restore_(model, current)
-
-
-@contextmanager
-def reweighted(model: nn.Module, weights: Mapping[str, torch.Tensor]) -> Iterator[nn.Module]:
-    """The model with other dense weights, shape (out, in) each, for the time of the block."""
-    layers = {}
-    for name, weight in weights.items():
-        layers[name] = copy.deepcopy(model.get_submodule(name))
-        with torch.no_grad():
-            linear_weight(layers[name]).copy_(weight)
-    with swapped(model, layers):
-        yield model
 
 
 def merge_(model: nn.Module) -> nn.Module:

@@ -47,7 +47,10 @@ class RankPlan:
         """Checks names and limits."""
         if set(self.ranks) != set(self.shapes):
             odd = sorted(set(self.ranks) ^ set(self.shapes))
-            raise ConfigError(f"Ranks and layers do not match: {', '.join(odd[:5])}.")
+            raise ConfigError(
+                f"Ranks and layers do not match: {', '.join(odd[:5])}; give a rank, or None for "
+                "dense, to each targeted layer and to no other."
+            )
         for name, rank in self.ranks.items():
             if rank is not None and not 1 <= rank <= min(self.shapes[name]):
                 rows, columns = self.shapes[name]
@@ -59,7 +62,8 @@ class RankPlan:
             if self.ranks.get(name) is not None or not _is_within(shape, self.shapes.get(name)):
                 raise ConfigError(
                     f"{name}: can't be narrowed to {tuple(shape)}, at rank {self.ranks.get(name)} "
-                    f"and shape {self.shapes.get(name)}."
+                    f"and shape {self.shapes.get(name)}; narrowed layers have no rank and keep "
+                    "at most their size."
                 )
 
     @property

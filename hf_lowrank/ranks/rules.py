@@ -1,8 +1,7 @@
 """Rank rules: a score for every component of every layer.
 
 A rule scores the components of one layer, stored in a form, so that the scores never rise with
-the index. One
-threshold over all layers then decides: component i of layer l is kept iff
+the index. One threshold over all layers then decides: component i of layer l is kept iff
 `score[l][i] >= threshold` (docs/methods.md, section 2).
 """
 

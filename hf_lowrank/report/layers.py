@@ -20,6 +20,11 @@ def split_name(name: str) -> tuple[str, str]:
     return "", name
 
 
+def block_number(name: str) -> int:
+    """The first number in a layer's name: which block it is in; 0 without one."""
+    return next((int(part) for part in name.split(".") if part.isdigit()), 0)
+
+
 def by_type(names: Iterable[str]) -> dict[str, list[str]]:
     """Layer names by what they are called in their block, in the order of the model."""
     found: dict[str, list[str]] = {}

@@ -182,7 +182,8 @@ class Joint:
         method: Name of the accepted candidate.
         baseline: Rise of the loss of plain `price` on the same data.
         baseline_ratio: Kept share of the targeted parameters there.
-        trials: Every candidate measured.
+        trials: Every candidate measured; one that was clearly worse than the best before all items
+            were read is not `complete`.
         decompositions: Matrices decomposed, corrections included; None in older reports.
     """
 

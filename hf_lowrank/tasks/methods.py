@@ -87,7 +87,7 @@ def cut_jointly_then_train(model: nn.Module, task: Task, args: TaskArguments) ->
         task.batches(accepting, args.batch_size),
         task.batches(task.validation, args.batch_size),
         progress=sys.stderr.isatty(),
-    ).report
+    )
     seconds = {"compress": time.perf_counter() - start}
     report = _then_fine_tune(model, task, args, args.epochs) | {"joint": found.joint}
     return _cut_fields(found) | report | {"seconds": seconds | report["seconds"]}

@@ -10,14 +10,14 @@ from torch import nn
 
 from hf_lowrank.config import LowRankConfig
 from hf_lowrank.evaluation.perplexity import LossMeasurement, measure_loss
-from hf_lowrank.evaluation.size import counts_left, model_sizes
+from hf_lowrank.evaluation.size import DenseSize, report_fields
 from hf_lowrank.format.dense_linear import linear_shape
 from hf_lowrank.format.rebuild import narrowed_layers
 from hf_lowrank.inputs.sources import hub_id
-from hf_lowrank.modeling.targets import find_targets, untouched_weights
+from hf_lowrank.modeling.targets import find_targets
 from hf_lowrank.ranks.plan import RankPlan
 from hf_lowrank.ranks.tolerance import paired_difference
-from hf_lowrank.report.provenance import commit, hardware, today, versions
+from hf_lowrank.report.provenance import today
 from hf_lowrank.report.sections import Settings
 from hf_lowrank.tasks.fine_tuning import dense_model
 from hf_lowrank.tasks.methods import METHODS
@@ -38,8 +38,7 @@ def run_task(task: Task, args: TaskArguments) -> tuple[nn.Module, TaskReport]:
     seconds = {"dense": time.perf_counter() - start}
     targets = find_targets(model, LowRankConfig())
     shapes = {name: linear_shape(layer) for name, layer in targets.items()}
-    untouched = untouched_weights(model, targets)
-    dense_sizes = model_sizes(model)
+    dense = DenseSize.of(model, targets)
     validation = task.batches(task.validation, args.batch_size)
     before = measure_loss(model, validation)
     found: dict[str, Any] = {
@@ -56,22 +55,13 @@ def run_task(task: Task, args: TaskArguments) -> tuple[nn.Module, TaskReport]:
     found["held_out_loss"] = measure_loss(model, held_out).mean
     # As it is saved: Trainer leaves the autocast of its training on the model.
     extract_model_from_parallel(model, keep_fp32_wrapper=False)
-    parameters, size = counts_left(dense_sizes, model, plan)
     return model, TaskReport(
         **found,
+        **report_fields(model, dense, plan),
         model=args.model,
         base_model=hub_id(args.model),
-        architecture=type(model).__name__,
         seed=args.seed,
-        versions=versions(),
-        commit=commit(),
-        hardware=hardware(),
         date=today(),
-        parameters=parameters,
-        bytes=size,
-        ranks=dict(plan.ranks),
-        narrowed=dict(plan.narrowed),
-        untouched=untouched,
         data=task.data,
         task=task.name,
         method=args.method,

@@ -30,7 +30,7 @@ def test_every_text_is_measured_dense_cut_and_recovered(config, stages, capsys):
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     texts = written_batches(model, 8, seed=1), written_batches(model, 4, seed=2)
     evaluations = {"near": written_batches(model, 4, seed=3), "far": written_batches(model, 2)}
-    settings = RecoverySettings(steps=30, learning_rate=1e-3)
+    settings = RecoverySettings(steps=12, learning_rate=1e-3)
     found = measure_recovery(model, [0.6, 0.3], settings, texts, evaluations, config, stages)
     assert found["dense"]["near"] == measure_loss(model, evaluations["near"]).perplexity
     assert [row["param_ratio"] for row in found["rows"]] == [0.6, 0.3]
@@ -40,8 +40,8 @@ def test_every_text_is_measured_dense_cut_and_recovered(config, stages, capsys):
             row["recovery"]["loss_after"] < row["recovery"]["loss_before"]
         )
         assert 0 < row["seconds"] < row["total_seconds"]
-        assert [each["steps"] for each in row["stages"]] == [10] * (stages - 1)
-        assert row["recovery"]["steps"] == (30 if stages == 1 else 20)
+        assert [each["steps"] for each in row["stages"]] == [4] * (stages - 1)
+        assert row["recovery"]["steps"] == (12 if stages == 1 else 8)
         rises = [math.log(row[key]["far"] / found["dense"]["far"]) for key in ("recovered", "cut")]
         assert row["rise_left"]["far"] == pytest.approx(rises[0] / rises[1])
         assert ("price_alone" in row) == ("of_price_alone" in row) == (config is not None)

@@ -9,6 +9,7 @@ import torch
 from benchmarks import systems
 from benchmarks.catalogue import RANKED, STRUCTURED, SYSTEMS, select_systems
 from benchmarks.cost import Cost, counted
+from benchmarks.searches.search import SEARCHES
 from benchmarks.structured.methods import METHODS
 from benchmarks.system_rows import read_rows
 from benchmarks.system_tables import format_systems
@@ -20,7 +21,6 @@ from hf_lowrank.errors import ConfigError, DataError, NumericalError
 from hf_lowrank.evaluation.perplexity import measure_loss
 from hf_lowrank.modeling.surgery import factorize_
 from hf_lowrank.ranks.rules import RULES
-from hf_lowrank.ranks.searches.search import SEARCHES
 from tests.scripts import InProcess, make_inputs
 from tests.tiny_models import tiny_llama, tiny_phi3, token_batches, written_batches
 

@@ -58,7 +58,7 @@ def test_other_inputs_are_measured_anew(cached, text, change):
 @pytest.mark.parametrize("kind", ["spectra", "moments"])
 def test_half_written_temporary_files_are_ignored(cached, text, kind):
     folder, (_, expected, _) = cached
-    (file,) = folder.glob(f"{kind}-*.safetensors")
+    (file,) = folder.glob(f"{kind}-*.pt")
     data = file.read_bytes()
     for path in folder.iterdir():
         path.unlink()
@@ -72,7 +72,7 @@ def test_half_written_temporary_files_are_ignored(cached, text, kind):
 @pytest.mark.parametrize("kind", ["spectra", "moments"])
 def test_a_damaged_file_is_computed_again(cached, text, kind, damage):
     folder, (_, expected, _) = cached
-    (file,) = folder.glob(f"{kind}-*.safetensors")
+    (file,) = folder.glob(f"{kind}-*.pt")
     if kind == "moments":
         (folder / next(folder.glob("spectra-*")).name).unlink()
     file.write_bytes(damage(file.read_bytes()))
@@ -99,7 +99,7 @@ def test_a_cache_that_cannot_be_written_is_an_error(text, tmp_path):
 
 
 def test_no_temporary_file_is_left(cached):
-    assert all(path.suffix == ".safetensors" for path in cached[0].iterdir())
+    assert all(path.suffix == ".pt" for path in cached[0].iterdir())
 
 
 # Groups of layers
@@ -139,3 +139,13 @@ def test_groups_are_cached_one_by_one(text, tmp_path):
     found = compress(model, config, text[:3], loss_function=resumed, **options)
     assert resumed.calls == whole.calls - 2 * 3
     assert found.ranks == expected.ranks
+
+
+def test_each_group_says_what_is_done_where_there_is_no_terminal(text, capsys):
+    config = LowRankConfig(param_ratio=0.6)
+    compress(tiny_llama(), config, text[:3], moment_gib=40_000 / 2**30)
+    lines = capsys.readouterr().err.splitlines()
+    calibrations = [line for line in lines if line.startswith("... calibrate up to model.layers.")]
+    assert len(calibrations) > 1
+    assert all(line.endswith(": 0 of 3 batches, 0%") for line in calibrations)
+    assert sum(line.startswith("... decompose: 0 of ") for line in lines) == len(calibrations)

@@ -126,6 +126,6 @@ def test_the_training_form_is_no_form_to_compress_to():
 def test_the_joint_system_stores_it(text):
     model = tiny_llama()
     config = LowRankConfig(param_ratio=0.6)
-    result = hf_lowrank.compress_jointly(model, config, text[:6], text[6:9], progress=False)
-    assert result.report.parameters.targeted_kept <= 0.6 * result.report.parameters.targeted_dense
+    report = hf_lowrank.compress_jointly(model, config, text[:6], text[6:9], progress=False)
+    assert report.parameters.targeted_kept <= 0.6 * report.parameters.targeted_dense
     assert all(isinstance(each, CompactLinear) for each in factorized_layers(model).values())

@@ -62,7 +62,6 @@ def test_what_is_given_stays(name: str, on: bool):
         {"metric": "plain"},
         {"metric": "whitened"},
         {"rule": "energy"},
-        {"rule": "cross-entropy"},
         {"param_ratio": None, "rank": 3},
         {"ranks": {"a": 3}},
     ],

@@ -80,10 +80,10 @@ def test_every_size_of_a_sweep_is_timed_against_the_dense_model(timed):
 
 def test_joint_compression_is_timed(timed, text):
     model = tiny_llama()
-    result = compress_jointly(
+    report = compress_jointly(
         model, LowRankConfig(param_ratio=0.6), text[:2], text[2:3], speed=True, progress=False
     )
-    assert result.report.speed == {"call": 1}
+    assert report.speed == {"call": 1}
     assert equal_states(timed[0][0], snapshot(model))
 
 

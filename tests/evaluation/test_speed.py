@@ -1,4 +1,4 @@
-"""Speed: what is timed, how often, in which order; assisted generation's counts."""
+"""Speed: what is timed, how often, in which order."""
 
 from typing import Any
 
@@ -8,8 +8,7 @@ from torch import nn
 
 from hf_lowrank import LowRankConfig, get_lowrank_model
 from hf_lowrank.errors import ConfigError, DataError
-from hf_lowrank.evaluation import assisted, speed
-from hf_lowrank.evaluation.assisted import Assisted, generate, measure_assisted
+from hf_lowrank.evaluation import speed
 from hf_lowrank.evaluation.speed import (
     SpeedSettings,
     measure_speed,
@@ -198,51 +197,3 @@ def test_what_cannot_be_timed_is_refused():
         measure_speed({"model": tiny_llama()}, SpeedSettings(1, 60, 5))
     with pytest.raises(ConfigError, match="repeats must be at least 1, got 0"):
         SpeedSettings(repeats=0)
-
-
-def prompts(count: int = 3) -> list[torch.Tensor]:
-    return [batch["input_ids"] for batch in token_batches(count, 1, 6)]
-
-
-def test_a_model_that_assists_itself_has_every_draft_accepted():
-    model, twin = tiny_llama(), tiny_llama()
-    found = measure_assisted(model, twin, prompts(), 12)
-    assert found.same_tokens == 1.0
-    assert found.accepted == found.drafted > 0
-    assert found.acceptance_rate == 1.0
-    assert found.rounds + found.accepted == found.new_tokens == 36
-
-
-def test_the_compressed_model_assists_its_dense_original():
-    model = tiny_llama()
-    near, far = (measure_assisted(model, compressed(r), prompts(), 16) for r in (0.95, 0.1))
-    for found in (near, far):
-        assert found.same_tokens == 1.0
-        assert found.rounds + found.accepted == found.new_tokens
-        assert 0 <= found.acceptance_rate <= 1
-    assert near.acceptance_rate > far.acceptance_rate
-
-
-def test_generation_leaves_no_hook_and_the_same_greedy_tokens():
-    model, draft, (prompt,) = tiny_llama(), compressed(), prompts(1)
-    measure_assisted(model, draft, [prompt], 4)
-    assert not model._forward_hooks
-    assert not draft._forward_hooks
-    expected = model.generate(prompt, max_new_tokens=5, min_new_tokens=5, do_sample=False)
-    assert torch.equal(generate(model, prompt, 5), expected)
-
-
-def test_rates_are_ratios():
-    found = Assisted(20, 8, 16, 12, plain_seconds=3.0, assisted_seconds=2.0, same_tokens=1.0)
-    assert found.acceptance_rate == 0.75
-    assert found.speed_up == 1.5
-    assert Assisted(3, 3, 0, 0, 1.0, 1.0, 1.0).acceptance_rate == 0.0
-    assert found.to_dict()["acceptance_rate"] == 0.75
-
-
-def test_assistants_that_do_not_fit_are_refused():
-    other = tiny_llama(vocab_size=80)
-    with pytest.raises(ConfigError, match="The assistant has 80 tokens, the model 96"):
-        measure_assisted(tiny_llama(), other, prompts())
-    with pytest.raises(DataError, match="needs a prompt"):
-        assisted.measure_assisted(tiny_llama(), compressed(), [])

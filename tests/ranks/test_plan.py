@@ -44,12 +44,12 @@ def test_ranks_without_gain_are_not_useful(shape, rank, useful):
     ("ranks", "odd"), [({"a": 1}, "b"), ({"a": 1, "b": 1, "z": 2, "c": 1}, "c, z"), ({}, "a, b")]
 )
 def test_names_must_match(ranks, odd):
-    with pytest.raises(ConfigError, match=f"^Ranks and layers do not match: {odd}.$"):
+    with pytest.raises(ConfigError, match=f"^Ranks and layers do not match: {odd}; give a rank, "):
         RankPlan(ranks, SHAPES)
 
 
 def test_at_most_five_odd_names_are_listed():
-    with pytest.raises(ConfigError, match=r"do not match: 0, 1, 2, 3, 4.$"):
+    with pytest.raises(ConfigError, match=r"do not match: 0, 1, 2, 3, 4; give a rank"):
         RankPlan({str(index): 1 for index in range(9)}, {})
 
 
@@ -70,3 +70,10 @@ def test_plans_are_frozen():
     plan = RankPlan({"a": 2, "b": None}, SHAPES)
     with pytest.raises(dataclasses.FrozenInstanceError):
         plan.ranks = {}
+
+
+@pytest.mark.parametrize(("ranks", "narrowed"), [({"a": 2}, (3, 4)), ({"a": None}, (9, 9))])
+def test_shapes_that_no_layer_can_be_narrowed_to_are_refused(ranks, narrowed):
+    message = r"^a: can't be narrowed to \(\d, \d\), at rank .*; narrowed layers have no rank "
+    with pytest.raises(ConfigError, match=message):
+        RankPlan(ranks, {"a": SHAPES["a"]}, {"a": narrowed})

@@ -5,7 +5,7 @@ import torch
 
 import hf_lowrank
 from hf_lowrank import LowRankConfig
-from hf_lowrank.config import METRIC_NAMES, RULE_NAMES, SEARCH_NAMES
+from hf_lowrank.config import METRIC_NAMES, RULE_NAMES
 from hf_lowrank.errors import ConfigError
 from hf_lowrank.inputs import sources
 from tests.scripts import InProcess, Inputs, Refusal
@@ -48,12 +48,6 @@ def test_both_goals_at_once(refused: Refusal):
     [
         ("recover_steps", 5, "joint trains no factors; give no recover_steps."),
         ("recover", "lora", "recover='lora' does nothing without steps; give recover_steps > 0."),
-        (
-            "search_trials",
-            5,
-            "search_trials=5 would do nothing with rule 'price': it is read with rule bayes-types "
-            "or bayes-groups or bayes-proxy or cross-entropy. Leave it out, or choose such a rule.",
-        ),
         ("channels", True, "joint takes neither channels nor measured_prices."),
         ("measured_prices", True, "joint takes neither channels nor measured_prices."),
         ("stages", 2, "joint is one cut; give no stages."),
@@ -77,7 +71,7 @@ def test_a_tolerance_outside_its_range(refused: Refusal, tolerance: str):
     ("setting", "value", "allowed"),
     [
         ("metric", "svd", ", ".join(METRIC_NAMES)),
-        ("rule", "best", ", ".join(RULE_NAMES + SEARCH_NAMES)),
+        ("rule", "best", ", ".join(RULE_NAMES)),
         ("label_source", "teacher", "data, model"),
         ("dtype", "int8", "auto, float32, bfloat16, float16"),
     ],

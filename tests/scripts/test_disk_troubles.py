@@ -70,7 +70,7 @@ def train_llm(
 def test_a_disk_that_fills_up_while_the_cache_is_written(
     refused: Refusal, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr("hf_lowrank.compression.cache.save_file", half_a_file)
+    monkeypatch.setattr("torch.save", half_a_file)
     cache = tmp_path / "cache"
     error = refused(cache_dir=cache)
     assert error.startswith(

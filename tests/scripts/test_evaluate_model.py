@@ -41,7 +41,7 @@ def test_a_compressed_model_beside_its_baseline(
     output = tmp_path / "result.json"
     done = evaluate(
         *("--model", small, "--baseline", inputs.model, "--evaluation", inputs.evaluation),
-        *(*SMALL, "--new_tokens", 4, "--repeats", 2, "--assisted", "--output", output),
+        *(*SMALL, "--new_tokens", 4, "--repeats", 2, "--output", output),
     )
     assert done.code == 0, done.err
     result = json.loads(output.read_text("utf-8"))
@@ -69,8 +69,6 @@ def test_a_compressed_model_beside_its_baseline(
     seconds = {name: found["speed"]["decode_seconds"] for name, found in result["models"].items()}
     ratio = seconds["baseline"] / seconds["model"]
     assert comparison["decode_speed_up"] == pytest.approx(ratio)
-    assert 0 <= result["assisted"]["acceptance_rate"] <= 1
-    assert "as the baseline's assistant" in done.out
 
 
 def test_one_model_without_speed_and_text(evaluate: InProcess, small: Path, tmp_path: Path):
@@ -87,12 +85,11 @@ def test_one_model_without_speed_and_text(evaluate: InProcess, small: Path, tmp_
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--assisted"], "assisted needs a model to draft for; give --baseline as well."),
         (["--repeats", "0"], "repeats must be at least 1, got 0."),
         (["--evaluation", "missing.txt"], "missing.txt: no such file."),
         (
             ["--glue_task", "mrpc", "--int8"],
-            "glue_task scores classifiers; leave int8 and assisted out.",
+            "glue_task scores classifiers as they are; leave int8 out.",
         ),
     ],
 )

@@ -25,6 +25,7 @@ from hf_lowrank.ranks.plan import RankPlan
 from hf_lowrank.ranks.rules import RULES
 from hf_lowrank.ranks.threshold import plan_for_scores, predicted_rise
 from hf_lowrank.ranks.tolerance import LossDifference, Probe, search_tolerance
+from hf_lowrank.report.sections import Trial
 
 
 @dataclass(frozen=True)
@@ -55,15 +56,6 @@ class Candidate:
     name: str
     plan: RankPlan
     factors: Mapping[str, Factors]
-    difference: LossDifference
-
-
-@dataclass(frozen=True)
-class Trial:
-    """What is remembered of a measured candidate: its name, kept share and rise of the loss."""
-
-    name: str
-    param_ratio: float
     difference: LossDifference
 
 
@@ -184,8 +176,8 @@ class Candidates:
                 if name == "price":
                     raise
                 difference = LossDifference(math.inf, math.inf, 0, False)  # merely refused
-            self.known[key] = Trial(name, plan.param_ratio, difference)
-        return Candidate(name, plan, factors, self.known[key].difference)
+            self.known[key] = Trial(**vars(difference), name=name, param_ratio=plan.param_ratio)
+        return Candidate(name, plan, factors, self.known[key])
 
     def _trusted_plan(self, param_ratio: float, trust: float) -> RankPlan:
         analysis, form = self.analysis, self.analysis.config.inference_form

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 from torch import nn
@@ -26,33 +25,9 @@ from hf_lowrank.errors import ConfigError, DataError
 from hf_lowrank.measuring.distributed import current_processes
 from hf_lowrank.measuring.items import Batch, LossFunction
 from hf_lowrank.modeling.weight_precision import check_quantizable
-from hf_lowrank.ranks.tolerance import LossDifference, Probe
+from hf_lowrank.ranks.tolerance import Probe
 from hf_lowrank.report.schema import Report
-from hf_lowrank.report.sections import Joint, Trial
-
-
-@dataclass
-class JointResult:
-    """Result of `compress_jointly`.
-
-    Attributes:
-        report: As of `compress`; its evaluation is on the reported set, `held_out` is the rise
-            on the acceptance set.
-        method: Name of the accepted candidate, "price" if nothing did better.
-        baseline: Rise of plain `kfac` with `price` on the acceptance set, at the same size, or
-            at its own smallest size for a tolerance.
-        baseline_ratio: Kept share of the baseline.
-        trials: Name, kept share and rise of every candidate measured; one that was clearly worse
-            than the best before all items were read is not `complete`.
-        decompositions: Matrices decomposed, corrections included.
-    """
-
-    report: Report
-    method: str
-    baseline: LossDifference
-    baseline_ratio: float
-    trials: list[Trial]
-    decompositions: int
+from hf_lowrank.report.sections import Joint
 
 
 def compress_jointly(
@@ -69,7 +44,7 @@ def compress_jointly(
     cache_dir: str | Path | None = None,
     moment_gib: float = RunOptions.moment_gib,
     progress: bool = True,
-) -> JointResult:
+) -> Report:
     """Factorizes a model in place, with ranks and factors steered along the gradient.
 
     With `param_ratio` the candidate of the smallest loss on the acceptance set wins; with
@@ -91,7 +66,8 @@ def compress_jointly(
         progress: Whether to show progress bars.
 
     Returns:
-        The report and what was tried. The model itself is changed in place.
+        The report, as of `compress`: its evaluation is on the reported set, `held_out` the rise on
+        the acceptance set, and `joint` what was tried. The model itself is changed in place.
 
     Raises:
         ConfigError: The goal is `rank`, the metric or rule is another, or there are several
@@ -126,15 +102,7 @@ def compress_jointly(
     with run.stopwatch.phase("search"):
         baseline, accepted, probes = _search(candidates, config)
     decision = _decision(analysis, candidates, baseline, accepted, probes)
-    report = apply(model, decision, dense, run)
-    return JointResult(
-        report,
-        accepted.name,
-        baseline.difference,
-        baseline.plan.param_ratio,
-        _trials(candidates),
-        candidates.decompositions,
-    )
+    return apply(model, decision, dense, run)
 
 
 def _search(
@@ -158,18 +126,11 @@ def _decision(
         method=accepted.name,
         baseline=baseline.difference,
         baseline_ratio=baseline.plan.param_ratio,
-        trials=_trials(candidates),
+        trials=list(candidates.known.values()),
         decompositions=candidates.decompositions,
     )
     chosen = dataclasses.replace(analysis, factors=dict(accepted.factors))
     return Decision(chosen, accepted.plan, probes, accepted.difference, joint=joint)
-
-
-def _trials(candidates: Candidates) -> list[Trial]:
-    return [
-        Trial(**vars(each.difference), name=each.name, param_ratio=each.param_ratio)
-        for each in candidates.known.values()
-    ]
 
 
 def _check_sets(texts: Texts) -> None:

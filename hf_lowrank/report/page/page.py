@@ -1,22 +1,18 @@
-"""`report.html`: one report, or several side by side, as one self-contained file."""
+"""`report.html`: one report, or several side by side, as one self-contained file.
+
+What stands on a page is put together here as plain data; `page_template.html` says how it looks.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from html import escape
+from collections.abc import Mapping, Sequence
+from importlib import resources
+from typing import Any
+
+import jinja2
 
 from hf_lowrank.report.card.card_parts import sentences, without_folders
 from hf_lowrank.report.layers import kept_shares, short_block_names, split_name
-from hf_lowrank.report.page.document import (
-    bar_cell,
-    cell,
-    document,
-    figure,
-    paragraph,
-    plain_table,
-    section,
-    table,
-)
 from hf_lowrank.report.page.plots import (
     MAX_LINES,
     probes_figure,
@@ -43,6 +39,9 @@ from hf_lowrank.report.text.table import (
     warnings,
 )
 
+# The name of a macro of the template, and its arguments.
+Part = tuple[str, dict[str, Any]]
+
 
 def report_page(report: Report) -> str:
     """A report with its figures as HTML.
@@ -52,20 +51,18 @@ def report_page(report: Report) -> str:
     """
     require_matplotlib()
     name = report.base_model or without_folders(report.model)
-    title = f"{name}, compressed to {report.parameters.share:.1%} of its parameters"
-    return document(
-        title,
-        [
-            f"<h1>{escape(title)}</h1>",
-            paragraph(describe_run(report), "lead"),
-            section("Before and after", *_before_and_after(report)),
-            section("Ranks", *_ranks(report)),
-            section("Spectra and where they are cut", *_spectra(report)),
-            section("Search for the loss tolerance", *_probes(report)),
-            section("Stages", *_stages(report)),
-            section("What the models write", *_samples({"compressed": report})),
-            section("Settings", *_settings(report)),
-        ],
+    return _page(
+        f"{name}, compressed to {report.parameters.share:.1%} of its parameters",
+        {
+            "Before and after": _before_and_after(report),
+            "Ranks": _ranks(report),
+            "Spectra and where they are cut": _spectra(report),
+            "Search for the loss tolerance": _probes(report),
+            "Stages": _stages(report),
+            "What the models write": _samples({"compressed": report}),
+            "Settings": _settings(report),
+        },
+        describe_run(report),
     )
 
 
@@ -76,79 +73,83 @@ def comparison_page(reports: Mapping[str, Report]) -> str:
         ConfigError: matplotlib is not installed.
     """
     require_matplotlib()
-    title = f"{len(reports)} compressed models side by side"
-    notes = [
-        paragraph(f"Not comparable at sight: {each}.", "note") for each in differences(reports)
-    ]
-    return document(
-        title,
-        [
-            f"<h1>{escape(title)}</h1>",
-            section("Sizes and quality", plain_table(comparison_rows(reports)), *notes),
-            section("Speed", *_speeds(reports)),
-            section("Quality by size", _size_quality(reports)),
-            section("What the models write", *_samples(reports)),
-            *(
-                section(f"{name}: ranks", *_ranks(report), *_probes(report), *_stages(report))
-                for name, report in reports.items()
-            ),
-        ],
-    )
+    notes = [_text(f"Not comparable at sight: {each}.") for each in differences(reports)]
+    sections = {
+        "Sizes and quality": [_table(comparison_rows(reports)), *notes],
+        "Speed": _speeds(reports),
+        "Quality by size": _size_quality(reports),
+        "What the models write": _samples(reports),
+    }
+    for name, report in reports.items():
+        sections[f"{name}: ranks"] = [*_ranks(report), *_probes(report), *_stages(report)]
+    return _page(f"{len(reports)} compressed models side by side", sections)
 
 
-def _speeds(reports: Mapping[str, Report]) -> list[str]:
+def _page(title: str, sections: Mapping[str, Sequence[Part]], lead: str = "") -> str:
+    """The whole file; sections without parts are left out, and all text is escaped."""
+    source = resources.files("hf_lowrank.report.page").joinpath("page_template.html")
+    template = jinja2.Environment(
+        autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
+    ).from_string(source.read_text("utf-8"))
+    return template.render(title=title, lead=lead, sections=sections.items()).lstrip()
+
+
+def _text(text: str) -> Part:
+    return "text", {"text": text}
+
+
+def _table(rows: Sequence[Sequence[Any]], **options: Any) -> Part:
+    """A table, the first row its header; a cell is a text, or a text and its style.
+
+    Args:
+        rows: The cells.
+        **options: `kind`, and `bars`: a share for each row behind the header, drawn at its end.
+    """
+    return "table", {"rows": rows, **options}
+
+
+def _speeds(reports: Mapping[str, Report]) -> list[Part]:
     conditions = dict.fromkeys(speed_conditions(each) for each in reports.values() if each.speed)
     if not conditions:
         return []
-    notes = [paragraph(f"Timed on {each}.", "note") for each in conditions]
-    return [plain_table(speed_comparison(reports)), *notes]
+    return [_table(speed_comparison(reports)), *(_text(f"Timed on {each}.") for each in conditions)]
 
 
-def _before_and_after(report: Report) -> list[str]:
-    rows = []
-    counted = [
-        ("parameters", report.parameters.dense, report.parameters.kept, "{:,}"),
-        (
-            "in targeted layers",
-            report.parameters.targeted_dense,
-            report.parameters.targeted_kept,
-            "{:,}",
-        ),
-        ("megabytes", report.bytes.dense / 1e6, report.bytes.kept / 1e6, "{:.1f}"),
-    ]
-    for name, dense, kept, spec in counted:
-        texts = [name, spec.format(dense), spec.format(kept), f"{kept / dense:.1%}"]
-        rows.append([*map(cell, texts), bar_cell(kept / dense)])
-    parts = []
-    bare = cell("", "td", ' class="bar"')
+def _before_and_after(report: Report) -> list[Part]:
+    parameters, size = report.parameters, report.bytes
+    rows: list[list[str]] = [["", "dense", "compressed", "kept"]]
+    bars: list[float | None] = []
+    for name, dense, kept, spec in (
+        ("parameters", parameters.dense, parameters.kept, "{:,}"),
+        ("in targeted layers", parameters.targeted_dense, parameters.targeted_kept, "{:,}"),
+        ("megabytes", size.dense / 1e6, size.kept / 1e6, "{:.1f}"),
+    ):
+        rows.append([name, spec.format(dense), spec.format(kept), f"{kept / dense:.1%}"])
+        bars.append(min(kept / dense, 1.0))
+    notes = []
     for what, (found, text) in evaluations(report).items():
         for name, before, after, spec in (
             (f"perplexity{what}", found.perplexity_before, found.perplexity_after, ".2f"),
             (f"loss (nats/token){what}", found.loss_before, found.loss_after, ".4f"),
         ):
-            texts = [name, number(before, spec), number(after, spec), ""]
-            rows.append([*map(cell, texts), bare])
+            rows.append([name, number(before, spec), number(after, spec), ""])
         rise, error = number(found.loss_difference, "+.4f"), number(found.standard_error, ".4f")
         kind = "foreign text, unlike the calibration's" if what else "evaluation text"
-        parts.append(
-            paragraph(
-                f"The loss differs by {rise} ± {error} nats per token over {found.tokens:,} tokens "
-                f"of {kind} ({without_folders(text)})."
-            )
+        said = (
+            f"The loss differs by {rise} ± {error} nats per token over {found.tokens:,} tokens "
+            f"of {kind} ({without_folders(text)})."
         )
+        notes.append(("text", {"text": said, "kind": ""}))
     if report.predicted_loss_difference is not None:
-        parts.append(
-            paragraph(f"The prices predicted {report.predicted_loss_difference:+.4f}.", "note")
-        )
-    rows += [[*map(cell, texts), bare] for texts in speed_rows(report)]
+        notes.append(_text(f"The prices predicted {report.predicted_loss_difference:+.4f}."))
+    rows += speed_rows(report)
     if report.speed is not None:
-        parts.append(paragraph(" ".join(sentences(speed_notes(report))), "note"))
-    header = [cell(text, "th") for text in ("", "dense", "compressed", "kept")]
-    header.append(cell("", "th", ' class="bar"'))
-    return [table(header, rows), *parts, *(paragraph(line, "note") for line in warnings(report))]
+        notes.append(_text(" ".join(sentences(speed_notes(report)))))
+    bars += [None] * (len(rows) - 1 - len(bars))
+    return [_table(rows, bars=bars), *notes, *map(_text, warnings(report))]
 
 
-def _ranks(report: Report) -> list[str]:
+def _ranks(report: Report) -> list[Part]:
     shares = kept_shares(report)
     blocks: dict[str, dict[str, str]] = {}
     for name in report.ranks:
@@ -156,25 +157,20 @@ def _ranks(report: Report) -> list[str]:
         blocks.setdefault(block, {})[kind] = name
     kinds = list(dict.fromkeys(split_name(name)[1] for name in report.ranks))
     labels = short_block_names(blocks)
-    rows = []
+    rows: list[list[Any]] = [["", *kinds]]
     for block, layers in blocks.items():
-        cells = [cell(labels[block] or "other", "th")]
+        row: list[Any] = [labels[block] or "other"]
         for kind in kinds:
-            if kind not in layers:
-                cells.append("<td></td>")
-                continue
-            name = layers[kind]
-            color = _shade(shares.get(name, 0.0))
-            cells.append(cell(_kept(report, name), "td", f' style="{color}"'))
-        rows.append(cells)
-    header = [cell("", "th"), *(cell(kind, "th", ' class="up"') for kind in kinds)]
+            name = layers.get(kind, "")
+            row.append((_kept(report, name), _shade(shares.get(name, 0.0))) if name else "")
+        rows.append(row)
     caption = (
         "Rank of each layer, a row for each block; the darker, the more of its weights is kept."
     )
     if report.narrowed:
         caption += " Where two numbers stand, the layer has no rank, but fewer outputs x inputs."
-    tables = table(header, rows, "heat") + plain_table(rank_rows(report))
-    return [f'<div class="pair">{tables}</div>', paragraph(caption, "note")]
+    tables = [_table(rows, kind="heat"), _table(rank_rows(report))]
+    return [("group", {"kind": "pair", "parts": tables}), _text(caption)]
 
 
 def _kept(report: Report, name: str) -> str:
@@ -194,11 +190,11 @@ def _shade(share: float) -> str:
     return f"background:rgb({mixed[0]},{mixed[1]},{mixed[2]});color:{text}"
 
 
-def _spectra(report: Report) -> list[str]:
+def _spectra(report: Report) -> list[Part]:
     if not report.spectra:
         return []
     drawn = [
-        figure(uri, f"Spectra of {kind} with the cut of each layer marked")
+        _figure(uri, f"Spectra of {kind} with the cut of each layer marked")
         for kind, uri in spectra_figures(report).items()
     ]
     caption = (
@@ -206,29 +202,32 @@ def _spectra(report: Report) -> list[str]:
         "(light) to the last (dark). A dot is the last component that is kept; lines without a "
         "dot stay dense."
     )
-    return [paragraph(caption, "note"), f'<div class="figures">{"".join(drawn)}</div>']
+    return [_text(caption), ("group", {"kind": "figures", "parts": drawn})]
 
 
-def _probes(report: Report) -> list[str]:
+def _figure(uri: str, description: str, **options: str) -> Part:
+    return "figure", {"uri": uri, "description": description, **options}
+
+
+def _probes(report: Report) -> list[Part]:
     if not report.probes:
         return []
-    drawn = figure(
-        probes_figure(report), "Predicted and measured rise of the loss by kept share", kind="wide"
-    )
-    return [drawn, plain_table(probe_rows(report))]
+    description = "Predicted and measured rise of the loss by kept share"
+    drawn = _figure(probes_figure(report), description, kind="wide")
+    return [drawn, _table(probe_rows(report))]
 
 
-def _stages(report: Report) -> list[str]:
+def _stages(report: Report) -> list[Part]:
     if not report.stages:
         return []
     caption = (
         "Losses in nats per token. Each cut starts from the model that the stage before it left; "
         "its predicted rise is over that model."
     )
-    return [plain_table(stage_rows(report)), paragraph(caption, "note")]
+    return [_table(stage_rows(report)), _text(caption)]
 
 
-def _samples(reports: Mapping[str, Report]) -> list[str]:
+def _samples(reports: Mapping[str, Report]) -> list[Part]:
     """Continuations by prompt: the dense model's once, then each compressed model's."""
     texts: dict[str, dict[str, str]] = {}
     for name, report in reports.items():
@@ -237,18 +236,14 @@ def _samples(reports: Mapping[str, Report]) -> list[str]:
             if found["dense"] != sample.dense:
                 found[f"dense, {name}"] = sample.dense
             found[name] = sample.compressed
-    parts = []
-    for prompt, written in texts.items():
-        boxes = "".join(
-            f"<div><h4>{escape(name)}</h4><p>{escape(text.strip())}</p></div>"
-            for name, text in written.items()
-        )
-        parts += [f"<h3>{escape(prompt)} …</h3>", f'<div class="samples">{boxes}</div>']
-    note = paragraph("Greedy continuations of the same prompts; nothing is chosen.", "note")
+    parts: list[Part] = [
+        ("samples", {"prompt": prompt, "written": written}) for prompt, written in texts.items()
+    ]
+    note = _text("Greedy continuations of the same prompts; nothing is chosen.")
     return [note, *parts] if parts else []
 
 
-def _settings(report: Report) -> list[str]:
+def _settings(report: Report) -> list[Part]:
     config = {k: v for k, v in report.config.to_dict().items() if v not in (None, {}, [])}
     groups: dict[str, Mapping[str, object]] = {
         "setting": config | {f"text: {k}": _public(v) for k, v in report.data.to_dict().items()},
@@ -256,18 +251,18 @@ def _settings(report: Report) -> list[str]:
         "version": report.versions,
     }
     tables = [
-        plain_table([[heading, ""], *([str(k), str(v)] for k, v in values.items())], "facts")
+        _table([[heading, ""], *([str(k), str(v)] for k, v in values.items())], kind="facts")
         for heading, values in groups.items()
         if values
     ]
-    return [f'<div class="figures">{"".join(tables)}</div>']
+    return [("group", {"kind": "figures", "parts": tables})]
 
 
 def _public(value: object) -> object:
     return without_folders(value) if isinstance(value, str) else value
 
 
-def _size_quality(reports: Mapping[str, Report]) -> str:
+def _size_quality(reports: Mapping[str, Report]) -> list[Part]:
     curves: dict[tuple[float, float], list[tuple[str, float, float]]] = {}
     for name, report in reports.items():
         found = report.evaluation
@@ -276,8 +271,8 @@ def _size_quality(reports: Mapping[str, Report]) -> str:
             point = (name, report.bytes.kept / 1e6, found.perplexity_after)
             curves.setdefault(dense, []).append(point)
     if not curves:
-        return ""
+        return []
+    description = "Perplexity by size in megabytes"
     caption = "A line joins the models that come from one dense model and were read on one text."
-    return figure(
-        size_quality_figure(curves), "Perplexity by size in megabytes", caption, kind="wide"
-    )
+    drawn = size_quality_figure(curves)
+    return [_figure(drawn, description, caption=caption, kind="wide")]

@@ -32,34 +32,34 @@ from tests.tiny_models import (
 
 def test_a_given_size_is_kept_and_never_worse_than_price_alone(text):
     model = tiny_llama()
-    result = compress_jointly(
+    report = compress_jointly(
         model, LowRankConfig(param_ratio=0.6), text[:6], text[6:9], text[9:], progress=False
     )
-    report = result.report
+    joint = report.joint
     assert report.parameters.targeted_kept <= 0.6 * report.parameters.targeted_dense
-    assert report.held_out.mean <= result.baseline.mean
-    measured = [trial.mean for trial in result.trials if trial.complete]
+    assert report.held_out.mean <= joint.baseline.mean
+    measured = [trial.mean for trial in joint.trials if trial.complete]
     assert report.held_out.mean == min(measured)
-    assert result.trials[0].name == "price"
-    assert len(result.trials) >= 3
+    assert joint.trials[0].name == "price"
+    assert len(joint.trials) >= 3
     dense = measure_loss(tiny_llama(), text[6:9]).mean
     rise = measure_loss(model, text[6:9]).mean - dense
     assert rise == pytest.approx(report.held_out.mean, abs=1e-5)
     reported = measure_loss(model, text[9:]).mean - measure_loss(tiny_llama(), text[9:]).mean
     assert report.evaluation.loss_difference == pytest.approx(reported, abs=1e-5)
     assert model.config.quantization_config.ranks == report.ranks
-    assert report.to_dict()["joint"]["method"] == result.method
-    assert f"joint: accepted {result.method!r} at" in format_report(report)
+    assert report.to_dict()["joint"]["method"] == joint.method
+    assert f"joint: accepted {joint.method!r} at" in format_report(report)
 
 
 def test_nothing_tried_is_price_alone(text):
     config = LowRankConfig(param_ratio=0.6)
-    result = compress_jointly(
+    report = compress_jointly(
         tiny_llama(), config, text[:4], text[4:6], settings=JointSettings((), ()), progress=False
     )
-    assert result.method == "price"
-    assert result.report.held_out.mean == result.baseline.mean
-    assert len(result.trials) == 1
+    assert report.joint.method == "price"
+    assert report.held_out.mean == report.joint.baseline.mean
+    assert len(report.joint.trials) == 1
 
 
 def test_a_report_of_corrected_factors_shows_the_spectra_of_the_dense_weights(text, monkeypatch):
@@ -69,14 +69,14 @@ def test_a_report_of_corrected_factors_shows_the_spectra_of_the_dense_weights(te
         "hf_lowrank.compression.joint.candidates._is_better", lambda candidate, best: True
     )
     config, settings = LowRankConfig(param_ratio=0.6), JointSettings((), (1e-2,))
-    result = compress_jointly(
+    report = compress_jointly(
         tiny_llama(), config, text[:4], text[4:6], settings=settings, progress=False
     )
-    assert result.method == "price, step 0.01"
+    assert report.joint.method == "price, step 0.01"
     plain = compress(tiny_llama(), config, text[:4], progress=False)
-    assert result.report.spectra == plain.spectra
-    assert result.report.predicted_loss_difference == plain.predicted_loss_difference
-    assert "Spectra and where they are cut" in report_page(result.report)
+    assert report.spectra == plain.spectra
+    assert report.predicted_loss_difference == plain.predicted_loss_difference
+    assert "Spectra and where they are cut" in report_page(report)
 
 
 def test_candidates_without_a_finite_loss_are_refused(text, monkeypatch):
@@ -90,8 +90,8 @@ def test_candidates_without_a_finite_loss_are_refused(text, monkeypatch):
 
     monkeypatch.setattr(HeldOutLoss, "difference", fail_later)
     config = LowRankConfig(param_ratio=0.6)
-    result = compress_jointly(tiny_llama(), config, text[:4], text[4:6], progress=False)
-    assert result.method == "price"
+    report = compress_jointly(tiny_llama(), config, text[:4], text[4:6], progress=False)
+    assert report.joint.method == "price"
     assert len(calls) >= 3
 
 
@@ -99,24 +99,24 @@ def test_candidates_without_a_finite_loss_are_refused(text, monkeypatch):
 def test_a_tolerance_is_kept_by_a_model_no_larger_than_price_alone(text, tolerance):
     model = tiny_llama()
     config = LowRankConfig(loss_tolerance=tolerance)
-    result = compress_jointly(model, config, text[:6], text[6:9], text[9:], progress=False)
-    parameters = result.report.parameters
-    assert result.report.held_out.mean <= tolerance
-    assert parameters.targeted_kept / parameters.targeted_dense <= result.baseline_ratio
+    report = compress_jointly(model, config, text[:6], text[6:9], text[9:], progress=False)
+    parameters = report.parameters
+    assert report.held_out.mean <= tolerance
+    assert parameters.targeted_kept / parameters.targeted_dense <= report.joint.baseline_ratio
     rise = measure_loss(model, text[6:9]).mean - measure_loss(tiny_llama(), text[6:9]).mean
     assert rise <= tolerance + 1e-5
 
 
 def test_ranks_fixed_by_hand_stay(text):
     config = LowRankConfig(param_ratio=0.7, rank_pattern={"layers.0.self_attn.q_proj": 3})
-    result = compress_jointly(tiny_llama(), config, text[:4], text[4:6], progress=False)
-    assert result.report.ranks["model.layers.0.self_attn.q_proj"] == 3
+    report = compress_jointly(tiny_llama(), config, text[:4], text[4:6], progress=False)
+    assert report.ranks["model.layers.0.self_attn.q_proj"] == 3
 
 
 def test_an_encoder():
     batches = sentence_batches(6)
     model = tiny_bert_classifier()
-    result = compress_jointly(
+    report = compress_jointly(
         model,
         LowRankConfig(param_ratio=0.5),
         batches[:2],
@@ -124,7 +124,7 @@ def test_an_encoder():
         batches[4:],
         progress=False,
     )
-    assert result.report.held_out.mean <= result.baseline.mean
+    assert report.held_out.mean <= report.joint.baseline.mean
     assert num_lowrank(model) > 0
 
 

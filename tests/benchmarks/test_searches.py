@@ -6,15 +6,16 @@ from functools import partial
 import pytest
 import torch
 
+from benchmarks.searches import bayesian, search
+from benchmarks.searches.latency import latency_search, measure_latency
+from benchmarks.searches.problem import RankProblem, best_of, layer_groups
+from benchmarks.searches.search import SEARCHES
+from benchmarks.searches.sensitivity import SHARES
 from hf_lowrank.errors import ConfigError, NumericalError
 from hf_lowrank.ranks.plan import RankPlan
 from hf_lowrank.ranks.rules import RULES
-from hf_lowrank.ranks.searches import bayesian, search
-from hf_lowrank.ranks.searches.latency import latency_search, measure_latency
-from hf_lowrank.ranks.searches.problem import RankProblem, best_of, layer_groups
-from hf_lowrank.ranks.searches.search import SEARCHES
-from hf_lowrank.ranks.searches.sensitivity import SHARES
-from tests.ranks import spectrum_of
+from hf_lowrank.ranks.threshold import predicted_rise
+from tests.ranks import dense_cost, random_instance, spectrum_of
 
 search_plan = partial(search.search_plan, trials=24)
 SHAPES = {
@@ -75,7 +76,7 @@ def weights_of(shape, rank, form="factors"):
 @every_search
 def test_a_search_does_better_than_equal_shares(name, monkeypatch):
     # The seconds of a busy machine may favour equal shares.
-    monkeypatch.setattr("hf_lowrank.ranks.searches.latency.measure_latency", weights_of)
+    monkeypatch.setattr("benchmarks.searches.latency.measure_latency", weights_of)
     plan = search_plan(name, SHAPES, spectra_of(), 0.5, measure=true_loss, trials=16)
     uniform = search_plan("uniform", SHAPES, spectra_of(), 0.5)
     best = search_plan("price", SHAPES, spectra_of(), 0.5)
@@ -270,3 +271,20 @@ def test_a_plan_is_measured_once():
     plan = RankPlan(dict.fromkeys(SHAPES), SHAPES)
     assert problem.loss(plan) == problem.loss(plan) == 3.0
     assert len(measure.plans) == 1
+
+
+@every_search
+def test_the_compact_form_is_counted_at_its_own_cost(name):
+    shapes, spectra = random_instance(3)
+    plan = search_plan(
+        name,
+        shapes,
+        spectra,
+        0.7,
+        measure=lambda plan: predicted_rise(spectra, plan),
+        trials=4,
+        form="compact",
+    )
+    assert plan.form == "compact"
+    assert plan.kept_parameters <= 0.7 * dense_cost(shapes)
+    assert plan.param_ratio > 0.6

@@ -6,15 +6,15 @@ import importlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from hf_lowrank.errors import ConfigError
-from hf_lowrank.ranks.plan import RankPlan
-from hf_lowrank.ranks.searches.problem import (
+from benchmarks.searches.problem import (
     Measure,
     RankProblem,
     best_of,
     group_weights,
     layer_groups,
 )
+from hf_lowrank.errors import ConfigError
+from hf_lowrank.ranks.plan import RankPlan
 
 RANGE = 2.0
 LEVELS = (-2.0, -1.0, -0.5, 0.0, 0.5, 1.0, 2.0)

@@ -6,15 +6,15 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from benchmarks.searches.bayesian import bayes_groups, bayes_proxy, bayes_types
+from benchmarks.searches.cross_entropy import cross_entropy_search
+from benchmarks.searches.latency import latency_search
+from benchmarks.searches.problem import RankProblem
+from benchmarks.searches.sensitivity import sensitivity_search
 from hf_lowrank.decomposition.spectrum import Spectrum
 from hf_lowrank.errors import ConfigError
 from hf_lowrank.ranks.plan import RankPlan
 from hf_lowrank.ranks.rules import RULES
-from hf_lowrank.ranks.searches.bayesian import bayes_groups, bayes_proxy, bayes_types
-from hf_lowrank.ranks.searches.cross_entropy import cross_entropy_search
-from hf_lowrank.ranks.searches.latency import latency_search
-from hf_lowrank.ranks.searches.problem import RankProblem
-from hf_lowrank.ranks.searches.sensitivity import sensitivity_search
 from hf_lowrank.ranks.threshold import Shapes, check_budget, plan_for_budget
 
 

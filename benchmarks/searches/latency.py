@@ -9,9 +9,9 @@ from functools import partial
 
 import torch
 
+from benchmarks.searches.problem import RankProblem
 from hf_lowrank.ranks.hull import Point, lower_hull, slope
 from hf_lowrank.ranks.plan import COMPACT, RankPlan, break_even_rank
-from hf_lowrank.ranks.searches.problem import RankProblem
 
 Latency = Callable[[tuple[int, int], int | None], float]
 GRID = 8
@@ -38,9 +38,8 @@ def latency_search(problem: RankProblem, latency: Latency | None = None) -> Rank
         shape = problem.shapes[name]
         if shape not in tables:
             tables[shape] = _latency_table(shape, problem.form, time_of)
-        dense = break_even_rank(
-            *shape, problem.form
-        )  # a layer of that rank stays as it is, without error
+        # A layer of that rank stays as it is, without error.
+        dense = break_even_rank(*shape, problem.form)
         points: list[Point] = [
             (seconds, float(errors[rank]) if rank < dense else 0.0, rank)
             for rank, seconds in tables[shape].items()

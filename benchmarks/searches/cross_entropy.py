@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
+from benchmarks.searches.problem import RankProblem, best_of, group_weights, layer_groups
 from hf_lowrank.ranks.plan import RankPlan
-from hf_lowrank.ranks.searches.problem import RankProblem, best_of, group_weights, layer_groups
 
 ROUNDS = 4
 GROUP_DEPTHS = 2

@@ -9,12 +9,29 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from hf_lowrank.cli.arguments import SAMPLE_PROMPTS
+from hf_lowrank.config import option
 from hf_lowrank.errors import ConfigError, DataError
+from hf_lowrank.inputs.sources import load_any_causal_lm
+from hf_lowrank.inputs.start_token import encode_prompt
+from hf_lowrank.report.provenance import write_result
+
+
+@dataclass
+class AssistedArguments:
+    """Arguments of the comparison of plain with assisted generation."""
+
+    model: str = option("outputs/demo", "Compressed model, which drafts: folder or Hub id.")
+    baseline: str = option("demo", "Dense model, which checks.")
+    new_tokens: int = option(64, "Tokens after each of the two sample prompts.")
+    dtype: str = option("auto", "auto (as stored), float32, bfloat16 or float16.")
+    output: str = option("outputs/assisted.json", "JSON file with the result.")
 
 
 @dataclass(frozen=True)
@@ -100,6 +117,19 @@ def measure_assisted(
     seconds = (plain_seconds, assisted_seconds)
     total = new_tokens * len(prompts)
     return Assisted(total, rounds, drafted, total - rounds, *seconds, share)
+
+
+def compare_assisted(args: AssistedArguments) -> None:
+    """Times the baseline alone and with the model's drafts, and writes both down."""
+    model, tokenizer = load_any_causal_lm(args.model, args.dtype)
+    baseline, _ = load_any_causal_lm(args.baseline, args.dtype)
+    prompts = [encode_prompt(tokenizer, prompt) for prompt in SAMPLE_PROMPTS]
+    found = measure_assisted(baseline, model, prompts, args.new_tokens)
+    print(
+        f"{found.acceptance_rate:.1%} of the drafts accepted, speed-up {found.speed_up:.2f} over "
+        f"{found.new_tokens} tokens"
+    )
+    write_result(Path(args.output), {"arguments": vars(args), "assisted": found.to_dict()})
 
 
 @torch.no_grad()

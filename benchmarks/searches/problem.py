@@ -13,6 +13,7 @@ from hf_lowrank.errors import ConfigError, NumericalError
 from hf_lowrank.ranks.hull import tail_sums
 from hf_lowrank.ranks.plan import RankPlan, layer_cost
 from hf_lowrank.ranks.threshold import plan_for_scores
+from hf_lowrank.report.layers import block_number
 
 Measure = Callable[[RankPlan], float]
 
@@ -120,11 +121,6 @@ def best_of(plans: Sequence[RankPlan], loss: Measure) -> RankPlan:
     if math.isinf(loss(best)):
         raise NumericalError("No plan that the search of ranks tried has a finite loss.")
     return best
-
-
-def block_number(name: str) -> int:
-    """The first number in a layer's name: which block it is in; 0 without one."""
-    return next((int(part) for part in name.split(".") if part.isdigit()), 0)
 
 
 def layer_groups(names: Sequence[str], depths: int) -> dict[str, list[str]]:

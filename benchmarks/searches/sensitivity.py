@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from benchmarks.searches.problem import RankProblem
 from hf_lowrank.ranks.plan import RankPlan, rank_within, useful_rank
-from hf_lowrank.ranks.searches.problem import RankProblem
 
 SHARES = (0.2, 0.4, 0.6, 0.8)
 

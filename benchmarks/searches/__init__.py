@@ -1,0 +1,1 @@
+"""Searches for ranks of other systems, to compare the one threshold with."""

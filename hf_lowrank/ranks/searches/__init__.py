@@ -1,1 +1,0 @@
-"""Searches for ranks beside the one threshold."""
