@@ -25,6 +25,7 @@ from hf_lowrank.report.page.plots import (
     spectra_figures,
 )
 from hf_lowrank.report.schema import Report
+from hf_lowrank.report.text.embedding_lines import embedding_notes, embedding_rows
 from hf_lowrank.report.text.speed_table import (
     speed_comparison,
     speed_conditions,
@@ -140,7 +141,10 @@ def _before_and_after(report: Report) -> list[str]:
         parts.append(
             paragraph(f"The prices predicted {report.predicted_loss_difference:+.4f}.", "note")
         )
-    rows += [[*map(cell, texts), bare] for texts in speed_rows(report)]
+    told = [[*texts, ""][:4] for texts in embedding_rows(report)]
+    rows += [[*map(cell, texts), bare] for texts in [*told, *speed_rows(report)]]
+    if notes := embedding_notes(report):
+        parts.append(paragraph(" ".join(sentences(notes)), "note"))
     if report.speed is not None:
         parts.append(paragraph(" ".join(sentences(speed_notes(report))), "note"))
     header = [cell(text, "th") for text in ("", "dense", "compressed", "kept")]
