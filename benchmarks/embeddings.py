@@ -210,9 +210,10 @@ def _fewer_layers(model: Any, count: int) -> Iterator[Changed]:  # noqa: ANN401
     dense = model.encoder.layer
     kept = [round(i * len(dense) / count) for i in range(count)]
     model.encoder.layer = nn.ModuleList(copy.deepcopy(dense[i]) for i in kept)
-    linear = [m for m in model.encoder.layer.modules() if isinstance(m, nn.Linear)]
+    named = model.encoder.layer.named_parameters()
+    weights = [weight for _, weight in named if weight.ndim == 2]
     try:
-        yield Changed({"encoder.layer": dense}, [m.weight for m in linear], count / len(dense))
+        yield Changed({"encoder.layer": dense}, weights, count / len(dense))
     finally:
         model.encoder.layer = dense
 

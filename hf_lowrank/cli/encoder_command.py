@@ -60,7 +60,9 @@ def compress_encoder(args: EncoderArguments, publishing: PublishingArguments) ->
             continue
         assert isinstance(report, EmbeddingReport)  # the loss says so
         name_models(report, args.model, publishing)
-        used = {role: args.text_source(role) for role in texts if role != "held_out"}
+        used: dict[str, Any] = {
+            role: args.text_source(role) for role in texts if role != "held_out"
+        }
         report.data = replace(report.data, **used)
         if pairs is not None and before is not None:
             after = similarity(encoder.model, pairs, encoder.loss)

@@ -8,6 +8,7 @@ the squared change of the embedding (docs/methods.md, section 8). So prices are 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -118,7 +119,7 @@ class EmbeddingLoss:
         parts = [part.float() for part in self._parts(model, outputs, batch)]
         if self.normalize:
             parts = [F.normalize(part, dim=-1) for part in parts]
-        return torch.cat(parts, dim=-1) / len(parts) ** 0.5
+        return torch.cat(parts, dim=-1) / math.sqrt(len(parts))
 
     def _parts(self, model: nn.Module, outputs: Any, batch: Batch) -> Sequence[torch.Tensor]:  # noqa: ANN401
         """The embeddings among a model's outputs, each of shape (batch, size)."""
