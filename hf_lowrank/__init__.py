@@ -13,11 +13,13 @@ from hf_lowrank.errors import LowRankError
 from hf_lowrank.format.forms.factors import LowRankLinear
 from hf_lowrank.format.forms.narrowed import NarrowedLinear
 from hf_lowrank.format.strict import load
+from hf_lowrank.measuring.embeddings import EmbeddingLoss
 from hf_lowrank.modeling.surgery import merge_ as merge
 from hf_lowrank.report.schema import Report
 from hf_lowrank.version import __version__
 
 __all__ = [
+    "EmbeddingLoss",
     "LowRankConfig",
     "LowRankError",
     "LowRankLinear",

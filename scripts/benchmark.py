@@ -5,6 +5,8 @@ python scripts/benchmark.py systems --calibration FILE --evaluation FILE --folde
 python scripts/benchmark.py show --rows rows --picture systems.svg
 python scripts/benchmark.py recipe --calibration FILE "FILE + OTHER:0.25" --evaluation FILE OTHER \
     --questions arc_easy.jsonl piqa.jsonl --output_dir rows
+python scripts/benchmark.py embeddings --model FOLDER --pairs dev.tsv --train_pairs train.tsv \
+    --texts FILE --recover_steps 300 --output_dir rows
 python scripts/benchmark.py perturbation --calibration FILE --held_out_sequences 8 \
     --param_ratio 0.8 --output perturbation.json --picture perturbation.svg
 python scripts/benchmark.py glue --model FOLDER --data_dir GLUE --tasks mrpc rte --folder rows
@@ -32,6 +34,7 @@ from benchmarks.architectures import ArchitecturesArguments, sweep_architectures
 from benchmarks.assisted import AssistedArguments, compare_assisted
 from benchmarks.bounds import BoundsArguments, check_bounds
 from benchmarks.damaged_checkpoints import DamagedArguments, try_damaged_checkpoints
+from benchmarks.embeddings import EmbeddingsArguments, compare_embeddings
 from benchmarks.form_numerics import FormNumericsArguments, measure_numerics
 from benchmarks.form_speed import FormSpeedArguments, compare_speeds
 from benchmarks.glue import GlueTableArguments, fill_glue_table
@@ -53,6 +56,7 @@ from benchmarks.stored_rows import ShowArguments, show_rows
 from hf_lowrank.cli.arguments import parse_arguments, user_errors
 
 COMMANDS = {
+    "embeddings": (EmbeddingsArguments, compare_embeddings),
     "recipe": (RecipeArguments, compare_recipes),
     "recovery": (RecoveryArguments, measure_recoveries),
     "metrics": (MetricsArguments, compare_all_metrics),

@@ -10,6 +10,7 @@ from typing import NamedTuple
 import pytest
 
 from hf_lowrank.cli.arguments import CompressionArguments, PublishingArguments
+from hf_lowrank.cli.encoder_arguments import EncoderArguments
 from hf_lowrank.cli.language_model import LanguageModelArguments, LanguageModelTrainingArguments
 from hf_lowrank.tasks.glue import GlueArguments
 from hf_lowrank.tasks.qa import QaArguments
@@ -20,6 +21,7 @@ README = (ROOT / "README.md").read_text("utf-8")
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 ARGUMENTS: dict[str, tuple[type, ...]] = {
     "compress_llm": (CompressionArguments, PublishingArguments),
+    "compress_encoder": (EncoderArguments, PublishingArguments),
     "run_glue": (GlueArguments, PublishingArguments),
     "run_qa": (QaArguments, PublishingArguments),
     "evaluate_model": (script_module("evaluate_model").EvaluationArguments,),

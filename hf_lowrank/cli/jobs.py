@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from torch import nn
 
@@ -23,8 +23,27 @@ from hf_lowrank.report.provenance import command_line
 from hf_lowrank.report.schema import Report
 
 
+class JobArguments(Protocol):
+    """What the checks read of the arguments of a compression."""
+
+    model: str
+    output_dir: str | None
+    overwrite_output_dir: bool
+    cache_dir: str | None
+    html_report: bool
+
+    def text_roles(self) -> dict[str, int]:
+        """What is wanted of each text by role."""
+
+    def text_source(self, role: str) -> str:
+        """Where the text of a role comes from."""
+
+    def sizes(self) -> list[str]:
+        """Name of each size's folder."""
+
+
 def check_before_loading(
-    args: CompressionArguments, publishing: PublishingArguments, folder: Path | None
+    args: JobArguments, publishing: PublishingArguments, folder: Path | None
 ) -> dict[str, str | None]:
     """Runs the checks that need no model; returns each size's repository by folder name."""
     if folder:
@@ -82,6 +101,7 @@ def save_and_publish(
     *,
     private: bool = False,
     processor: Mapping[str, bytes] | None = None,
+    finish: Callable[[Path], None] | None = None,
     **options: bool,
 ) -> None:
     """Saves a model with report and card, publishes it if asked to, and says where it is.
@@ -94,6 +114,7 @@ def save_and_publish(
         repo_id: Repository on the Hub, from `check_publishing`, or None.
         private: Whether it is to be private.
         processor: As in `save_compressed`.
+        finish: Likewise.
         **options: `overwrite` and `page` of `save_compressed`.
 
     Raises:
@@ -101,7 +122,14 @@ def save_and_publish(
         PublishError: It is saved, and nothing is published.
     """
     save_compressed(
-        model, tokenizer, report, folder, repo_id=repo_id, processor=processor, **options
+        model,
+        tokenizer,
+        report,
+        folder,
+        repo_id=repo_id,
+        processor=processor,
+        finish=finish,
+        **options,
     )
     print(f"saved to {folder}\n", flush=True)
     if repo_id:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ def save_compressed(
     repo_id: str | None = None,
     page: bool = True,
     processor: Mapping[str, bytes] | None = None,
+    finish: Callable[[Path], None] | None = None,
 ) -> None:
     """Writes model, tokenizer, report and model card into a folder, all or nothing.
 
@@ -36,8 +37,9 @@ def save_compressed(
         overwrite: Whether an existing folder is replaced.
         repo_id: The model's id on the Hub, for the card; by default the folder.
         page: Whether to write `report.html`, which needs matplotlib; without it there is none.
-        processor: Files of its processor by name, see `processor_files`; what the tokenizer has
-            written stays.
+        processor: Files to lie beside the weights by name, see `processor_files`; what the
+            tokenizer has written stays.
+        finish: Writes more into the folder before it takes its name.
 
     Raises:
         StorageError: Writing failed; nothing is left.
@@ -48,6 +50,7 @@ def save_compressed(
             tokenizer.save_pretrained(temporary)
         for name, content in (processor or {}).items():
             if not (temporary / name).exists():
+                (temporary / name).parent.mkdir(exist_ok=True)
                 (temporary / name).write_bytes(content)
         report.save(temporary / "report.json")
         has_page = page and can_draw()
@@ -55,3 +58,5 @@ def save_compressed(
         model_card(report, repo_id or place, has_page).save(temporary / "README.md")
         if has_page:
             (temporary / "report.html").write_text(report_page(report), encoding="utf-8")
+        if finish is not None:
+            finish(temporary)

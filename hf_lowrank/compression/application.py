@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import nn
 
@@ -20,18 +20,23 @@ from hf_lowrank.compression.decision import Decision, decide
 from hf_lowrank.compression.options import Run
 from hf_lowrank.compression.recovery import recover_, recovery_settings
 from hf_lowrank.config import LowRankConfig
+from hf_lowrank.evaluation.encoder_speed import encoder_speed
 from hf_lowrank.evaluation.perplexity import LossMeasurement, measure_loss
 from hf_lowrank.evaluation.size import DenseSize, compare, report_fields, weight_bytes
 from hf_lowrank.evaluation.speed import speed_before_and_after
 from hf_lowrank.format.layout import FORMAT_VERSION, Precision
+from hf_lowrank.measuring.embeddings import embedding_loss
 from hf_lowrank.measuring.items import is_causal_lm
 from hf_lowrank.modeling.marks import attach_config
 from hf_lowrank.modeling.surgery import factorize_, restore_
 from hf_lowrank.modeling.weight_precision import planned_precisions, quantize_weights_
+from hf_lowrank.report.embedding_report import EmbeddingDistance, EmbeddingReport
 from hf_lowrank.report.quantization import Quantization
 from hf_lowrank.report.schema import Report
-from hf_lowrank.report.sections import Data, Recovery, Settings, Sizes, Speed
+from hf_lowrank.report.sections import Data, Evaluation, Recovery, Settings, Sizes
 from hf_lowrank.report.spectra import compact_spectra
+
+Times = TypeVar("Times")
 
 
 @dataclass(frozen=True)
@@ -117,16 +122,14 @@ def apply(model: nn.Module, decision: Decision, dense: Dense, run: Run) -> Repor
             attach_config(model, decided)
         after = _measure(model, "evaluate compressed", run)
         evaluations = {name: compare(dense.losses[name], after[name]) for name in after}
-        speed = _speed(model, dense, run) if cut_layers else None
+        kind, measured = _judged(model, evaluations, dense, run, is_cut=bool(cut_layers))
         predicted = analysis.predicted_rise(plan)
-        return Report(
+        return kind(
+            **measured,
             **report_fields(model, dense.size, plan),
             model=str(getattr(getattr(model, "config", None), "_name_or_path", "") or "model"),
             config=Settings.of(decided),
             seed=config.seed,
-            evaluation=evaluations.get("evaluation"),
-            foreign_evaluation=evaluations.get("foreign_evaluation"),
-            speed=speed,
             predicted_loss_difference=None if math.isnan(predicted) else predicted,
             seconds=dict(run.stopwatch.seconds),
             probes=list(decision.probes),
@@ -190,15 +193,40 @@ def _recover(model: nn.Module, config: LowRankConfig, dense: Dense, run: Run) ->
         return None
     calibration, held_out = run.texts.calibration or [], run.texts.held_out or []
     with run.stopwatch.phase("recovery"):
-        return recover_(model, dense.layers, calibration, held_out, settings, run.progress)
+        loss = embedding_loss(model, run.options.loss_function)
+        return recover_(model, dense.layers, calibration, held_out, settings, run.progress, loss)
 
 
-def _speed(model: nn.Module, dense: Dense, run: Run) -> Speed | None:
+def _judged(
+    model: nn.Module,
+    evaluations: Mapping[str, Evaluation],
+    dense: Dense,
+    run: Run,
+    *,
+    is_cut: bool,
+) -> tuple[type[Report], dict[str, Any]]:
+    """The kind of report, and its fields for quality and speed."""
+    loss = embedding_loss(model, run.options.loss_function)
+    if loss is None:
+        timed = speed_before_and_after if is_cut and is_causal_lm(model) else None
+        return Report, {**evaluations, "speed": _speed(timed, model, dense, run)}
+    texts = {"evaluation": "distance", "foreign_evaluation": "foreign_distance"}
+    fields: dict[str, Any] = {
+        texts[name]: EmbeddingDistance.of(found, loss.normalize)
+        for name, found in evaluations.items()
+    }
+    fields["encoder_speed"] = _speed(encoder_speed if is_cut else None, model, dense, run)
+    return EmbeddingReport, fields | {"pooling": loss.pooling, "normalize": loss.normalize}
+
+
+def _speed(
+    timed: Callable[[nn.Module, Mapping[str, nn.Module]], Times | None] | None,
+    model: nn.Module,
+    dense: Dense,
+    run: Run,
+) -> Times | None:
     """Timed by the main process while the others wait, so that they do not disturb it."""
-    if not (run.options.speed and is_causal_lm(model)):
+    if timed is None or not run.options.speed:
         return None
     with run.stopwatch.phase("speed"):
-        is_main = run.processes.is_main
-        return run.processes.decide(
-            speed_before_and_after(model, dense.layers) if is_main else None
-        )
+        return run.processes.decide(timed(model, dense.layers) if run.processes.is_main else None)

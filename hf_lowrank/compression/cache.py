@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 from collections.abc import Iterable, Sequence
@@ -61,6 +62,8 @@ class RunCache:
             loss_function if hasattr(loss_function, "__qualname__") else type(loss_function)
         )
         digest.update(f"{named.__module__}.{named.__qualname__}".encode())
+        if dataclasses.is_dataclass(loss_function):
+            digest.update(repr(loss_function).encode())
         for name, tensor in model.state_dict().items():
             update_digest(digest, name, tensor)
         for batch in calibration:

@@ -16,6 +16,7 @@ from hf_lowrank.decomposition.metrics import METRICS
 from hf_lowrank.errors import DataError
 from hf_lowrank.measuring.batches import checked_batches
 from hf_lowrank.measuring.distributed import ALONE, Processes
+from hf_lowrank.measuring.embeddings import embedding_loss, with_embeddings
 from hf_lowrank.measuring.hooks import GRADIENT_FIELDS
 from hf_lowrank.measuring.items import Batch, LossFunction
 from hf_lowrank.measuring.losses import check_losses
@@ -116,12 +117,14 @@ class Run:
         return self.options.progress and self.processes.is_main
 
 
-def read_texts(model: nn.Module, own_loss: bool, **sets: Iterable[Batch] | None) -> Texts:
+def read_texts(
+    model: nn.Module, loss_function: LossFunction | None, **sets: Iterable[Batch] | None
+) -> Texts:
     """Reads each set of batches once and checks it; see `checked_batches`.
 
     Args:
         model: The model that will read them.
-        own_loss: Whether the model's own loss is taken.
+        loss_function: Loss of the run, None for the model's own.
         **sets: Batches by their role in `Texts`.
 
     Raises:
@@ -130,13 +133,15 @@ def read_texts(model: nn.Module, own_loss: bool, **sets: Iterable[Batch] | None)
         TargetError: The model was never loaded, or all of it is offloaded.
     """
     refuse_unloaded(model)
+    embedding = embedding_loss(model, loss_function)
+    own_loss = loss_function is None or embedding is not None
     found = {
         role: checked_batches(batches, role, model, own_loss=own_loss)
         for role, batches in sets.items()
         if batches is not None
     }
     for role in ("held_out", "evaluation", "foreign"):
-        if own_loss and found.get(role):
+        if own_loss and embedding is None and found.get(role):
             check_losses(model, found[role][0])
     return Texts(**found)
 
@@ -160,6 +165,30 @@ def split_texts(config: LowRankConfig, texts: Texts, recover_steps: int = 0) -> 
         )
     size = max(1, len(batches) // 4)
     return dataclasses.replace(texts, calibration=batches[:-size], held_out=batches[-size:])
+
+
+def with_dense_embeddings(
+    model: nn.Module, texts: Texts, loss_function: LossFunction | None
+) -> Texts:
+    """Where embeddings are to be kept: the dense model's as labels of what they are judged on.
+
+    Args:
+        model: The dense model.
+        texts: As `split_texts` leaves them.
+        loss_function: Loss of the run, None for the model's own.
+
+    Raises:
+        ConfigError, DataError: See `EmbeddingLoss`.
+    """
+    loss = embedding_loss(model, loss_function)
+    if loss is None:
+        return texts
+    judged = {
+        name: with_embeddings(model, batches, loss)
+        for name in ("held_out", "evaluation", "foreign")
+        if (batches := getattr(texts, name)) is not None
+    }
+    return dataclasses.replace(texts, **judged)
 
 
 def run_targets(

@@ -1,8 +1,8 @@
 """What a config leaves open: channels and measured prices, by what is best for a kind of model.
 
 Chosen by docs/results: on causal language models both together are the best at 0.8 and 0.6, on text
-of the calibration's kind and of another kind. On encoders with a task's labels channels did not
-help, and prices can't be measured.
+of the calibration's kind and of another kind. On embedding models channels are, and on encoders
+with a task's labels they did not help; prices can't be measured on either.
 """
 
 from __future__ import annotations
@@ -16,10 +16,12 @@ from hf_lowrank.config import LowRankConfig
 from hf_lowrank.errors import TargetError
 from hf_lowrank.format.feed_forward import find_feed_forwards
 from hf_lowrank.measuring.causal import check_distillable
+from hf_lowrank.measuring.embeddings import embedding_loss
 from hf_lowrank.measuring.items import Batch, LossFunction, is_causal_lm
 
 RECIPES = {
     "causal language model": {"channels": True, "measured_prices": True},
+    "embedding model": {"channels": True, "measured_prices": False},
     "other": {"channels": False, "measured_prices": False},
 }
 
@@ -59,7 +61,8 @@ def recipe_of(
         loss_function: A loss of one's own, or None; prices are measured for next tokens only.
     """
     if not is_causal_lm(model):
-        return with_recipe(config, "other")
+        is_embedding = embedding_loss(model, loss_function) is not None
+        return with_recipe(config, "embedding model" if is_embedding else "other")
     calibration = texts.calibration or []
     batches = texts.held_out or (calibration if len(calibration) > 1 else [])
     is_own = bool(batches) and loss_function is None

@@ -1,7 +1,8 @@
 """Recovery after a cut: the factors, or LoRA on them, are trained towards the dense model.
 
 Loss: a mix of the language-model loss and the KL divergence from the dense model, on the
-calibration text (docs/methods.md, section 7). Layers of feed-forwards that lost channels are
+calibration text (docs/methods.md, section 7); of a model whose embeddings are to be kept, half the
+squared distance to the dense model's. Layers of feed-forwards that lost channels are
 trained as the factors are; everything else is frozen. LoRA is merged afterwards, so both kinds end
 with the same layers. The result is kept only if the loss on held-out text falls.
 """
@@ -20,6 +21,7 @@ from hf_lowrank.errors import ConfigError, DataError, NumericalError
 from hf_lowrank.evaluation.perplexity import measure_loss
 from hf_lowrank.format.rebuild import compressed_layers
 from hf_lowrank.measuring.causal import check_distillable, distillation_losses, hidden_states
+from hf_lowrank.measuring.embeddings import EmbeddingLoss
 from hf_lowrank.measuring.items import Batch, eval_mode, is_causal_lm
 from hf_lowrank.measuring.progress import track
 from hf_lowrank.modeling.lora import check_peft, lora_on_factors
@@ -85,16 +87,25 @@ def recovery_settings(kind: str | None, steps: int, seed: int = 0) -> RecoverySe
 
 
 def check_recoverable(
-    model: nn.Module, batches: Sequence[Batch], held_out: Sequence[Batch]
+    model: nn.Module,
+    batches: Sequence[Batch],
+    held_out: Sequence[Batch],
+    embedding: EmbeddingLoss | None = None,
 ) -> None:
     """Refuses what `recover_` can't work with, before a cut.
 
+    Args:
+        model: The dense model.
+        batches: Calibration text.
+        held_out: Text on which the result is judged.
+        embedding: The loss, where embeddings are to be kept.
+
     Raises:
-        ConfigError: The model is no causal language model, or its logits are not made of its last
-            hidden states by the head, position by position.
+        ConfigError: Its loss is another and the model is no causal language model, or its logits
+            are not made of its last hidden states by the head, position by position.
         DataError: There is no calibration text or no held-out text.
     """
-    if not is_causal_lm(model):
+    if embedding is None and not is_causal_lm(model):
         raise ConfigError(
             f"recover_steps compare next-token distributions; {type(model).__name__} is no "
             "causal language model. Fine-tune it with Trainer instead."
@@ -104,7 +115,8 @@ def check_recoverable(
             "A recovery needs calibration text to train on and held-out text to be judged by; "
             f"got {len(batches)} and {len(held_out)} batches."
         )
-    check_distillable(model, batches[0])
+    if embedding is None:
+        check_distillable(model, batches[0])
 
 
 def recover_(
@@ -114,38 +126,45 @@ def recover_(
     held_out: Sequence[Batch],
     settings: RecoverySettings,
     progress: bool = True,
+    embedding: EmbeddingLoss | None = None,
+    trained: Sequence[nn.Parameter] | None = None,
 ) -> Recovery:
     """Trains the factors, or LoRA on them, in place.
 
     The dense layers are put back for the teacher's forward pass of each batch, so there is one
-    model in memory. Its last hidden states are kept, on the CPU, for batches that come again.
+    model in memory. Its last hidden states, or its embeddings, are kept on the CPU for batches
+    that come again.
 
     Args:
-        model: The compressed causal language model.
+        model: The compressed causal language model, or one whose embeddings are to be kept.
         originals: Its dense layers, from `factorize_`.
         batches: Calibration text.
         held_out: Text on which the result is judged.
         settings: How to train.
         progress: Whether to show progress.
+        embedding: The loss, where embeddings are to be kept; the held-out batches then have the
+            dense model's as labels.
+        trained: What to train in place of the compressed layers' weights.
 
     Raises:
         ConfigError, DataError: See `check_recoverable`.
         NumericalError: The loss is NaN or infinite; the factors are then as before.
     """
-    check_recoverable(model, batches, held_out)
-    factors = [p for layer in compressed_layers(model).values() for p in _weights(layer)]
+    check_recoverable(model, batches, held_out, embedding)
+    layers = compressed_layers(model).values()
+    factors = trained or [p for layer in layers for p in _weights(layer)]
     start = [parameter.detach().clone() for parameter in factors]
-    before = measure_loss(model, held_out).mean
+    before = measure_loss(model, held_out, loss_function=embedding).mean
     if not factors:  # all layers stayed dense
         return Recovery(before, before, False, 0, settings.kind)
     try:
         with eval_mode(model):
             if settings.kind == "lora":
                 with lora_on_factors(model, settings.lora_rank, settings.seed) as adapters:
-                    _train(model, originals, batches, adapters, settings, progress)
+                    _train(model, originals, batches, adapters, settings, progress, embedding)
             else:
-                _train(model, originals, batches, factors, settings, progress)
-        after = measure_loss(model, held_out).mean
+                _train(model, originals, batches, factors, settings, progress, embedding)
+        after = measure_loss(model, held_out, loss_function=embedding).mean
     except BaseException:
         _restore(factors, start)
         raise
@@ -161,6 +180,7 @@ def _train(
     trained: Sequence[nn.Parameter],
     settings: RecoverySettings,
     progress: bool,
+    embedding: EmbeddingLoss | None,
 ) -> None:
     """AdamW on fp32 copies of what is trained: a step of 1e-4 is lost in bf16's rounding."""
     masters = [nn.Parameter(parameter.detach().float().clone()) for parameter in trained]
@@ -184,10 +204,14 @@ def _train(
             teacher = kept.pop(step, None)
             if teacher is None:
                 with torch.no_grad(), swapped(model, originals):
-                    teacher = hidden_states(model, batch)
+                    teacher = (embedding.embed if embedding else hidden_states)(model, batch)
             if left[step]:
                 kept[step] = teacher.cpu()
-            found = distillation_losses(model, batch, teacher.to(device), settings.kl_weight)
+            teacher = teacher.to(device)
+            if embedding:
+                found = embedding(model, {**batch, "labels": teacher})
+            else:
+                found = distillation_losses(model, batch, teacher, settings.kl_weight)
             loss = found.sums.sum() / found.counts.sum()
             if not bool(torch.isfinite(loss.detach())):
                 raise NumericalError(

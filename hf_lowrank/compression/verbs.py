@@ -20,6 +20,7 @@ from hf_lowrank.compression.options import (
     read_texts,
     run_targets,
     split_texts,
+    with_dense_embeddings,
 )
 from hf_lowrank.compression.prices import check_measurable
 from hf_lowrank.compression.recipe import possible_recipe, recipe_of
@@ -28,6 +29,7 @@ from hf_lowrank.compression.stages import check_stages, compress_in_stages
 from hf_lowrank.config import LowRankConfig
 from hf_lowrank.format.feed_forward import find_feed_forwards
 from hf_lowrank.measuring.distributed import current_processes
+from hf_lowrank.measuring.embeddings import embedding_loss
 from hf_lowrank.measuring.items import Batch, LossFunction
 from hf_lowrank.modeling.weight_precision import check_quantizable
 from hf_lowrank.report.schema import Report
@@ -196,10 +198,11 @@ def _prepare(
     **batches: Iterable[Batch] | None,
 ) -> tuple[LowRankConfig, Run, dict[str, nn.Module], dict[str, str]]:
     """The config with its recipe, the run, the targets, and why others stay dense."""
-    texts = read_texts(model, options.loss_function is None, **batches)
+    texts = read_texts(model, options.loss_function, **batches)
     recipe = recipe_of(model, config, texts, options.loss_function)
     check_stages(recipe, options.stages, options.recover_steps)
     split = split_texts(recipe, texts, options.recover_steps)
+    split = with_dense_embeddings(model, split, options.loss_function)
     run = Run(split, options, processes=current_processes())
     targets, left_dense = run_targets(model, recipe, run)
     return possible_recipe(model, config, recipe, targets), run, targets, left_dense
@@ -222,4 +225,5 @@ def check_run(
     if config.measured_prices and config.ranks is None:
         check_measurable(model, texts.held_out or [])
     if recovery_settings(options.recover, options.recover_steps, config.seed):
-        check_recoverable(model, texts.calibration or [], texts.held_out or [])
+        embedding = embedding_loss(model, options.loss_function)
+        check_recoverable(model, texts.calibration or [], texts.held_out or [], embedding)

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -23,6 +23,8 @@ from hf_lowrank.report.provenance import device_name
 from hf_lowrank.report.sections import Speed, SpeedConditions, Timing
 
 REPORT_SECONDS = 20.0
+Times = TypeVar("Times")
+Opened = nn.Module | Callable[[], AbstractContextManager[nn.Module]]
 
 
 @dataclass(frozen=True)
@@ -56,7 +58,7 @@ class SpeedSettings:
 
 
 def measure_speed(
-    models: Mapping[str, nn.Module | Callable[[], AbstractContextManager[nn.Module]]],
+    models: Mapping[str, Opened],
     settings: SpeedSettings | None = None,
 ) -> dict[str, Timing]:
     """Times causal language models on the same tokens.
@@ -82,19 +84,38 @@ def measure_speed(
     generator = torch.Generator().manual_seed(settings.seed)
     shape = (settings.batch_size, settings.prompt_tokens + settings.new_tokens)
     tokens = torch.randint(min(rows), shape, generator=generator)
-    seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in models}
+    once = partial(time_once, tokens=tokens, prompt_tokens=settings.prompt_tokens)
+    seconds = in_turn(models, once, settings.repeats, settings.max_seconds)
+    return {name: _timing(settings, found) for name, found in seconds.items()}
+
+
+def in_turn(
+    models: Mapping[str, Opened],
+    once: Callable[[nn.Module], Times],
+    repeats: int,
+    max_seconds: float | None = None,
+) -> dict[str, list[Times]]:
+    """Times of each round by model; every round times each model once, after one not counted.
+
+    Args:
+        models: As in `measure_speed`.
+        once: Times a model.
+        repeats: Rounds.
+        max_seconds: No further round begins after so many seconds, once one has been counted.
+    """
+    found: dict[str, list[Times]] = {name: [] for name in models}
     names, begin = list(models), time.perf_counter()
-    for turn in range(settings.repeats + 1):
-        limit = math.inf if settings.max_seconds is None else settings.max_seconds
+    for turn in range(repeats + 1):
+        limit = math.inf if max_seconds is None else max_seconds
         if turn > 1 and time.perf_counter() - begin > limit:
             break
         start = turn % len(names)
         for name in names[start:] + names[:start]:
             with _opened(models[name]) as model:
-                found = time_once(model, tokens, settings.prompt_tokens)
+                times = once(model)
             if turn:
-                seconds[name].append(found)
-    return {name: _timing(settings, found) for name, found in seconds.items()}
+                found[name].append(times)
+    return found
 
 
 def _timing(settings: SpeedSettings, seconds: Sequence[tuple[float, float]]) -> Timing:
@@ -159,9 +180,7 @@ def _settings_for(model: nn.Module) -> SpeedSettings:
     return replace(wanted, prompt_tokens=limit - new_tokens, new_tokens=new_tokens)
 
 
-def _opened(
-    model: nn.Module | Callable[[], AbstractContextManager[nn.Module]],
-) -> AbstractContextManager[nn.Module]:
+def _opened(model: Opened) -> AbstractContextManager[nn.Module]:
     return nullcontext(model) if isinstance(model, nn.Module) else model()
 
 
@@ -182,9 +201,9 @@ def time_once(model: nn.Module, tokens: torch.Tensor, prompt_tokens: int) -> tup
     is_short = "logits_to_keep" in inspect.signature(model.forward).parameters
     last: dict[str, Any] = {"logits_to_keep": 1} if is_short else {}
     with eval_mode(model):
-        start = _now(device)
+        start = now(device)
         outputs = model(input_ids=tokens[:, :prompt_tokens], use_cache=True, **last)
-        middle = _now(device)
+        middle = now(device)
         if getattr(outputs, "past_key_values", None) is None:
             raise ConfigError(
                 f"{type(model).__name__} hands back no past_key_values, so it can't be read token "
@@ -196,10 +215,10 @@ def time_once(model: nn.Module, tokens: torch.Tensor, prompt_tokens: int) -> tup
                 past_key_values=outputs.past_key_values,
                 use_cache=True,
             )
-        return middle - start, _now(device) - middle
+        return middle - start, now(device) - middle
 
 
-def _now(device: torch.device) -> float:
+def now(device: torch.device) -> float:
     """The clock, after everything that was queued on the device."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)

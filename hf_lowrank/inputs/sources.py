@@ -70,19 +70,24 @@ def load_causal_lm(
             run.
         TargetError: The model is already compressed or quantized.
     """
-    target = _check_place(dtype, device)
+    target = check_place(dtype, device)
     if source == DEMO:
         source = str(_demo_folder())
     if source.endswith(".gguf"):
         model, tokenizer = _load_gguf(Path(source), DTYPES[dtype])
     else:
-        _refuse_quantized(source)
+        refuse_quantized(source)
         model, tokenizer = _load_pretrained(source, trust_remote_code, dtype=DTYPES[dtype])
     model.eval()
     return model.to(target), tokenizer
 
 
-def _check_place(dtype: str, device: str) -> torch.device:
+def check_place(dtype: str, device: str) -> torch.device:
+    """The device that a model is to be put on.
+
+    Raises:
+        DataError: The data type is unknown, or the device is not there.
+    """
     if dtype not in DTYPES:
         raise DataError(f"dtype must be one of {', '.join(DTYPES)}; got {dtype!r}.")
     try:
@@ -114,7 +119,7 @@ def load_any_causal_lm(
     """
     if not is_compressed(source):
         return load_causal_lm(source, dtype, device, trust_remote_code)
-    target = _check_place(dtype, device)
+    target = check_place(dtype, device)
     model: Any = load(source, dtype=DTYPES[dtype])
     refuse_other_head(source, model.config, LANGUAGE_MODEL)
     return model.to(target), load_tokenizer(source, trust_remote_code)
@@ -151,7 +156,7 @@ def load_classifier(
         DataError: The model can't be read, has another head, was not fine-tuned, or has another
             number of outputs.
     """
-    target = _check_place(dtype, device)
+    target = check_place(dtype, device)
     if is_compressed(source):
         model: Any = load(source, dtype=DTYPES[dtype])
         refuse_other_head(source, model.config, CLASSIFIER)
@@ -262,8 +267,12 @@ def _quantization(source: str) -> Any:  # noqa: ANN401
     return config.get("quantization_config") if isinstance(config, dict) else None
 
 
-def _refuse_quantized(source: str) -> None:
-    """Looks into a local config.json before any weight is read."""
+def refuse_quantized(source: str) -> None:
+    """Looks into a local config.json before any weight is read.
+
+    Raises:
+        DataError, TargetError: The model is compressed or quantized already.
+    """
     settings = _quantization(source)
     if settings is None:
         return

@@ -48,7 +48,7 @@ def head_losses(model: nn.Module, batch: Batch, sample: bool) -> ItemLosses:
     if logits is None:
         raise ConfigError(
             f"{type(model).__name__} returns no logits, so it has no loss; load the model with "
-            "its task head."
+            "its task head, or pass loss_function=EmbeddingLoss() to keep its embeddings."
         )
     if refusal:
         raise ConfigError(refusal)

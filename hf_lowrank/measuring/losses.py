@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from hf_lowrank.measuring.causal import causal_losses
+from hf_lowrank.measuring.embeddings import EmbeddingLoss, has_no_head
 from hf_lowrank.measuring.heads import head_losses, prepare_head
 from hf_lowrank.measuring.items import (
     Batch,
@@ -22,7 +23,7 @@ def item_losses(model: nn.Module, batch: Batch, label_source: str = "data") -> I
     """Losses of a batch on a transformers model; differentiable unless grad is disabled.
 
     Args:
-        model: A `PreTrainedModel` with a head.
+        model: A `PreTrainedModel`; of one without a head the loss is `EmbeddingLoss()`.
         batch: Inputs of the forward pass, on the model's device. Causal language models take their
             labels from `labels`, or from `input_ids` where `attention_mask` is 1; the others need
             `labels` (or `start_positions` and `end_positions`) unless they are sampled.
@@ -37,6 +38,8 @@ def item_losses(model: nn.Module, batch: Batch, label_source: str = "data") -> I
     """
     if is_causal_lm(model):
         return causal_losses(model, batch, sample=label_source == "model")
+    if has_no_head(model):
+        return EmbeddingLoss()(model, batch)
     return head_losses(model, batch, sample=label_source == "model")
 
 
@@ -56,7 +59,7 @@ def prepare_losses(model: nn.Module, batch: Batch) -> None:
     if is_causal_lm(model):
         projection(model, batch)
         known_places(model, batch)
-    else:
+    elif not has_no_head(model):
         prepare_head(model, batch)
 
 

@@ -113,7 +113,7 @@ def lpaf_(
         ConfigError, DataError, TargetError: Before anything is changed.
     """
     run = _Run(model, settings or LpafSettings(), StageStore(Path(work_dir) if work_dir else None))
-    texts = read_texts(model, True, calibration=calibration, held_out=held_out)
+    texts = read_texts(model, None, calibration=calibration, held_out=held_out)
     run.check(texts, teacher)
     run.make_keys(train_dataset, texts, eval_dataset, teacher)
     notify = on_stage or (lambda stage, model: None)

@@ -23,6 +23,7 @@ from hf_lowrank.compression.options import Run, RunOptions, Texts, read_texts, r
 from hf_lowrank.config import LowRankConfig
 from hf_lowrank.errors import ConfigError, DataError
 from hf_lowrank.measuring.distributed import current_processes
+from hf_lowrank.measuring.embeddings import embedding_loss
 from hf_lowrank.measuring.items import Batch, LossFunction
 from hf_lowrank.modeling.weight_precision import check_quantizable
 from hf_lowrank.ranks.tolerance import Probe
@@ -74,11 +75,11 @@ def compress_jointly(
             processes.
         DataError: Two of the sets share an item, or a needed one is empty.
     """
-    _check(config)
+    _check(config, embedding_loss(model, loss_function) is not None)
     own_loss = loss_function is None
     texts = read_texts(
         model,
-        own_loss,
+        loss_function,
         calibration=gradient,
         held_out=acceptance,
         evaluation=reported,
@@ -139,7 +140,12 @@ def _check_sets(texts: Texts) -> None:
     check_disjoint(gradient=texts.calibration, acceptance=texts.held_out, reported=texts.evaluation)
 
 
-def _check(config: LowRankConfig) -> None:
+def _check(config: LowRankConfig, keeps_embeddings: bool) -> None:
+    if keeps_embeddings:
+        raise ConfigError(
+            "Joint compression follows the loss gradient, and the distance to a model's own "
+            "embeddings has none; use compress."
+        )
     if config.metric != "kfac" or config.rule not in (None, "price"):
         raise ConfigError("Joint compression works with metric 'kfac' and rule 'price' only.")
     if config.channels or config.measured_prices:

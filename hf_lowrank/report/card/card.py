@@ -13,6 +13,7 @@ from hf_lowrank.report.card.card_parts import (
     markdown_table,
     model_kind,
 )
+from hf_lowrank.report.card.embedding_card import embedding_card_parts as embedding_card_parts
 from hf_lowrank.report.card.text_card import card_parts
 from hf_lowrank.report.schema import Report
 from hf_lowrank.report.text.table import rank_rows
@@ -38,6 +39,7 @@ def model_card(report: Report, repo_id: str, page: bool = False) -> ModelCard:
         repo=json.dumps(repo_id),
         auto_class=model_kind(report).auto_class,
         factorized=is_factorized(report),
+        is_embedder=parts.library == "sentence-transformers",
         sizes=markdown_table([*_size_rows(report), *parts.quality]),
         run=parts.made,
         ranks=markdown_table(rank_rows(report)),
@@ -52,9 +54,9 @@ def model_card(report: Report, repo_id: str, page: bool = False) -> ModelCard:
 def _card_data(report: Report, parts: CardParts) -> ModelCardData:
     """The card's metadata; what the report does not know is left out."""
     return ModelCardData(
-        library_name="transformers",
+        library_name=parts.library,
         tags=TAGS if is_factorized(report) else TAGS[:1],
-        pipeline_tag=model_kind(report).tag,
+        pipeline_tag=parts.tag or model_kind(report).tag,
         base_model=report.base_model,
         datasets=parts.datasets,
         metrics=parts.metrics,

@@ -41,6 +41,8 @@ class CardParts:
         datasets: Hub ids of the data sets that it was made with, or None.
         metrics: Names of the metrics in `results`, or None.
         results: What was measured, or None if nothing was.
+        library: The library that loads it.
+        tag: The Hub's pipeline tag, where it does not follow from the model's class.
     """
 
     title: str
@@ -52,6 +54,8 @@ class CardParts:
     datasets: list[str] | None
     metrics: list[str] | None
     results: list[EvalResult] | None
+    library: str = "transformers"
+    tag: str | None = None
 
 
 _KINDS = {

@@ -39,7 +39,7 @@ def card_parts(report: Report) -> CardParts:
             f"chosen by its effect on the loss.{channel_note(report)}"
         ),
         quality=[*_quality(report), *speed_rows(report)],
-        made=describe_run(report) + _stored(report),
+        made=describe_run(report) + stored_note(report),
         measured=_measured(report),
         limits=_limits(report),
         datasets=read or None,
@@ -54,7 +54,8 @@ def card_parts(report: Report) -> CardParts:
     )
 
 
-def _stored(report: Report) -> str:
+def stored_note(report: Report) -> str:
+    """How the weights are stored, on a line of its own, or ""."""
     if report.quantization is None:
         return ""
     return "\n" + " ".join(sentences([report.quantization.describe(), "loading needs torchao"]))

@@ -21,6 +21,7 @@ from hf_lowrank.report.page.plots import (
     spectra_figures,
 )
 from hf_lowrank.report.schema import Report
+from hf_lowrank.report.text.embedding_lines import embedding_notes, embedding_rows
 from hf_lowrank.report.text.speed_table import (
     speed_comparison,
     speed_conditions,
@@ -142,7 +143,10 @@ def _before_and_after(report: Report) -> list[Part]:
         notes.append(("text", {"text": said, "kind": ""}))
     if report.predicted_loss_difference is not None:
         notes.append(_text(f"The prices predicted {report.predicted_loss_difference:+.4f}."))
+    rows += [[*texts, ""][:4] for texts in embedding_rows(report)]
     rows += speed_rows(report)
+    if told := embedding_notes(report):
+        notes.append(_text(" ".join(sentences(told))))
     if report.speed is not None:
         notes.append(_text(" ".join(sentences(speed_notes(report)))))
     bars += [None] * (len(rows) - 1 - len(bars))

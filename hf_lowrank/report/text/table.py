@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from hf_lowrank.report.layers import channels_left
 from hf_lowrank.report.schema import Report
 from hf_lowrank.report.sections import Evaluation, Recovery, Settings, Training
+from hf_lowrank.report.text.embedding_lines import embedding_notes, embedding_rows
 from hf_lowrank.report.text.speed_table import (
     speed_columns,
     speed_comparison,
@@ -68,8 +69,8 @@ def format_report(report: Report) -> str:
             f"joint: accepted {joint.method!r} at {accepted:+.4f} on the acceptance set; price "
             f"alone {joint.baseline.mean:+.4f}, keeping {joint.baseline_ratio:.2%}"
         )
-    rows += speed_rows(report)
-    lines += speed_notes(report)
+    rows += speed_rows(report) + embedding_rows(report)
+    lines += speed_notes(report) + embedding_notes(report)
     parts = [align(rows), *lines, *_search_lines(report), "", align(rank_rows(report)), ""]
     parts.append(
         "seconds: " + ", ".join(f"{name} {value:.1f}" for name, value in report.seconds.items())
@@ -259,7 +260,7 @@ def _search_lines(report: Report) -> list[str]:
     return [
         "",
         align(probe_rows(report)),
-        f"accepted: {mean:+.4f} +- {error:.4f} nats per token on held-out calibration text",
+        f"accepted: {mean:+.4f} +- {error:.4f} {report.LOSS_UNIT} on held-out calibration text",
     ]
 
 

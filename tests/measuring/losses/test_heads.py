@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from transformers import BertForQuestionAnswering, BertForSequenceClassification, BertModel
+from transformers import BertForQuestionAnswering, BertForSequenceClassification
 
 from hf_lowrank.errors import ConfigError, DataError
 from hf_lowrank.measuring.losses import item_losses
@@ -88,12 +88,22 @@ def test_a_model_that_cannot_sample_all_its_labels_is_not_told_to(label_source):
         item_losses(tiny_t5(), sentences(), label_source=label_source)
 
 
+class Body(BertForSequenceClassification):
+    """No class that transformers lists, and no logits."""
+
+    def forward(self, **inputs):
+        return self.bert(**inputs)
+
+
 @pytest.mark.parametrize("label_source", ["data", "model"])
-def test_a_model_without_head_is_refused(label_source):
+def test_a_model_without_logits_that_nobody_knows_is_refused(label_source):
     batch = sentences(labels=torch.zeros(4, dtype=torch.long))
-    message = "^BertModel returns no logits, so it has no loss; load the model with its task head"
+    message = (
+        "^Body returns no logits, so it has no loss; load the model with its task head, or pass "
+        r"loss_function=EmbeddingLoss\(\) to keep its embeddings"
+    )
     with pytest.raises(ConfigError, match=message):
-        item_losses(tiny_bert(BertModel), batch, label_source=label_source)
+        item_losses(tiny_bert(Body), batch, label_source=label_source)
 
 
 @pytest.mark.parametrize(
