@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from hf_lowrank.compression.recovery import RECOVERIES, recovery_settings
-from hf_lowrank.config import SEARCH_NAMES, LowRankConfig, config_option, option
+from hf_lowrank.config import LowRankConfig, config_option, option
 from hf_lowrank.errors import ConfigError, DataError
 from hf_lowrank.inputs.demo_text import DEMO, DEMO_GRAPHS
 from hf_lowrank.inputs.sentences import PAIR_COLUMNS
@@ -168,7 +168,7 @@ class EncoderArguments:
     def text_roles(self) -> dict[str, int]:
         """Sentences by role."""
         wanted = {"calibration": self.calibration_sentences}
-        if self.param_ratio is None or self.rule in SEARCH_NAMES or self.recover_steps > 0:
+        if self.param_ratio is None or self.recover_steps > 0:
             wanted["held_out"] = self.held_out_sentences
         if self.evaluation != "none":
             wanted["evaluation"] = self.evaluation_sentences

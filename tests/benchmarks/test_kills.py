@@ -68,7 +68,7 @@ def test_a_file_that_breaks_off_is_seen(finished: Trials, name: str, found: str)
 
 def test_a_cached_file_that_breaks_off_is_seen_and_a_temporary_one_is_not(finished: Trials):
     finished.undisturbed()
-    cached = sorted((finished.scenario.folder / "cache").glob("*.safetensors"))[0]
+    cached = sorted((finished.scenario.folder / "cache").glob("*.pt"))[0]
     temporary = cached.with_name(f"{cached.name}.tmp-1")
     temporary.write_bytes(b"half")
     assert half_written(finished.scenario, finished.wanted) == ""

@@ -52,9 +52,14 @@ def test_batches_are_about_equally_long_unless_the_order_is_to_stay():
 def test_too_few_lines_and_odd_columns_are_refused(tmp_path: Path):
     path = tmp_path / "one.txt"
     path.write_text("w01\n")
-    with pytest.raises(DataError, match=r"one\.txt: has too few lines for held_out text; give"):
+    with pytest.raises(DataError, match=r"one\.txt: has too few lines for calibration text; give"):
         sentence_batches(
-            str(path), word_tokenizer(), sentences=4, max_length=8, role="held_out", part=(0.75, 1)
+            str(path),
+            word_tokenizer(),
+            sentences=4,
+            max_length=8,
+            role="calibration",
+            part=(0, 0.75),
         )
     with pytest.raises(DataError, match=r"^sts_columns are two sentences and a score; got a b\.$"):
         read_pairs(path, ["a", "b"])
