@@ -271,6 +271,14 @@ def test_recipes_in_both_forms_have_their_measured_rises():
     )
 
 
+def test_an_encoder_has_its_measured_accuracy_in_both_forms():
+    [head, *shown] = table("docs/results.md", "form", "0.5", "0.25")
+    for form, (_, *cells) in zip(("compact", "factors"), shown, strict=True):
+        rows = [result(f"glue_forms/mrpc-{size}-{form}") for size in head[1:]]
+        assert [row["arguments"]["form"] for row in rows] == [form] * len(cells)
+        assert cells == [f"{100 * row['metrics']['accuracy']:.1f}" for row in rows]
+
+
 def test_stored_forms_have_their_measured_speeds():
     [expected] = tables(format_speeds(result("form_speed")["rows"]) + "\n")
     assert table("docs/results.md", "layer", "size", "tokens") == expected
