@@ -100,7 +100,7 @@ class EncoderArguments:
         "Write onnx/model.onnx into the output folder, too; needs onnx, onnxscript, onnxruntime.",
     )
     onnx_int8: bool = option(
-        False, "And onnx/model_qint8.onnx, quantized by onnxruntime; switches onnx on."
+        False, "And onnx/model_quint8.onnx, quantized by onnxruntime; switches onnx on."
     )
     html_report: bool = option(
         True, "Write report.html, with figures, into the output folder; needs matplotlib."

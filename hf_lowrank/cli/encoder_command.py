@@ -86,7 +86,7 @@ def _save(
             path = temporary / "onnx" / "model.onnx"
             export_onnx(encoder.model, encoder.tokenizer, encoder.loss, path)
             if args.onnx_int8:
-                quantize_onnx(path, path.with_name("model_qint8.onnx"))
+                quantize_onnx(path, path.with_name("model_quint8.onnx"))
 
     save_and_publish(
         encoder.model,

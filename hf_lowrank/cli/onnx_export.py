@@ -90,6 +90,9 @@ def export_onnx(
 def quantize_onnx(path: Path, target: Path) -> None:
     """Writes a copy with weights in int8 and activations quantized as they come.
 
+    Both unsigned: sums of signed weights times unsigned activations saturate on processors without
+    VNNI, and embeddings of MiniLM there kept a cosine of 0.55 to those in fp32, with these 0.98.
+
     Args:
         path: What `export_onnx` wrote.
         target: Where to.
@@ -100,4 +103,4 @@ def quantize_onnx(path: Path, target: Path) -> None:
     check_onnx()
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
-    quantize_dynamic(path, target, weight_type=QuantType.QInt8, per_channel=True)
+    quantize_dynamic(path, target, weight_type=QuantType.QUInt8, per_channel=True)

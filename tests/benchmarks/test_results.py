@@ -10,6 +10,7 @@ import pytest
 from benchmarks import system_rows
 from benchmarks import table as task_rows
 from benchmarks.architecture_table import format_page
+from benchmarks.embeddings import format_embeddings
 from benchmarks.form_speed import format_speeds
 from benchmarks.recipe import format_recipes
 
@@ -77,6 +78,22 @@ def test_systems_measured_on_more_tokens_are_in_a_table_of_their_own():
     assert {name for name, *_ in shown} == {row["name"] for row in rows}
     for name, *cells in shown:
         assert cells == system_cells(name, rows), name
+
+
+def test_compact_twins_have_their_measured_perplexities():
+    rows = {(row["name"], row["param_ratio"]): row for row in systems("48x256-compact")}
+    _, *shown = table("docs/results.md", "system", "form")
+    assert len(rows) == 2 * len(shown)
+    for name, form, *cells in shown:
+        full = name + "+compact" * (form == "compact")
+        found = [perplexities(rows[full, size]) for size in (0.8, 0.6)]
+        assert cells == [each[0] for each in found] + [each[1] for each in found]
+
+
+def test_embeddings_have_their_measured_figures():
+    rows = [json.loads(p.read_text("utf-8")) for p in sorted((RESULTS / "embeddings").iterdir())]
+    assert len(rows) == 36
+    assert table("docs/results.md", "method", "size") in tables(format_embeddings(rows) + "\n")
 
 
 def test_readme_selects_from_the_table_of_systems():

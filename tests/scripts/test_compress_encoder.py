@@ -346,7 +346,7 @@ def test_onnx_files_give_the_same_embeddings(
     model = AutoModel.from_pretrained(output).eval()
     with torch.no_grad():
         wanted = encoder.loss.embed(model, dict(tokens))
-    for name, least in (("model.onnx", 0.99999), ("model_qint8.onnx", 0.9)):
+    for name, least in (("model.onnx", 0.99999), ("model_quint8.onnx", 0.9)):
         session = onnxruntime.InferenceSession(output / "onnx" / name)
         (found,) = session.run(
             ["sentence_embedding"], {key: value.numpy() for key, value in tokens.items()}
