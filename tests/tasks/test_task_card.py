@@ -134,7 +134,7 @@ KEPT = sorted(
     path
     for folder in ("model_cards", "docs/results")
     for path in (Path(__file__).resolve().parents[2] / folder).rglob("*.json")
-    if "parameters" in (data := json.loads(path.read_text("utf-8")))
+    if isinstance((data := json.loads(path.read_text("utf-8"))).get("parameters"), dict)
     and {"model", "dense", "bytes"} <= {*data, *data["parameters"]}
 )
 
