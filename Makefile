@@ -18,7 +18,7 @@ BIN := $(VENV)/bin
 PROMPT ?= In Python, a list is
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-oldest test-newest test-remote-4.57 mutants check format clean
+.PHONY: help venv demo test test-oldest test-newest test-remote-4.57 test-embeddings mutants check format clean
 
 
 help: ## Print this list.
@@ -77,6 +77,11 @@ test-remote-4.57: venv ## Load checkpoints in transformers 4.57, by the code bes
 	.venv-4.57/bin/python -m pip install $(PIP_FLAGS) 'transformers==4.57.*' safetensors numpy $$(grep '^torch==' constraints.txt)
 	REMOTE_PYTHON=$(CURDIR)/.venv-4.57/bin/python HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/format/test_remote_code.py
 
+test-embeddings: ## Run what needs sentence-transformers and onnxruntime, in a venv of its own.
+	test -x .venv-embeddings/bin/python || $(PYTHON) -m venv .venv-embeddings
+	.venv-embeddings/bin/python -m pip install $(PIP_FLAGS) -c constraints.txt -e '.[embeddings]' pytest datasets
+	HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false OMP_NUM_THREADS=1 .venv-embeddings/bin/python -m pytest -W default tests/scripts/test_encoder_engines.py
+
 check: venv ## Lint, check the formatting and the types.
 	$(BIN)/python -m ruff check .
 	$(BIN)/python -m ruff format --check .
@@ -87,5 +92,5 @@ format: venv ## Format, and fix what the linter can fix.
 	$(BIN)/python -m ruff check --fix .
 
 clean: ## Remove .venv, caches, build products and the demo's output.
-	rm -rf .venv .venv-4.57 .venv-oldest .venv-newest .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist outputs/demo
+	rm -rf .venv .venv-4.57 .venv-oldest .venv-newest .venv-embeddings .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist outputs/demo
 	find hf_lowrank scripts tests -type d -name __pycache__ -prune -exec rm -rf {} +

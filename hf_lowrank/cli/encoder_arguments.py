@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from hf_lowrank.cli.job_arguments import JobArguments
 from hf_lowrank.compression.recovery import RECOVERIES, recovery_settings
-from hf_lowrank.config import LowRankConfig, config_option, option
+from hf_lowrank.config import LowRankConfig, option
 from hf_lowrank.errors import ConfigError, DataError
 from hf_lowrank.inputs.demo_text import DEMO, DEMO_GRAPHS
 from hf_lowrank.inputs.sentences import PAIR_COLUMNS
-from hf_lowrank.inputs.sources import TRUST_HELP
 from hf_lowrank.inputs.text import shares
 from hf_lowrank.measuring.embeddings import POOLINGS
 
@@ -30,13 +30,12 @@ _COUNTS = {
 
 
 @dataclass
-class EncoderArguments:
+class EncoderArguments(JobArguments):
     """Arguments of a compression that keeps embeddings; nothing in it takes labels."""
 
     model: str = option(
         "", "Dense encoder: a SentenceTransformer folder, a plain encoder's folder, or a Hub id."
     )
-    param_ratio: list[float] | None = config_option("param_ratio")
     min_cosine: float | None = option(
         None,
         "Goal: smallest mean cosine to the dense embeddings on held-out sentences; the smallest "
@@ -47,17 +46,11 @@ class EncoderArguments:
         f"What of a plain encoder's output is the embedding: {', '.join(POOLINGS[:3])}. Default: "
         "mean. A SentenceTransformer folder says its own.",
     )
-    metric: str = config_option("metric")
-    rule: str | None = config_option("rule")
     channels: bool | None = option(
         None,
         "Let feed-forwards lose channels, too. Needs metric kfac and rule price, and is then the "
         "default.",
     )
-    weights: str | None = config_option("weights")
-    target_modules: list[str] | None = config_option("target_modules")
-    exclude_modules: list[str] | None = config_option("exclude_modules")
-    form: str | None = config_option("form")
     calibration: str = option(
         f"{DEMO} + {DEMO_GRAPHS}:0.5",
         "Sentences, one a line, that the model is calibrated and trained on: a .txt, .jsonl or "
@@ -90,11 +83,6 @@ class EncoderArguments:
     recover: str | None = option(
         None, f"What these steps train: {' or '.join(RECOVERIES)} (needs peft). Default: factors."
     )
-    dtype: str = option("auto", "auto (as stored), float32, bfloat16 or float16.")
-    device: str = option("cpu", "Device of the model.")
-    trust_remote_code: bool = option(False, TRUST_HELP)
-    output_dir: str | None = option(None, "Folder for the compressed model and report.json.")
-    overwrite_output_dir: bool = option(False, "Replace an output folder that is not empty.")
     onnx: bool = option(
         False,
         "Write onnx/model.onnx into the output folder, too; needs onnx, onnxscript, onnxruntime.",
@@ -102,19 +90,10 @@ class EncoderArguments:
     onnx_int8: bool = option(
         False, "And onnx/model_quint8.onnx, quantized by onnxruntime; switches onnx on."
     )
-    html_report: bool = option(
-        True, "Write report.html, with figures, into the output folder; needs matplotlib."
-    )
     speed: bool = option(
         True,
         "Time the dense and the compressed model in turn, for the report: 1 and 32 sentences of "
         "32 and 128 tokens.",
-    )
-    seed: int = config_option("seed")
-    cache_dir: str | None = option(
-        None,
-        "Folder for moments and spectra, so that a killed or repeated run goes on from there; "
-        "training is done again.",
     )
 
     def to_config(self) -> LowRankConfig:
@@ -132,11 +111,7 @@ class EncoderArguments:
         cosine = DEFAULT_COSINE if self.min_cosine is None else self.min_cosine
         if not 0 < cosine < 1:
             raise ConfigError(f"min_cosine must lie between 0 and 1, got {cosine}.")
-        if len(set(ratios)) < len(ratios):
-            raise ConfigError(f"param_ratio names a size twice: {' '.join(map(str, ratios))}.")
-        for name, least in _COUNTS.items():
-            if getattr(self, name) < least:
-                raise ConfigError(f"{name} must be at least {least}, got {getattr(self, name)}.")
+        self.check_numbers(_COUNTS)
         if self.sts_columns and not self.sts_file:
             raise ConfigError("sts_columns are those of a file; give --sts_file as well.")
         if (self.onnx or self.onnx_int8) and not self.output_dir:
@@ -144,8 +119,6 @@ class EncoderArguments:
         recovery_settings(self.recover, self.recover_steps)
         self._check_texts()
         values: dict[str, Any] = {name: getattr(self, name) for name in _CONFIG}
-        for ratio in ratios[1:]:
-            LowRankConfig(param_ratio=ratio)
         if ratios:
             return LowRankConfig(**(values | {"param_ratio": ratios[0]}))
         return LowRankConfig(**(values | {"loss_tolerance": 1 - cosine}))
@@ -159,11 +132,6 @@ class EncoderArguments:
                     f"{file}: is both calibration and {role} text; the result would look better "
                     "than it is. Give two files."
                 )
-
-    def sizes(self) -> list[str]:
-        """Name of each size's folder below the output folder; "" for the folder itself."""
-        ratios = [str(ratio) for ratio in self.param_ratio or []]
-        return ratios if len(ratios) > 1 else [""]
 
     def text_roles(self) -> dict[str, int]:
         """Sentences by role."""

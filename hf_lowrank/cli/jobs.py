@@ -5,11 +5,12 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from torch import nn
 
 from hf_lowrank.cli.arguments import READ_AS, CompressionArguments, PublishingArguments
+from hf_lowrank.cli.job_arguments import JobArguments
 from hf_lowrank.cli.publishing import check_repository, publish
 from hf_lowrank.cli.saving import save_compressed
 from hf_lowrank.compression.joint.system import compress_jointly
@@ -21,25 +22,6 @@ from hf_lowrank.inputs.text import check_local_text, shares
 from hf_lowrank.report.page.plots import can_draw
 from hf_lowrank.report.provenance import command_line
 from hf_lowrank.report.schema import Report
-
-
-class JobArguments(Protocol):
-    """What the checks read of the arguments of a compression."""
-
-    model: str
-    output_dir: str | None
-    overwrite_output_dir: bool
-    cache_dir: str | None
-    html_report: bool
-
-    def text_roles(self) -> dict[str, int]:
-        """What is wanted of each text by role."""
-
-    def text_source(self, role: str) -> str:
-        """Where the text of a role comes from."""
-
-    def sizes(self) -> list[str]:
-        """Name of each size's folder."""
 
 
 def check_before_loading(

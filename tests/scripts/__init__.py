@@ -8,7 +8,7 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -96,6 +96,12 @@ def written_text(num_tokens: int = 2048, seed: int = 0) -> str:
     return word_tokenizer().decode(batch["input_ids"].flatten())
 
 
+def as_arguments(settings: Mapping[str, object]) -> list[str]:
+    """Settings as a command line has them; None stands for one that is left out."""
+    given = [(name, value) for name, value in settings.items() if value is not None]
+    return [part for name, value in given for part in (f"--{name}", str(value))]
+
+
 class Inputs(NamedTuple):
     """Files that a run needs."""
 
@@ -119,8 +125,7 @@ class Inputs(NamedTuple):
             "speed": False,
             **changes,
         }
-        given = [(name, value) for name, value in settings.items() if value is not None]
-        return [part for name, value in given for part in (f"--{name}", str(value))]
+        return as_arguments(settings)
 
 
 def make_inputs(folder: Path) -> Inputs:
@@ -227,3 +232,24 @@ def must_not_happen(what: str) -> Callable[..., None]:
 def leftovers(folder: Path) -> list[str]:
     """Temporary files and folders anywhere below a folder."""
     return sorted(str(path) for path in folder.rglob("*") if ".tmp" in path.name)
+
+
+class EncoderFiles(NamedTuple):
+    """Files that a run on an encoder needs."""
+
+    model: Path
+    calibration: Path
+    evaluation: Path
+    pairs: Path
+
+    def arguments(self, **changes: object) -> list[str]:
+        settings: dict[str, object] = {
+            "model": self.model,
+            "calibration": self.calibration,
+            "evaluation": self.evaluation,
+            "param_ratio": 0.5,
+            "speed": False,
+            "html_report": False,
+            **changes,
+        }
+        return as_arguments(settings)

@@ -2,10 +2,8 @@
 
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import torch
@@ -13,58 +11,8 @@ from transformers import AutoModel, AutoTokenizer
 
 from hf_lowrank.inputs.encoders import load_encoder
 from hf_lowrank.report.embedding_report import EmbeddingReport
-from tests.scripts import ROOT, WORDS, InProcess, save_encoder
+from tests.scripts import EncoderFiles, InProcess
 from tests.scripts.outputs import file_sizes, read_report
-
-
-def lines(count: int, seed: int) -> list[str]:
-    generator = torch.Generator().manual_seed(seed)
-    numbers = torch.randint(len(WORDS), (count, 12), generator=generator).tolist()
-    return [" ".join(WORDS[i] for i in row[: 4 + row[0] % 8]) for row in numbers]
-
-
-class Files(NamedTuple):
-    model: Path
-    calibration: Path
-    evaluation: Path
-    pairs: Path
-
-    def arguments(self, **changes: object) -> list[str]:
-        settings: dict[str, object] = {
-            "model": self.model,
-            "calibration": self.calibration,
-            "evaluation": self.evaluation,
-            "param_ratio": 0.5,
-            "speed": False,
-            "html_report": False,
-            **changes,
-        }
-        given = [(name, value) for name, value in settings.items() if value is not None]
-        return [part for name, value in given for part in (f"--{name}", str(value))]
-
-
-@pytest.fixture(scope="module")
-def files(tmp_path_factory: pytest.TempPathFactory) -> Files:
-    folder = tmp_path_factory.mktemp("encoder")
-    found = Files(
-        save_encoder(folder / "model"), *(folder / name for name in ("c.txt", "e.txt", "sts.tsv"))
-    )
-    found.calibration.write_text("\n".join(lines(96, 0)), encoding="utf-8")
-    found.evaluation.write_text("\n".join(lines(32, 1)), encoding="utf-8")
-    rows = ["index\tsentence1\tsentence2\tscore"]
-    rows += [
-        f"{i}\t{a}\t{b}\t{i % 5}.5"
-        for i, (a, b) in enumerate(zip(lines(20, 2), lines(20, 3), strict=True))
-    ]
-    found.pairs.write_text("\n".join(rows) + "\n", encoding="utf-8")
-    return found
-
-
-@pytest.fixture
-def compress_encoder(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> InProcess:
-    return InProcess("compress_encoder", monkeypatch, capsys)
 
 
 def sentence_folder(model: Path, folder: Path, **pooling: object) -> Path:
@@ -89,7 +37,7 @@ def sentence_folder(model: Path, folder: Path, **pooling: object) -> Path:
 
 
 def test_a_plain_encoder_becomes_a_folder_for_sentence_transformers(
-    compress_encoder: InProcess, files: Files, tmp_path: Path
+    compress_encoder: InProcess, files: EncoderFiles, tmp_path: Path
 ):
     output = tmp_path / "output"
     done = compress_encoder(*files.arguments(output_dir=output, sts_file=files.pairs))
@@ -117,7 +65,7 @@ def test_a_plain_encoder_becomes_a_folder_for_sentence_transformers(
 
 
 def test_the_saved_embeddings_are_those_that_were_measured(
-    compress_encoder: InProcess, files: Files, tmp_path: Path
+    compress_encoder: InProcess, files: EncoderFiles, tmp_path: Path
 ):
     output = tmp_path / "output"
     done = compress_encoder(*files.arguments(output_dir=output))
@@ -135,7 +83,7 @@ def test_the_saved_embeddings_are_those_that_were_measured(
 
 
 def test_a_sentence_transformer_says_its_own_pooling_and_length(
-    compress_encoder: InProcess, files: Files, tmp_path: Path
+    compress_encoder: InProcess, files: EncoderFiles, tmp_path: Path
 ):
     folder = sentence_folder(files.model, tmp_path / "st")
     encoder = load_encoder(str(folder))
@@ -153,7 +101,7 @@ def test_a_sentence_transformer_says_its_own_pooling_and_length(
 
 
 def test_the_smallest_model_with_a_cosine(
-    compress_encoder: InProcess, files: Files, tmp_path: Path
+    compress_encoder: InProcess, files: EncoderFiles, tmp_path: Path
 ):
     output = tmp_path / "output"
     done = compress_encoder(*files.arguments(param_ratio=None, min_cosine=0.97, output_dir=output))
@@ -164,7 +112,9 @@ def test_the_smallest_model_with_a_cosine(
     assert "in half the squared distance on held-out calibration text" in done.out
 
 
-def test_several_sizes_and_a_recovery(compress_encoder: InProcess, files: Files, tmp_path: Path):
+def test_several_sizes_and_a_recovery(
+    compress_encoder: InProcess, files: EncoderFiles, tmp_path: Path
+):
     arguments = files.arguments(param_ratio=None, output_dir=tmp_path / "out", recover_steps=20)
     done = compress_encoder(*arguments, "--param_ratio", 0.6, 0.3)
     assert done.code == 0, done.err
@@ -192,12 +142,12 @@ def test_several_sizes_and_a_recovery(compress_encoder: InProcess, files: Files,
     ],
 )
 def test_a_wrong_setting_is_one_sentence(
-    compress_encoder: InProcess, files: Files, changes: dict[str, Any], message: str
+    compress_encoder: InProcess, files: EncoderFiles, changes: dict[str, Any], message: str
 ):
     assert compress_encoder(*files.arguments(**changes)).error == message
 
 
-def test_one_file_for_two_purposes_is_refused(compress_encoder: InProcess, files: Files):
+def test_one_file_for_two_purposes_is_refused(compress_encoder: InProcess, files: EncoderFiles):
     done = compress_encoder(*files.arguments(evaluation=files.calibration))
     assert done.error == (
         f"{files.calibration}: is both calibration and evaluation text; the result would look "
@@ -224,7 +174,7 @@ def test_one_file_for_two_purposes_is_refused(compress_encoder: InProcess, files
     ],
 )
 def test_a_file_that_holds_no_pairs_is_one_sentence(
-    compress_encoder: InProcess, files: Files, tmp_path: Path, text: str, message: str
+    compress_encoder: InProcess, files: EncoderFiles, tmp_path: Path, text: str, message: str
 ):
     path = tmp_path / "pairs.tsv"
     path.write_text(text)
@@ -233,7 +183,7 @@ def test_a_file_that_holds_no_pairs_is_one_sentence(
 
 
 def test_damaged_sentence_transformers_are_one_sentence(
-    compress_encoder: InProcess, files: Files, tmp_path: Path
+    compress_encoder: InProcess, files: EncoderFiles, tmp_path: Path
 ):
     folder = sentence_folder(files.model, tmp_path / "st", pooling_mode_max_tokens=True)
     arguments = files.arguments(model=folder)
@@ -271,7 +221,9 @@ def test_damaged_sentence_transformers_are_one_sentence(
     )
 
 
-def test_a_classifier_is_no_encoder(compress_encoder: InProcess, files: Files, tmp_path: Path):
+def test_a_classifier_is_no_encoder(
+    compress_encoder: InProcess, files: EncoderFiles, tmp_path: Path
+):
     folder = Path(shutil.copytree(files.model, tmp_path / "model"))
     config = json.loads((folder / "config.json").read_text())
     config["architectures"] = ["BertForSequenceClassification"]
@@ -283,7 +235,7 @@ def test_a_classifier_is_no_encoder(compress_encoder: InProcess, files: Files, t
 
 
 def test_a_compressed_encoder_is_not_compressed_again(
-    compress_encoder: InProcess, files: Files, tmp_path: Path
+    compress_encoder: InProcess, files: EncoderFiles, tmp_path: Path
 ):
     output = tmp_path / "output"
     assert compress_encoder(*files.arguments(output_dir=output)).code == 0
@@ -291,72 +243,11 @@ def test_a_compressed_encoder_is_not_compressed_again(
     assert found.startswith(f"{output}: is already compressed; start from the dense checkpoint")
 
 
-USE = """
-import sys
-import torch
-{imports}
-from sentence_transformers import SentenceTransformer
-
-model = SentenceTransformer(sys.argv[1]{arguments})
-found = model.encode(["w01 w02 w03", "w04 w05"], convert_to_tensor=True)
-print(found.norm(dim=1).tolist(), flush=True)
-torch.save(found, sys.argv[2])
-"""
-
-
-@pytest.mark.parametrize("with_package", [True, False], ids=["with hf_lowrank", "without"])
-def test_sentence_transformers_loads_it(
-    compress_encoder: InProcess, files: Files, tmp_path: Path, with_package: bool
-):
-    """In a process of its own; without hf_lowrank by the code beside the weights."""
-    pytest.importorskip("sentence_transformers")
-    output = tmp_path / "output"
-    assert compress_encoder(*files.arguments(output_dir=output)).code == 0
-    imports = "import hf_lowrank" if with_package else "sys.modules['hf_lowrank'] = None"
-    code = USE.format(imports=imports, arguments="" if with_package else ", trust_remote_code=True")
-    done = subprocess.run(
-        [sys.executable, "-c", code, output, tmp_path / "found.pt"],
-        capture_output=True, text=True, cwd=ROOT, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    tokens = AutoTokenizer.from_pretrained(output)(
-        ["w01 w02 w03", "w04 w05"], padding=True, return_tensors="pt"
-    )
-    encoder = AutoModel.from_pretrained(output)
-    with torch.no_grad():
-        hidden = encoder(**tokens).last_hidden_state
-    mask = tokens["attention_mask"][..., None]
-    wanted = torch.nn.functional.normalize((hidden * mask).sum(1) / mask.sum(1), dim=1)
-    assert torch.allclose(torch.load(tmp_path / "found.pt"), wanted, atol=1e-5)
-
-
-def test_onnx_files_give_the_same_embeddings(
-    compress_encoder: InProcess, files: Files, tmp_path: Path
-):
-    for package in ("onnx", "onnxscript", "onnxruntime"):
-        pytest.importorskip(package)
-    import onnxruntime
-
-    output = tmp_path / "output"
-    done = compress_encoder(*files.arguments(output_dir=output, onnx_int8=True))
-    assert done.code == 0, done.err
-    texts = ["w01 w02 w03", "w04 w05", "w06"]
-    tokens = AutoTokenizer.from_pretrained(output)(texts, padding=True, return_tensors="pt")
-    encoder = load_encoder(str(files.model))
-    model = AutoModel.from_pretrained(output).eval()
-    with torch.no_grad():
-        wanted = encoder.loss.embed(model, dict(tokens))
-    for name, least in (("model.onnx", 0.99999), ("model_quint8.onnx", 0.9)):
-        session = onnxruntime.InferenceSession(output / "onnx" / name)
-        (found,) = session.run(
-            ["sentence_embedding"], {key: value.numpy() for key, value in tokens.items()}
-        )
-        cosine = torch.nn.functional.cosine_similarity(torch.tensor(found), wanted)
-        assert float(cosine.min()) > least, name
-
-
 def test_onnx_without_its_packages_is_one_sentence(
-    compress_encoder: InProcess, files: Files, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    compress_encoder: InProcess,
+    files: EncoderFiles,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ):
     monkeypatch.setattr("hf_lowrank.cli.onnx_export.importlib.util.find_spec", lambda name: None)
     done = compress_encoder(*files.arguments(output_dir=tmp_path / "output", onnx=True))
