@@ -5,8 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.scripts import InProcess, save_encoder
-from tests.scripts.test_compress_encoder import lines
+from tests.scripts import InProcess, lines, save_encoder
 
 
 def test_every_method_has_a_row_and_finished_rows_stay(

@@ -234,6 +234,13 @@ def leftovers(folder: Path) -> list[str]:
     return sorted(str(path) for path in folder.rglob("*") if ".tmp" in path.name)
 
 
+def lines(count: int, seed: int) -> list[str]:
+    """Random sentences of 4 to 11 of the words that the tiny tokenizer knows."""
+    generator = torch.Generator().manual_seed(seed)
+    numbers = torch.randint(len(WORDS), (count, 12), generator=generator).tolist()
+    return [" ".join(WORDS[i] for i in row[: 4 + row[0] % 8]) for row in numbers]
+
+
 class EncoderFiles(NamedTuple):
     """Files that a run on an encoder needs."""
 

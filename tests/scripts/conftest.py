@@ -8,17 +8,16 @@ import shutil
 from pathlib import Path
 
 import pytest
-import torch
 from transformers import AutoModelForCausalLM
 
 import hf_lowrank
 from tests.scripts import (
-    WORDS,
     EncoderFiles,
     InProcess,
     Inputs,
     Refusal,
     leftovers,
+    lines,
     make_inputs,
     must_not_happen,
     save_encoder,
@@ -79,24 +78,18 @@ def no_calibration(monkeypatch: pytest.MonkeyPatch) -> None:
     )
 
 
-def _lines(count: int, seed: int) -> list[str]:
-    generator = torch.Generator().manual_seed(seed)
-    numbers = torch.randint(len(WORDS), (count, 12), generator=generator).tolist()
-    return [" ".join(WORDS[i] for i in row[: 4 + row[0] % 8]) for row in numbers]
-
-
 @pytest.fixture(scope="package")
 def files(tmp_path_factory: pytest.TempPathFactory) -> EncoderFiles:
     folder = tmp_path_factory.mktemp("encoder")
     found = EncoderFiles(
         save_encoder(folder / "model"), *(folder / name for name in ("c.txt", "e.txt", "sts.tsv"))
     )
-    found.calibration.write_text("\n".join(_lines(96, 0)), encoding="utf-8")
-    found.evaluation.write_text("\n".join(_lines(32, 1)), encoding="utf-8")
+    found.calibration.write_text("\n".join(lines(96, 0)), encoding="utf-8")
+    found.evaluation.write_text("\n".join(lines(32, 1)), encoding="utf-8")
     rows = ["index\tsentence1\tsentence2\tscore"]
     rows += [
         f"{i}\t{a}\t{b}\t{i % 5}.5"
-        for i, (a, b) in enumerate(zip(_lines(20, 2), _lines(20, 3), strict=True))
+        for i, (a, b) in enumerate(zip(lines(20, 2), lines(20, 3), strict=True))
     ]
     found.pairs.write_text("\n".join(rows) + "\n", encoding="utf-8")
     return found
