@@ -20,6 +20,7 @@ from hf_lowrank.measuring.embeddings import embedding_loss, with_embeddings
 from hf_lowrank.measuring.hooks import GRADIENT_FIELDS
 from hf_lowrank.measuring.items import Batch, LossFunction
 from hf_lowrank.measuring.losses import check_losses
+from hf_lowrank.measuring.progress import announce
 from hf_lowrank.modeling.qualification import Qualified, qualified
 from hf_lowrank.modeling.targets import refuse_unloaded
 
@@ -206,6 +207,8 @@ def run_targets(
         TargetError, ConfigError, DataError, NumericalError: See `qualified`.
     """
     texts = (run.texts.calibration, run.texts.held_out, run.texts.evaluation)
+    if run.progress:
+        announce("try the layers on the first batch")
     return qualified(
         model,
         config,

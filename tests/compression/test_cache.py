@@ -145,6 +145,7 @@ def test_each_group_says_what_is_done_where_there_is_no_terminal(text, capsys):
     config = LowRankConfig(param_ratio=0.6)
     compress(tiny_llama(), config, text[:3], moment_gib=40_000 / 2**30)
     lines = capsys.readouterr().err.splitlines()
+    assert lines[0] == "... try the layers on the first batch"
     calibrations = [line for line in lines if line.startswith("... calibrate up to model.layers.")]
     assert len(calibrations) > 1
     assert all(line.endswith(": 0 of 3 batches, 0%") for line in calibrations)
