@@ -56,7 +56,7 @@ class RecipeArguments:
         None, "Calibration texts or mixtures, each tried; their last quarter is held out."
     )
     calibration_sequences: int = option(48, "Token windows for calibration.")
-    held_out_sequences: int = option(8, "Token windows on which prices are corrected.")
+    held_out_sequences: int = option(12, "Token windows on which cuts are priced.")
     evaluation: list[str] | None = option(None, "Evaluation texts.")
     evaluation_sequences: int = option(32, "Token windows of each.")
     questions: list[str] | None = option(None, "Files of ARC or PIQA, as JSON lines.")
@@ -131,11 +131,12 @@ def compare_recipes(args: RecipeArguments) -> None:
             if path.exists():
                 continue
             if analysis is None:
-                config = LowRankConfig(param_ratio=ratio, channels=True)
-                targets, run = find_targets(model, config), Run(Texts(texts[0]))
+                config = LowRankConfig(param_ratio=ratio, channels=True, measured_prices=True)
+                targets, run = find_targets(model, config), Run(Texts(*texts))
                 analysis = analyze(model, targets, config, run)
+                common["analysis_seconds"] = run.stopwatch.seconds
             row = {"recipe": recipe, "param_ratio": ratio, "calibration": calibration}
-            row |= _row(model, analysis, row, texts[1], judges, dense, args.weights or [])
+            row |= _row(model, analysis, row, judges, dense, args.weights or [])
             write_result(path, common | row)
     rows = [json.loads(path.read_text("utf-8")) for path in sorted(folder.glob("*-*.json"))]
     print(format_recipes(rows))
@@ -145,7 +146,6 @@ def _row(
     model: nn.Module,
     analysis: Analysis,
     row: Mapping[str, Any],
-    held_out: Sequence[Batch],
     judges: Judges,
     dense: tuple[Mapping[str, LossMeasurement], Mapping[str, Sequence[bool]]],
     weights: Sequence[str],
@@ -153,10 +153,13 @@ def _row(
     """One recipe at one size: seconds to choose, and what the judges say of both models."""
     started, ratio = time.perf_counter(), row["param_ratio"]
     config = analysis.config.replace(param_ratio=ratio, **RECIPES[row["recipe"]])
-    run = Run(Texts(held_out=held_out))
-    plan = decide(model, analysis.with_config(config), run).plan
+    if not config.measured_prices:
+        analysis = dataclasses.replace(analysis, held_out=None)
+    decision = decide(model, analysis.with_config(config), Run())
+    plan, priced = decision.plan, decision.analysis
     seconds, size_of = time.perf_counter() - started, SizeOnDisk(model)
     found = {"seconds": seconds, "kept": plan.param_ratio, "narrowed": len(plan.narrowed)}
+    found["predicted"] = [priced.predicted_rise(plan), priced.standard_error(plan)]
     types = {}
     for each in (None, *weights):
         fit = Fit(each, plan, size_of(plan, each))

@@ -23,7 +23,7 @@ from hf_lowrank.compression.held_out import HeldOutLoss
 from hf_lowrank.compression.joint.disjoint import check_disjoint
 from hf_lowrank.compression.joint.system import compress_jointly
 from hf_lowrank.compression.options import Run, Texts
-from hf_lowrank.compression.prices import measure_parts, scaled_prices
+from hf_lowrank.compression.prices import measure_prices, model_parts
 from hf_lowrank.config import LowRankConfig
 from hf_lowrank.errors import LowRankError
 from hf_lowrank.evaluation.perplexity import LossMeasurement, measure_loss
@@ -165,11 +165,9 @@ class _Bench:
                 known[key] = loss, spent
                 return loss
 
-            if system.measured:
-                plan = analysis.plan_for_ratio(param_ratio)
-                parts = measure_parts(self.model, analysis, plan, self.texts.held_out)
-                plan = scaled_prices(analysis, parts).plan_for_ratio(param_ratio)
-            elif system.channels:
+            if system.measured or system.channels:
+                if system.measured:
+                    analysis = self._priced(analysis, param_ratio)
                 plan = analysis.plan_for_ratio(param_ratio)
             else:
                 plan = search_plan(
@@ -191,6 +189,19 @@ class _Bench:
             return found | self._quality(analysis.shapes)
         finally:
             restore_(self.model, originals)
+
+    def _priced(self, analysis: Analysis, param_ratio: float) -> Analysis:
+        """The same with prices from held-out text."""
+        held_out = measure_prices(
+            self.model,
+            analysis.factors,
+            analysis.orders,
+            self.texts.held_out,
+            seed=self.options.seed,
+        )
+        plan = analysis.plan_for_ratio(param_ratio)
+        parts = model_parts(self.model, plan.ranks)
+        return dataclasses.replace(analysis, held_out=held_out).priced(plan, parts)[0]
 
     def _joint(self, system: System, param_ratio: float) -> dict[str, Any]:
         config = LowRankConfig(param_ratio=param_ratio, seed=self.options.seed, form=system.form)

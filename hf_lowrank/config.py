@@ -109,9 +109,9 @@ class LowRankConfig(QuantizationConfigMixin):
     )
     measured_prices: bool | None = option(
         None,
-        "Correct the prices of each part of the model (tenths of the depth, feed-forwards and the "
-        "rest) by how far it departs from the dense model when it is cut alone, on 8 windows of "
-        "held-out text. Needs rule price and a causal language model, and is then the default.",
+        "Take the prices of cuts from held-out text: what they do to the loss there by a few "
+        "backward passes. Needs metric kfac and rule price, and is then the default on causal "
+        "language models and embedding models.",
     )
     target_modules: list[str] | None = option(
         None,

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,6 +16,7 @@ from hf_lowrank.channels.order import ChannelOrder, order_channels
 from hf_lowrank.compression.cache import RunCache
 from hf_lowrank.compression.gradients import Gradients, metric_settings, take_gradients
 from hf_lowrank.compression.options import Run
+from hf_lowrank.compression.prices import HeldOutPrices, measure_prices, priced, standard_error
 from hf_lowrank.config import LowRankConfig
 from hf_lowrank.decomposition.metrics import METRICS
 from hf_lowrank.decomposition.moments import Moments
@@ -28,6 +30,7 @@ from hf_lowrank.measuring.progress import Progress, track
 from hf_lowrank.modeling.targets import fixed_ranks
 from hf_lowrank.ranks.plan import RankPlan
 from hf_lowrank.ranks.threshold import plan_for_budget, uniform_plan
+from hf_lowrank.report.sections import MeasuredPart
 
 BYTES_PER_MOMENT = 4
 SECOND_MOMENTS = frozenset({"input", "input_centred", "output"})
@@ -48,6 +51,8 @@ class Analysis:
         orders: Channel order of each feed-forward, keyed by its output layer; empty unless
             `channels`.
         gradients: What the joint system reads, where it was asked for.
+        held_out: What cuts do to held-out text, with `measured_prices`.
+        coherence: By layer name, once the prices are those of held-out text; see `priced`.
     """
 
     config: LowRankConfig
@@ -59,6 +64,8 @@ class Analysis:
     tokens: int = 0
     orders: dict[str, ChannelOrder] = field(default_factory=dict)
     gradients: Gradients = field(default_factory=Gradients)
+    held_out: HeldOutPrices | None = None
+    coherence: dict[str, float] = field(default_factory=dict)
 
     def with_config(self, config: LowRankConfig) -> Analysis:
         """Another goal on the same spectra."""
@@ -84,6 +91,29 @@ class Analysis:
     def predicted_rise(self, plan: RankPlan) -> float:
         """Predicted rise of the mean loss under a plan, nats; NaN where the metric has none."""
         return predicted_rise_with_channels(self.spectra, self.orders, plan)
+
+    def priced(
+        self, plan: RankPlan, parts: Iterable[Sequence[str]]
+    ) -> tuple[Analysis, list[MeasuredPart]]:
+        """The same with prices from held-out text, and how far they are off those before.
+
+        Args:
+            plan: About what will be chosen.
+            parts: Names of the layers of each part of the model.
+        """
+        assert self.held_out is not None  # measured for this config
+        found = priced(self.spectra, self.orders, self.held_out, plan, parts)
+        other = dataclasses.replace(
+            self, spectra=found.spectra, orders=found.orders, coherence=found.coherence
+        )
+        return other, found.parts
+
+    def standard_error(self, plan: RankPlan) -> float | None:
+        """That of `predicted_rise` over held-out items, nats; None without prices from these."""
+        if self.held_out is None or not self.coherence:
+            return None
+        error = standard_error(self.held_out, self.coherence, self.orders, plan)
+        return None if math.isnan(error) else error
 
 
 @dataclass(frozen=True)
@@ -153,6 +183,18 @@ def analyze(
         _analyze_group(model, group, cache, found, run, with_gradients)
     found.fixed = fixed_ranks(targets, config) | dict.fromkeys(found.failures)
     found.tokens = sum(num_tokens(batch) for batch in calibration or [])
+    if config.measured_prices and config.ranks is None:
+        with run.stopwatch.phase("prices"):
+            found.held_out = measure_prices(
+                model,
+                found.factors,
+                found.orders,
+                run.texts.held_out or [],
+                loss_function=run.options.loss_function,
+                seed=config.seed,
+                processes=run.processes,
+                progress=run.progress,
+            )
     return found
 
 

@@ -131,6 +131,7 @@ def apply(model: nn.Module, decision: Decision, dense: Dense, run: Run) -> Repor
             config=Settings.of(decided),
             seed=config.seed,
             predicted_loss_difference=None if math.isnan(predicted) else predicted,
+            predicted_standard_error=analysis.standard_error(plan),
             seconds=dict(run.stopwatch.seconds),
             probes=list(decision.probes),
             held_out=decision.held_out,

@@ -12,7 +12,7 @@ from hf_lowrank.compression.byte_budget import best_fit, fits
 from hf_lowrank.compression.goals import likely_ratio, plan_for_goal, smallest_share
 from hf_lowrank.compression.held_out import HeldOutLoss, check_fixed_ranks
 from hf_lowrank.compression.options import Run
-from hf_lowrank.compression.prices import measure_parts, scaled_prices
+from hf_lowrank.compression.prices import model_parts
 from hf_lowrank.ranks.plan import RankPlan
 from hf_lowrank.ranks.tolerance import LossDifference, Probe, search_tolerance
 from hf_lowrank.report.quantization import SizeTrial
@@ -28,7 +28,7 @@ class Decision:
         plan: Ranks, and shapes of narrowed layers.
         probes: Steps of the search for a loss tolerance.
         held_out: Rise of the loss on held-out text that was accepted, where it was measured.
-        parts: Measured prices, see `measure_parts`.
+        parts: How far prices from held-out text are off those before.
         joint: What the joint system tried, None without it.
         size_trials: Types of weights that were tried towards a size in megabytes.
     """
@@ -56,13 +56,10 @@ def decide(model: nn.Module, analysis: Analysis, run: Run) -> Decision:
     """
     parts: Sequence[MeasuredPart] = ()
     config = analysis.config
-    if config.measured_prices and config.ranks is None:
+    if analysis.held_out is not None:
         with run.stopwatch.phase("prices"):
             plan = _likely_plan(model, analysis)
-            held_out = run.texts.held_out or []
-            found = measure_parts(model, analysis, plan, held_out, run.progress)
-            parts = run.processes.decide(found)
-            analysis = scaled_prices(analysis, parts)
+            analysis, parts = analysis.priced(plan, model_parts(model, plan.ranks))
     with run.stopwatch.phase("ranks"):
         chosen = plan_for_goal(analysis)
     if chosen is not None:

@@ -1,4 +1,4 @@
-"""Losses and divergences on held-out batches: what decides between plans and candidates."""
+"""Losses on held-out batches: what decides between plans and candidates."""
 
 from __future__ import annotations
 
@@ -7,15 +7,13 @@ from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from functools import cached_property
 
-import torch
 from torch import nn
 
 from hf_lowrank.channels.order import ChannelOrder
 from hf_lowrank.decomposition.spectrum import Factors
 from hf_lowrank.errors import ConfigError
 from hf_lowrank.evaluation.perplexity import LossMeasurement, iterate_losses, measure_loss
-from hf_lowrank.measuring.causal import distillation_losses, hidden_states
-from hf_lowrank.measuring.items import Batch, LossFunction, eval_mode
+from hf_lowrank.measuring.items import Batch, LossFunction
 from hf_lowrank.modeling.surgery import factorized
 from hf_lowrank.ranks.plan import RankPlan
 from hf_lowrank.ranks.tolerance import LossDifference, paired_difference
@@ -84,38 +82,6 @@ class HeldOutLoss:
                 progress=label if self.progress else None,
             )
             return paired_difference(reference, losses, stop_above=stop_above)
-
-
-class HeldOutDivergence:
-    """Measures how far a causal language model has moved from what it is now.
-
-    Args:
-        model: The dense model.
-        batches: Held-out batches.
-        windows: How many of their sequences are used, from the first on.
-    """
-
-    def __init__(self, model: nn.Module, batches: Sequence[Batch], windows: int) -> None:
-        self.model = model
-        device = next(model.parameters()).device
-        self.batches: list[Batch] = []
-        for batch in batches:
-            if windows > 0:
-                self.batches.append({k: v[:windows].to(device) for k, v in batch.items()})
-                windows -= len(next(iter(batch.values())))
-        with torch.no_grad(), eval_mode(model):
-            self._dense = [hidden_states(model, batch) for batch in self.batches]
-
-    @torch.no_grad()
-    def mean(self) -> float:
-        """Mean of KL(dense || model as it is now) over the scored positions, nats."""
-        total, positions = 0.0, 0
-        with eval_mode(self.model):
-            for batch, dense in zip(self.batches, self._dense, strict=True):
-                found = distillation_losses(self.model, batch, dense, kl_weight=1.0)
-                total += float(found.sums.sum())
-                positions += int(found.counts.sum())
-        return total / max(positions, 1)
 
 
 def check_fixed_ranks(

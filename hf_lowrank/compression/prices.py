@@ -1,111 +1,274 @@
-"""Prices corrected by measurement: how far the model departs when a part of it is cut alone.
+"""Prices on held-out text: what dropping components costs where they were not chosen.
 
-Prices are second-order predictions, and they miss by factors that whole parts of a model have in
-common: on language models late feed-forwards cost more than predicted. So the plan that the prices
-propose is tried part by part on a few held-out windows, and all prices of a part are multiplied by
-its measured divergence over its predicted rise.
+The directions that a decomposition drops are those that its calibration text uses least, so on any
+other text they cost more; and a Kronecker product of moments knows nothing of what inputs and
+gradients have in common. So all cuts are priced by their effects on held-out text
+(measuring/effects.py), from a few backward passes whatever their number.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Sequence
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 
+import torch
 from torch import nn
 
-from hf_lowrank.compression.analysis import Analysis
-from hf_lowrank.compression.held_out import HeldOutDivergence
-from hf_lowrank.errors import ConfigError, DataError, NumericalError
+from hf_lowrank.channels.order import ChannelOrder
+from hf_lowrank.decomposition.spectrum import Factors, Spectrum
+from hf_lowrank.errors import DataError
+from hf_lowrank.format.dense_linear import linear_weight
 from hf_lowrank.format.feed_forward import named_feed_forwards
-from hf_lowrank.measuring.causal import check_distillable
-from hf_lowrank.measuring.items import Batch, is_causal_lm
-from hf_lowrank.measuring.progress import track
-from hf_lowrank.modeling.surgery import factorized
+from hf_lowrank.measuring.batches import num_tokens
+from hf_lowrank.measuring.distributed import ALONE, Processes
+from hf_lowrank.measuring.effects import Cut, Effects, measure_effects
+from hf_lowrank.measuring.items import Batch, LossFunction
+from hf_lowrank.measuring.progress import Progress
 from hf_lowrank.ranks.plan import RankPlan
 from hf_lowrank.report.layers import block_number
 from hf_lowrank.report.sections import MeasuredPart
 
-WINDOWS = 8
+DRAWS = 2
+TOKENS, ITEMS = 3072, 8  # of held-out text that are enough
 DEPTHS = 10
 _LARGEST = 20.0  # factor
 
 
-def check_measurable(model: nn.Module, held_out: Sequence[Batch]) -> None:
-    """Refuses models whose divergence can't be measured.
+@dataclass(frozen=True)
+class HeldOutPrices:
+    """Effects of all cuts on held-out text.
+
+    Attributes:
+        ranks: By layer name; the steps are the ranks from 0 to the largest.
+        channels: By the name of a feed-forward's output layer; the steps are those of its order.
+        scored: Scored positions of all items, over all draws.
+        draws: How many draws of labels they hold, one after another.
+    """
+
+    ranks: Mapping[str, Effects]
+    channels: Mapping[str, Effects]
+    scored: int
+    draws: int = DRAWS
+
+    def chosen(
+        self, plan: RankPlan, orders: Mapping[str, ChannelOrder]
+    ) -> dict[str, tuple[Effects, int]]:
+        """Effects of what a plan cuts and the step at which it does, by layer name."""
+        found = {}
+        for name, rank in plan.ranks.items():
+            if rank is not None and name in self.ranks:
+                found[name] = (self.ranks[name], rank)
+        for name, effects in self.channels.items():
+            if name in plan.narrowed:
+                count = plan.narrowed[name][1]
+                found[name] = (effects, sum(c <= count for c in orders[name].counts) - 1)
+        return found
+
+    def rise(self, squares: torch.Tensor) -> torch.Tensor:
+        """Rise of the mean loss, nats: of squared changes, summed over their first dimension."""
+        return squares.double().sum(dim=0) / (2 * self.scored)
+
+
+def check_prices(held_out: Sequence[Batch]) -> None:
+    """Refuses to price cuts on nothing.
 
     Raises:
-        ConfigError: The model is no causal language model, or its logits are not made of its last
-            hidden states by the head, position by position.
         DataError: There is no held-out text.
     """
-    if not is_causal_lm(model):
-        raise ConfigError(
-            f"measured_prices compares next-token distributions; {type(model).__name__} is no "
-            "causal language model."
-        )
     if not held_out:
         raise DataError("measured_prices needs held-out text; pass held_out.")
-    check_distillable(model, held_out[0])
 
 
-def measure_parts(
+def measure_prices(
     model: nn.Module,
-    analysis: Analysis,
-    plan: RankPlan,
-    batches: Sequence[Batch],
+    factors: Mapping[str, Factors],
+    orders: Mapping[str, ChannelOrder],
+    held_out: Sequence[Batch],
+    *,
+    loss_function: LossFunction | None = None,
+    seed: int = 0,
+    processes: Processes = ALONE,
     progress: bool = True,
-) -> list[MeasuredPart]:
-    """Cuts each part of the model alone, as a plan says, and measures what that does.
+) -> HeldOutPrices:
+    """Effects of all cuts on the first few thousand tokens of held-out text.
 
     Args:
-        model: The dense causal language model; it is dense again afterwards.
-        analysis: Its spectra and channels.
-        plan: What the prices propose.
-        batches: Held-out text; its first 8 windows are used.
+        model: The dense model.
+        factors: Of all layers, by name.
+        orders: Channel order of each feed-forward, keyed by its output layer.
+        held_out: Batches that the factors were not made from.
+        loss_function: Loss of the run, None for the model's own.
+        seed: Seed of the drawn labels.
+        processes: Those that share the work.
         progress: Whether to show progress.
 
-    Returns:
-        The parts that are cut; a factor is at most 20 either way.
-
     Raises:
-        NumericalError: A divergence is not a number.
+        NumericalError: A loss is not finite.
     """
-    divergence = HeldOutDivergence(model, batches, WINDOWS)
-    found = []
-    parts = model_parts(model, plan.ranks)
-    for layers in track(parts, "measure prices" if progress else None, "parts"):
-        alone = RankPlan(
-            {name: rank if name in layers else None for name, rank in plan.ranks.items()},
-            plan.shapes,
-            {name: shape for name, shape in plan.narrowed.items() if name in layers},
-            plan.form,
+    cuts = {name: rank_cut(name, found) for name, found in factors.items()}
+    narrow = {name: channel_cut(model, order) for name, order in orders.items()}
+    named = {f"{name}/channels": cut for name, cut in narrow.items() if cut is not None}
+    batches = enough(held_out)
+    with Progress("measure prices" if progress else None, DRAWS * len(batches)) as bar:
+        effects, scored = measure_effects(
+            model,
+            {name: model.get_submodule(name) for name in factors},
+            cuts | named,
+            batches,
+            draws=DRAWS,
+            loss_function=loss_function,
+            seed=seed,
+            on_batch=lambda: bar.update(processes.count),
+            processes=processes,
         )
-        predicted = analysis.predicted_rise(alone)
-        if not predicted > 0:
-            continue
-        with factorized(model, analysis.factors, alone, analysis.orders):
-            measured = divergence.mean()
-        if measured != measured:
-            raise NumericalError(f"{layers[0]}: its cut makes the model's output NaN.")
-        factor = min(max(measured / predicted, 1 / _LARGEST), _LARGEST)
-        found.append(MeasuredPart(tuple(layers), predicted, measured, factor))
+    channels = {name: effects[f"{name}/channels"] for name in narrow if f"{name}/channels" in named}
+    return HeldOutPrices({name: effects[name] for name in factors}, channels, scored)
+
+
+def enough(batches: Sequence[Batch]) -> list[Batch]:
+    """The first batches that hold `TOKENS` tokens and `ITEMS` items, or all."""
+    found: list[Batch] = []
+    tokens = items = 0
+    for batch in batches:
+        if tokens >= TOKENS and items >= ITEMS:
+            break
+        found.append(batch)
+        tokens += num_tokens(batch)
+        items += len(next(iter(batch.values())))
     return found
 
 
-def scaled_prices(analysis: Analysis, found: Iterable[MeasuredPart]) -> Analysis:
-    """The analysis with the prices of each part multiplied by the part's factor."""
-    factors = {name: part.factor for part in found for name in part.layers}
-    spectra = {
-        name: spectrum
-        if spectrum.price is None
-        else dataclasses.replace(spectrum, price=spectrum.price * factors.get(name, 1.0))
-        for name, spectrum in analysis.spectra.items()
-    }
-    orders = {
-        name: dataclasses.replace(order, rises=order.rises * factors.get(name, 1.0))
-        for name, order in analysis.orders.items()
-    }
-    return dataclasses.replace(analysis, spectra=spectra, orders=orders)
+def rank_cut(name: str, factors: Factors) -> Cut:
+    """A layer at every rank."""
+    return Cut(name, factors.left, factors.right, range(len(factors.right) + 1))
+
+
+def channel_cut(model: nn.Module, order: ChannelOrder) -> Cut | None:
+    """A feed-forward at every step of its channels.
+
+    With `C = L L^T` in the order of the channels, keeping the first and rebuilding the others from
+    them drops the last components of `(W_out L) (L^-1)`.
+
+    Returns:
+        None where the moment is singular.
+    """
+    moment = order.moment[order.order][:, order.order].double()
+    root, failed = torch.linalg.cholesky_ex(moment)
+    if int(failed):
+        return None
+    weight = linear_weight(model.get_submodule(order.block.output)).detach()
+    left = weight[:, order.order.to(weight.device)].double() @ root.to(weight.device)
+    inverse = torch.linalg.solve_triangular(root, torch.eye(len(root)).double(), upper=False)
+    right = torch.empty_like(inverse, dtype=torch.float32)
+    right[:, order.order] = inverse.float()
+    return Cut(order.block.output, left.float(), right, order.counts)
+
+
+@dataclass(frozen=True)
+class Priced:
+    """Prices from held-out text, in the form in which plans are made.
+
+    Attributes:
+        spectra: By layer name.
+        orders: By the name of a feed-forward's output layer.
+        coherence: By layer name, see `priced`.
+        parts: How far they are off the prices of the calibration text.
+    """
+
+    spectra: dict[str, Spectrum]
+    orders: dict[str, ChannelOrder]
+    coherence: dict[str, float]
+    parts: list[MeasuredPart]
+
+
+def priced(
+    spectra: Mapping[str, Spectrum],
+    orders: Mapping[str, ChannelOrder],
+    found: HeldOutPrices,
+    plan: RankPlan,
+    parts: Iterable[Sequence[str]],
+) -> Priced:
+    """Spectra and orders whose prices are those of held-out text.
+
+    A layer's curve is taken from the squares by position, which hardly vary from item to item.
+    What positions have in common is one factor for each part of the model, `coherence`, at the
+    cuts of a plan: over its layers c^2 varies less.
+
+    Args:
+        spectra: With the prices of the calibration text.
+        orders: As they were.
+        found: Effects on held-out text.
+        plan: What the prices of the calibration text propose.
+        parts: Names of the layers of each part.
+    """
+    chosen = found.chosen(plan, orders)
+    everywhere = _coherence(chosen.values())
+    result = Priced(dict(spectra), dict(orders), {}, [])
+    for layers in parts:
+        cut = {name: chosen[name] for name in layers if name in chosen}
+        coherence = _coherence(cut.values()) if cut else everywhere
+        before = sum(_predicted(spectra, orders, plan, name) for name in cut)
+        after = sum(coherence * float(found.rise(each.squares[:, at])) for each, at in cut.values())
+        if cut and before > 0:
+            result.parts.append(MeasuredPart(tuple(layers), before, after, after / before))
+        for name in layers:
+            result.coherence[name] = coherence
+            if name in found.ranks:
+                rises = coherence * _falling(found.rise(found.ranks[name].squares))
+                result.spectra[name] = dataclasses.replace(
+                    spectra[name], price=rises[:-1] - rises[1:]
+                )
+            if name in found.channels:
+                rises = coherence * _falling(found.rise(found.channels[name].squares))
+                result.orders[name] = dataclasses.replace(orders[name], rises=rises)
+    return result
+
+
+def _coherence(cuts: Iterable[tuple[Effects, int]]) -> float:
+    """c^2 over the same squared by position, over several cuts; at most 20 either way."""
+    together = apart = 0.0
+    for effects, at in cuts:
+        together += float(effects.items[:, at].double().square().sum())
+        apart += float(effects.squares[:, at].double().sum())
+    return min(max(together / apart, 1 / _LARGEST), _LARGEST) if apart > 0 else 1.0
+
+
+def _falling(rises: torch.Tensor) -> torch.Tensor:
+    """The same where more components never cost more: such a step is noise."""
+    return rises.cummin(dim=0).values
+
+
+def _predicted(
+    spectra: Mapping[str, Spectrum],
+    orders: Mapping[str, ChannelOrder],
+    plan: RankPlan,
+    name: str,
+) -> float:
+    if name in orders and name in plan.narrowed:
+        return orders[name].predicted_rise(plan.narrowed[name][1])
+    return spectra[name].predicted_rise(plan.ranks[name])
+
+
+def standard_error(
+    found: HeldOutPrices,
+    coherence: Mapping[str, float],
+    orders: Mapping[str, ChannelOrder],
+    plan: RankPlan,
+) -> float:
+    """Standard error of a plan's predicted rise over the held-out items, nats; NaN of one item."""
+    chosen = found.chosen(plan, orders)
+    if not chosen:
+        return 0.0
+    total = sum(
+        coherence[name] * each.squares[:, at].double() for name, (each, at) in chosen.items()
+    )
+    assert isinstance(total, torch.Tensor)
+    by_item = total.view(found.draws, -1).mean(dim=0)
+    items = len(by_item)
+    spread = float(by_item.std()) if items > 1 else math.nan
+    return spread * math.sqrt(items) * found.draws / (2 * found.scored)
 
 
 def model_parts(model: nn.Module, names: Iterable[str]) -> list[list[str]]:

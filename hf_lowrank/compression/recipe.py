@@ -15,13 +15,12 @@ from hf_lowrank.compression.options import Texts
 from hf_lowrank.config import LowRankConfig
 from hf_lowrank.errors import TargetError
 from hf_lowrank.format.feed_forward import find_feed_forwards
-from hf_lowrank.measuring.causal import check_distillable
 from hf_lowrank.measuring.embeddings import embedding_loss
-from hf_lowrank.measuring.items import Batch, LossFunction, is_causal_lm
+from hf_lowrank.measuring.items import LossFunction, is_causal_lm
 
 RECIPES = {
     "causal language model": {"channels": True, "measured_prices": True},
-    "embedding model": {"channels": True, "measured_prices": False},
+    "embedding model": {"channels": True, "measured_prices": True},
     "other": {"channels": False, "measured_prices": False},
 }
 
@@ -37,7 +36,7 @@ def with_recipe(
     Args:
         config: What to do.
         kind: A key of `RECIPES`.
-        measurable: Whether there is held-out text and a model on which prices can be measured.
+        measurable: Whether there is held-out text on which prices can be measured.
     """
     on_prices = (config.metric, config.effective_rule) == ("kfac", "price")
     if not on_prices or config.goal == "rank" or config.ranks is not None:
@@ -60,13 +59,12 @@ def recipe_of(
         texts: As given; held-out text is taken off the calibration text where there is none.
         loss_function: A loss of one's own, or None; prices are measured for next tokens only.
     """
+    has_held_out = bool(texts.held_out) or len(texts.calibration or []) > 1
+    if embedding_loss(model, loss_function) is not None:
+        return with_recipe(config, "embedding model", measurable=has_held_out)
     if not is_causal_lm(model):
-        is_embedding = embedding_loss(model, loss_function) is not None
-        return with_recipe(config, "embedding model" if is_embedding else "other")
-    calibration = texts.calibration or []
-    batches = texts.held_out or (calibration if len(calibration) > 1 else [])
-    is_own = bool(batches) and loss_function is None
-    return with_recipe(config, measurable=is_own and _is_measurable(model, batches[0]))
+        return with_recipe(config, "other")
+    return with_recipe(config, measurable=has_held_out and loss_function is None)
 
 
 def possible_recipe(
@@ -86,11 +84,3 @@ def possible_recipe(
         except TargetError:
             return found.replace(channels=False)
     return found
-
-
-def _is_measurable(model: nn.Module, batch: Batch) -> bool:
-    try:
-        check_distillable(model, batch)
-    except Exception:  # what is wrong with the model or the batch, later checks will say
-        return False
-    return True

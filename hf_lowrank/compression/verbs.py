@@ -22,7 +22,7 @@ from hf_lowrank.compression.options import (
     split_texts,
     with_dense_embeddings,
 )
-from hf_lowrank.compression.prices import check_measurable
+from hf_lowrank.compression.prices import check_prices
 from hf_lowrank.compression.recipe import possible_recipe, recipe_of
 from hf_lowrank.compression.recovery import check_recoverable, recovery_settings
 from hf_lowrank.compression.stages import check_stages, compress_in_stages
@@ -223,7 +223,7 @@ def check_run(
     if config.channels:
         find_feed_forwards(model, targets)
     if config.measured_prices and config.ranks is None:
-        check_measurable(model, texts.held_out or [])
+        check_prices(texts.held_out or [])
     if recovery_settings(options.recover, options.recover_steps, config.seed):
         embedding = embedding_loss(model, options.loss_function)
         check_recoverable(model, texts.calibration or [], texts.held_out or [], embedding)

@@ -118,8 +118,7 @@ def _projection(model: nn.Module, batch: Batch) -> Projection:
     if project is None:
         raise ConfigError(
             f"{type(model).__name__}: distillation needs a causal language model whose logits are "
-            "its head applied to the last hidden states; leave out recover_steps and "
-            "measured_prices."
+            "its head applied to the last hidden states; leave out recover_steps."
         )
     return project
 

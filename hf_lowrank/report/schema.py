@@ -52,6 +52,8 @@ class Report:
         foreign_evaluation: The same on a second text, of a kind that calibration saw nothing of.
         predicted_loss_difference: Sum of the dropped components' prices, nats, or None where the
             metric predicts nothing.
+        predicted_standard_error: That of the prediction over held-out items, nats; None where the
+            prices are not those of held-out text.
         seconds: Wall time by phase.
         probes: Steps of the search for a loss tolerance.
         held_out: The accepted loss difference on the search's own held-out text, or None.
@@ -81,6 +83,7 @@ class Report:
     evaluation: Evaluation | None = None
     foreign_evaluation: Evaluation | None = None
     predicted_loss_difference: float | None = None
+    predicted_standard_error: float | None = None
     seconds: dict[str, float] = field(default_factory=dict)
     probes: list[Probe] = field(default_factory=list)
     held_out: LossDifference | None = None

@@ -126,13 +126,13 @@ class Recovery:
 
 @dataclass(frozen=True)
 class MeasuredPart:
-    """A part of the model whose prices were corrected by what its cut alone did.
+    """A part of the model whose cuts were priced again on held-out text.
 
     Attributes:
         layers: Their names.
-        predicted: Rise of the loss by the prices, nats per token.
-        measured: Divergence from the dense model, nats per token.
-        factor: What the prices were multiplied by.
+        predicted: Rise of the loss by the prices of the calibration text, nats per token.
+        measured: The same by those of held-out text.
+        factor: The latter over the former.
     """
 
     layers: tuple[str, ...]

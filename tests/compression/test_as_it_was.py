@@ -93,7 +93,7 @@ def test_after_the_cut(text, monkeypatch, name, error):
     before.check()
 
 
-@pytest.mark.parametrize("name", ["measure_parts", "plan_for_goal", "search_tolerance"])
+@pytest.mark.parametrize("name", ["model_parts", "plan_for_goal", "search_tolerance"])
 def test_before_the_cut(text, monkeypatch, name):
     before = Untouched()
     fail(monkeypatch, decision, name, KeyboardInterrupt)

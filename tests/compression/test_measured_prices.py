@@ -1,6 +1,7 @@
-"""Prices corrected by what each part of a model does when it is cut alone."""
+"""Prices of cuts on held-out text."""
 
 import dataclasses
+import math
 
 import pytest
 import torch
@@ -8,22 +9,31 @@ import torch.nn.functional as F
 
 from hf_lowrank import LowRankConfig, compress
 from hf_lowrank.cli.arguments import CompressionArguments
-from hf_lowrank.compression.held_out import HeldOutDivergence
-from hf_lowrank.compression.prices import measure_parts, model_parts, scaled_prices
+from hf_lowrank.compression.prices import (
+    HeldOutPrices,
+    channel_cut,
+    enough,
+    measure_prices,
+    model_parts,
+    rank_cut,
+    standard_error,
+)
 from hf_lowrank.errors import ConfigError, DataError
-from hf_lowrank.report.sections import MeasuredPart
+from hf_lowrank.measuring.effects import Effects
+from hf_lowrank.ranks.plan import RankPlan
 from hf_lowrank.report.text.table import comparison_rows, describe_run, format_report
 from tests.compression import mean_loss
 from tests.compression.analyzed import analyzed
-from tests.measuring.losses import tiny_bert_decoder
 from tests.tiny_models import (
-    batches_for,
     equal_states,
     logits,
     num_lowrank,
+    sentence_batches,
     snapshot,
     tiny_bert_classifier,
+    tiny_gpt2,
     tiny_llama,
+    token_batches,
     written_batches,
 )
 
@@ -37,25 +47,128 @@ def text():
 
 @pytest.fixture(scope="module")
 def analysis(text):
-    return analyzed(tiny_llama(), CONFIG, text[:6])
+    return analyzed(tiny_llama(), CONFIG, text[:6], held_out=text[6:])
 
 
-def test_divergence_is_that_of_the_next_token_distributions(text):
-    model = tiny_llama()
-    divergence = HeldOutDivergence(model, text[:2], windows=6)
-    assert sum(len(batch["input_ids"]) for batch in divergence.batches) == 6
-    assert divergence.mean() == pytest.approx(0.0, abs=1e-6)
-    batches = divergence.batches
-    before = [logits(model, batch).log_softmax(-1) for batch in batches]
-    with torch.no_grad():
-        model.model.layers[0].mlp.up_proj.weight.mul_(0.5)
-    total, count = 0.0, 0
-    for batch, old in zip(batches, before, strict=True):
-        new = logits(model, batch).log_softmax(-1)
-        kept = batch["attention_mask"][:, 1:].bool()
-        each = F.kl_div(new[:, :-1], old[:, :-1], log_target=True, reduction="none").sum(-1)
-        total, count = total + float(each[kept].sum()), count + int(kept.sum())
-    assert divergence.mean() == pytest.approx(total / count, rel=1e-4)
+def priced(analysis, ratio=0.5):
+    plan = analysis.plan_for_ratio(ratio)
+    return plan, *analysis.priced(plan, model_parts(tiny_llama(), plan.ranks))
+
+
+@pytest.mark.parametrize("build", [tiny_llama, tiny_gpt2])
+def test_cuts_are_those_that_surgery_makes(build):
+    model = build()
+    found = analyzed(model, CONFIG.replace(measured_prices=False), written_batches(model, 6))
+    for name, factors in found.factors.items():
+        cut = rank_cut(name, factors)
+        assert torch.equal(cut.left[:, :5] @ cut.right[:5], factors.left[:, :5] @ factors.right[:5])
+        assert list(cut.counts) == list(range(len(factors.right) + 1))
+    assert found.orders
+    for name, order in found.orders.items():
+        cut, count = channel_cut(model, order), order.counts[5]
+        narrowing = order.narrowing(model, count)
+        kept = narrowing.gather[0]
+        expected = torch.zeros(cut.left.shape[0], cut.right.shape[1], dtype=torch.float64)
+        expected[:, kept] = narrowing.output.double()
+        product = (cut.left[:, :count] @ cut.right[:count]).double()
+        assert torch.allclose(product, expected, rtol=1e-3, atol=1e-3 * float(expected.abs().max()))
+        assert list(cut.counts) == order.counts
+        assert cut.layer == name
+
+
+def test_a_singular_moment_has_no_cut(analysis):
+    order = next(iter(analysis.orders.values()))
+    flat = dataclasses.replace(order, moment=torch.zeros_like(order.moment))
+    assert channel_cut(tiny_llama(), flat) is None
+
+
+def test_the_sum_over_the_parts_is_what_is_predicted(text, analysis):
+    plan, found, parts = priced(analysis)
+    assert parts
+    assert found.predicted_rise(plan) == pytest.approx(sum(p.measured for p in parts), rel=0.05)
+    for part in parts:
+        assert part.factor == pytest.approx(part.measured / part.predicted)
+    cut = {n for n, rank in plan.ranks.items() if rank is not None} | set(plan.narrowed)
+    assert cut <= {name for part in parts for name in part.layers}
+    assert found.spectra.keys() == analysis.spectra.keys()
+    assert all(bool((s.price >= 0).all()) for s in found.spectra.values())
+    changed = [
+        not torch.equal(found.spectra[n].price, s.price) for n, s in analysis.spectra.items()
+    ]
+    assert all(changed)
+
+
+def test_a_prediction_of_text_that_was_not_seen_is_nearer_than_that_of_the_calibration_text():
+    """From few tokens, a decomposition drops what these do not need."""
+    off, off_before = [], []
+    for seed in range(3):
+        model = tiny_llama(seed)
+        text = written_batches(model, num_batches=60, seed=seed)
+        found = analyzed(model, CONFIG.replace(channels=False), text[:2], held_out=text[2:30])
+        plan = found.plan_for_ratio(0.9)
+        predicted = found.priced(plan, model_parts(model, plan.ranks))[0].predicted_rise(plan)
+        before = [logits(model, each)[:, :-1].log_softmax(-1) for each in text[30:]]
+        config = found.config.replace(measured_prices=False, ranks=dict(plan.ranks))
+        compress(model, config, text[:2], progress=False)
+        after = [logits(model, each)[:, :-1].log_softmax(-1) for each in text[30:]]
+        divergence = F.kl_div(
+            torch.cat(after), torch.cat(before), log_target=True, reduction="none"
+        )
+        measured = float(divergence.sum(-1).mean())
+        off.append(abs(math.log(predicted / measured)))
+        off_before.append(abs(math.log(found.predicted_rise(plan) / measured)))
+    assert sum(off) < 0.6 * sum(off_before), (off, off_before)
+
+
+def test_a_layer_that_costs_more_than_predicted_keeps_more(analysis):
+    assert analysis.held_out is not None
+    usual = dataclasses.replace(analysis, config=CONFIG.replace(channels=False))
+    ranks = priced(usual)[1].plan_for_ratio(0.5).ranks
+    name = min((n for n, rank in ranks.items() if rank), key=lambda n: ranks[n])
+    effects = dict(analysis.held_out.ranks)
+    effects[name] = Effects(100 * effects[name].items, 10_000 * effects[name].squares)
+    dear = dataclasses.replace(
+        analysis,
+        held_out=dataclasses.replace(analysis.held_out, ranks=effects),
+        config=CONFIG.replace(channels=False),
+    )
+    rank = priced(dear)[1].plan_for_ratio(0.5).ranks[name]
+    assert rank is None or rank > ranks[name]
+
+
+def test_what_positions_have_in_common_counts(analysis):
+    """Twice the change of an item at the same squares by position: four times the price."""
+    both = {}
+    for scale in (1.0, 2.0):
+        assert analysis.held_out is not None
+        ranks, channels = (
+            {n: Effects(scale * each.items, each.squares) for n, each in found.items()}
+            for found in (analysis.held_out.ranks, analysis.held_out.channels)
+        )
+        held_out = dataclasses.replace(analysis.held_out, ranks=ranks, channels=channels)
+        plan, found, _ = priced(dataclasses.replace(analysis, held_out=held_out))
+        both[scale] = found.predicted_rise(plan)
+    assert both[2.0] == pytest.approx(4 * both[1.0], rel=1e-6)
+
+
+def test_the_standard_error_is_that_of_the_mean_over_items():
+    items = torch.zeros(6, 3)
+    squares = torch.tensor([[1.0, 0.5, 0.0]]).repeat(6, 1)
+    squares[:, 1] = torch.tensor([1.0, 2.0, 6.0, 3.0, 2.0, 4.0])  # two draws of three items
+    found = HeldOutPrices({"a": Effects(items, squares)}, {}, scored=60, draws=2)
+    plan = RankPlan({"a": 1}, {"a": (4, 4)})
+    rises = torch.tensor([2.0, 2.0, 5.0]) / (2 * 10)  # each item has 10 positions
+    expected = float(rises.std()) / 3**0.5
+    assert standard_error(found, {"a": 1.0}, {}, plan) == pytest.approx(expected)
+    assert standard_error(found, {"a": 3.0}, {}, plan) == pytest.approx(3 * expected)
+    assert standard_error(found, {"a": 1.0}, {}, RankPlan({"a": None}, {"a": (4, 4)})) == 0.0
+
+
+def test_no_more_text_is_read_than_is_enough():
+    long, short = token_batches(4, 2, length=1024), token_batches(1000, 4, length=16)
+    assert len(enough(long)) == 4  # 8 items
+    assert sum(each["input_ids"].numel() for each in enough(short)) == 3072
+    assert len(enough(short[:3])) == 3
 
 
 def test_parts_are_depths_and_kinds():
@@ -70,71 +183,40 @@ def test_parts_are_depths_and_kinds():
     assert len(model_parts(tiny_llama(), ["model.layers.1.mlp.up_proj"])) == 1
 
 
-def test_factors_are_measured_over_predicted_and_the_model_is_dense_again(text, analysis):
-    model = tiny_llama()
-    before = snapshot(model)
-    plan = analysis.plan_for_ratio(0.5)
-    found = measure_parts(model, analysis, plan, text[6:], progress=False)
-    assert equal_states(snapshot(model), before)
-    assert num_lowrank(model) == 0
-    cut = {n for n, rank in plan.ranks.items() if rank is not None} | set(plan.narrowed)
-    assert cut <= {name for part in found for name in part.layers}
-    for part in found:
-        assert part.factor == pytest.approx(part.measured / part.predicted)
-    corrected = scaled_prices(analysis, found)
-    total = sum(part.measured for part in found)
-    assert corrected.predicted_rise(plan) == pytest.approx(total)
-    assert corrected.spectra.keys() == analysis.spectra.keys()
-
-
-def test_a_part_that_costs_more_than_predicted_keeps_more(text, analysis):
-    plan = analysis.plan_for_ratio(0.5)
-    parts = model_parts(tiny_llama(), plan.ranks)
-
-    def kept(found_plan, layers):
-        sizes = {**found_plan.shapes, **found_plan.narrowed}
-        return sum(
-            sizes[n][0] * sizes[n][1]
-            if (rank := found_plan.ranks[n]) is None
-            else rank * sum(sizes[n])
-            for n in layers
-        )
-
-    gains = []
-    for layers in parts:
-        factors = [MeasuredPart(tuple(layers), 1.0, 5.0, 5.0)]
-        corrected = scaled_prices(analysis, factors).plan_for_ratio(0.5)
-        gains.append(kept(corrected, layers) - kept(plan, layers))
-        assert corrected.kept_parameters <= 0.5 * plan.dense_parameters
-    assert min(gains) >= 0  # 0 where the part was whole before
-    assert max(gains) > 0
-
-
-def test_a_run_reports_what_corrected_its_prices(text):
+def test_a_run_reports_what_its_prices_are(text):
     model, held_out = tiny_llama(), text[6:]
     report = compress(model, CONFIG, text[:6], text[8:], held_out=held_out, progress=False)
     assert report.measured_prices
-    total = sum(part.measured for part in report.measured_prices)
-    assert report.predicted_loss_difference == pytest.approx(total, rel=0.5)
+    assert report.predicted_standard_error > 0
+    said = format_report(report)
+    assert f"+- {report.predicted_standard_error:.4f}" in said
+    assert "parts on held-out text over those on calibration text:" in said
     assert report.seconds["prices"] > 0
-    assert "parts corrected by measurement: factors" in format_report(report)
-    assert "prices measured part by part" in describe_run(report)
+    assert "prices from held-out text" in describe_run(report)
     assert comparison_rows({"a": report})[1][8] == "kfac, channels, measured_prices"
     again = tiny_llama()
     compress(again, model.config.quantization_config, text[:6], progress=False)  # a replay
     assert equal_states(snapshot(again), snapshot(model))
 
 
-def test_a_log_file_hears_of_the_parts(text, analysis, capsys):
-    model, plan = tiny_llama(), analysis.plan_for_ratio(0.5)
-    measure_parts(model, analysis, plan, text[6:], progress=False)
+def test_without_measured_prices_no_error_is_claimed(text):
+    config = CONFIG.replace(measured_prices=False)
+    report = compress(tiny_llama(), config, text[:6], text[8:], progress=False)
+    assert report.predicted_loss_difference > 0
+    assert report.predicted_standard_error is None
+    assert "+-" not in format_report(report).split("predicted by the prices:")[1].split("\n")[0]
+
+
+def test_a_log_file_hears_of_the_measurement(text, analysis, capsys):
+    model = tiny_llama()
+    arguments = (model, analysis.factors, analysis.orders, text[6:8])
+    measure_prices(*arguments, progress=False)
     assert capsys.readouterr().err == ""
-    measure_parts(model, analysis, plan, text[6:])
-    number = len(model_parts(model, plan.ranks))
-    assert capsys.readouterr().err == f"... measure prices: 0 of {number} parts, 0%\n"
+    measure_prices(*arguments)
+    assert capsys.readouterr().err == "... measure prices: 0 of 4 batches, 0%\n"
 
 
-def test_a_tolerance_is_searched_with_corrected_prices(text):
+def test_a_tolerance_is_searched_with_these_prices(text):
     model, dense = tiny_llama(), tiny_llama()
     config = LowRankConfig(loss_tolerance=0.1, measured_prices=True)
     report = compress(model, config, text[:6], held_out=text[6:], progress=False)
@@ -152,34 +234,24 @@ def test_held_out_text_is_taken_from_the_calibration_text_or_asked_for(text):
     assert roles["held_out"] == 32
 
 
-def test_other_models_and_rules_are_refused(text):
+def test_an_encoder_with_a_task_can_be_priced_on_held_out_sentences():
     model = tiny_bert_classifier()
-    with pytest.raises(ConfigError, match="BertForSequenceClassification is no causal language"):
-        compress(model, CONFIG, batches_for(model, 4), progress=False)
-    assert num_lowrank(model) == 0
+    config = LowRankConfig(param_ratio=0.5, measured_prices=True)
+    report = compress(model, config, sentence_batches(8), progress=False)
+    assert report.measured_prices
+    assert report.predicted_standard_error > 0
+    assert num_lowrank(model)
+
+
+def test_other_rules_are_refused():
     with pytest.raises(ConfigError, match="measured_prices works on prices"):
         LowRankConfig(param_ratio=0.5, metric="whitened", measured_prices=True)
 
 
-def no_work(*args, **kwargs):
-    pytest.fail("worked")
-
-
-def test_a_model_with_more_than_a_head_is_refused_before_any_work(text, monkeypatch):
-    monkeypatch.setattr("hf_lowrank.compression.application.analyze", no_work)
-    with pytest.raises(ConfigError, match=r"^BertLMHeadModel: .* recover_steps and measured_pri"):
-        compress(tiny_bert_decoder(), CONFIG, text[:4], progress=False)
-
-
 def test_prices_without_held_out_text_are_refused_before_any_work(text, monkeypatch):
+    def no_work(*args, **kwargs):
+        pytest.fail("worked")
+
     monkeypatch.setattr("hf_lowrank.compression.application.analyze", no_work)
     with pytest.raises(DataError, match=r"measured_prices needs held-out text; pass held_out\."):
         compress(tiny_llama(), CONFIG, text[:4], held_out=[], progress=False)
-
-
-def test_factors_stay_within_bounds(text, analysis):
-    tiny = {n: dataclasses.replace(s, price=s.price * 1e-6) for n, s in analysis.spectra.items()}
-    low = dataclasses.replace(analysis, spectra=tiny, orders={})
-    plan = low.plan_for_ratio(0.5)
-    found = measure_parts(tiny_llama(), low, plan, text[6:], progress=False)
-    assert {part.factor for part in found} == {20.0}

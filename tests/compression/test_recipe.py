@@ -72,7 +72,7 @@ def test_without_prices_both_are_off(changes: dict[str, Any]):
 
 def test_an_encoder_keeps_its_channels():
     model, batches = tiny_bert_classifier(), sentence_batches(4)
-    assert parts(recipe_of(model, SIZE, batches, None)) == (False, False)
+    assert parts(recipe_of(model, SIZE, Texts(batches), None)) == (False, False)
     report = hf_lowrank.compress(model, SIZE, batches, progress=False)
     assert not report.narrowed
 

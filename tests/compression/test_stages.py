@@ -13,7 +13,7 @@ from hf_lowrank.compression import application
 from hf_lowrank.compression.analysis import analyze
 from hf_lowrank.compression.application import cut, measure_dense
 from hf_lowrank.compression.joint.system import compress_jointly
-from hf_lowrank.compression.prices import measure_parts, scaled_prices
+from hf_lowrank.compression.prices import model_parts
 from hf_lowrank.compression.recovery import RecoverySettings, recover_
 from hf_lowrank.compression.stages import stage_goals
 from hf_lowrank.errors import ConfigError, NumericalError
@@ -51,9 +51,9 @@ def compress_twice(model, text, kind="factors"):
     for ratio, steps in ((0.75, 2), (0.5, 4)):
         if compressed_layers(model):
             merge_(model)
-        analysis = analyzed(model, CONFIG, text[:6])
+        analysis = analyzed(model, CONFIG, text[:6], held_out=text[6:9])
         plan = analysis.plan_for_ratio(ratio)
-        analysis = scaled_prices(analysis, measure_parts(model, analysis, plan, text[6:9]))
+        analysis, _ = analysis.priced(plan, model_parts(model, plan.ranks))
         factorize_(model, analysis.factors, analysis.plan_for_ratio(ratio), analysis.orders)
         settings = RecoverySettings(steps, kind=kind)
         recover_(model, dense, text[:6], text[6:9], settings, progress=False)

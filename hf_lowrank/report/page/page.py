@@ -34,6 +34,7 @@ from hf_lowrank.report.text.table import (
     differences,
     evaluations,
     number,
+    predicted,
     probe_rows,
     rank_rows,
     stage_rows,
@@ -142,7 +143,7 @@ def _before_and_after(report: Report) -> list[Part]:
         )
         notes.append(("text", {"text": said, "kind": ""}))
     if report.predicted_loss_difference is not None:
-        notes.append(_text(f"The prices predicted {report.predicted_loss_difference:+.4f}."))
+        notes.append(_text(f"The prices predicted {predicted(report)}."))
     rows += [[*texts, ""][:4] for texts in embedding_rows(report)]
     rows += speed_rows(report)
     if told := embedding_notes(report):

@@ -47,11 +47,11 @@ def format_report(report: Report) -> str:
             + (f"foreign text ({source}), unlike the calibration's" if what else "evaluation text")
         )
     if report.predicted_loss_difference is not None:
-        lines.append(f"predicted by the prices: {report.predicted_loss_difference:+.4f}")
+        lines.append(f"predicted by the prices: {predicted(report)}")
     if report.measured_prices:
         factors = [part.factor for part in report.measured_prices]
         lines.append(
-            f"prices of {len(factors)} parts corrected by measurement: factors "
+            f"prices of {len(factors)} parts on held-out text over those on calibration text: "
             f"{min(factors):.2f} to {max(factors):.2f}"
         )
     for place, recovery in _recoveries(report):
@@ -194,13 +194,20 @@ def format_comparison(reports: Mapping[str, Report]) -> str:
     return "\n".join([*parts, *notes])
 
 
+def predicted(report: Report) -> str:
+    """The predicted rise of the loss, with its standard error where that is known."""
+    error = report.predicted_standard_error
+    said = number(report.predicted_loss_difference, "+.4f")
+    return said if error is None else f"{said} +- {error:.4f}"
+
+
 def describe_run(report: Report) -> str:
     """Goal, metric and rule in a sentence."""
     if report.training is not None:
         return f"{_describe_training(report.training)}; seed {report.seed}."
     config = report.config
     how = f"metric {config.metric}" + (f", rule {config.rule}" if config.rule else "")
-    how += ", prices measured part by part" if config.measured_prices else ""
+    how += ", prices from held-out text" if config.measured_prices else ""
     what = "Ranks, and channels of feed-forwards," if config.channels else "Ranks"
     stages = f", in {len(report.stages)} stages" if report.stages else ""
     said = f"Goal: {_goal(config, report.LOSS_UNIT)}{stages}. {what} by {how}; seed {report.seed}."
