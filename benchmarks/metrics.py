@@ -41,16 +41,19 @@ def compare_metrics(
     shapes = {name: linear_shape(layer) for name, layer in targets.items()}
     seconds = {"forward_backward": time_forward_backward(model, calibration)}
     start = time.perf_counter()
-    collect_moments(model, targets, calibration, METRICS["kfac"].needs)
+    kfac = METRICS["kfac"]
+    weighted = collect_moments(model, targets, calibration, kfac.needs, even=kfac.even)
     seconds["statistics_kfac"] = time.perf_counter() - start
-    all_needs = frozenset().union(*(metric.needs for metric in METRICS.values()))
+    all_needs = frozenset().union(*(m.needs for m in METRICS.values() if not m.even))
     moments = collect_moments(model, targets, calibration, all_needs)
     before = measure_loss(model, evaluation, progress="evaluate dense")
     rows: list[dict[str, Any]] = []
     for metric in (name for name in METRICS if name not in _FOR_PRUNED_WEIGHTS):
         config = LowRankConfig(param_ratio=1.0, metric=metric, form="factors")
         start = time.perf_counter()
-        spectra, factors, failures = decompose_layers(targets, dict(moments), config)
+        spectra, factors, failures = decompose_layers(
+            targets, dict(weighted if METRICS[metric].even else moments), config
+        )
         seconds[f"decomposition_{metric}"] = time.perf_counter() - start
         for rule in RULES:
             if rule == "price" and metric != "kfac":

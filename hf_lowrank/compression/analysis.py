@@ -321,7 +321,9 @@ def _moments(
     names, needs, calibration = group.names, group.needs, run.texts.calibration
     if not needs or calibration is None:
         return {name: Moments() for name in names}
+    even = METRICS[config.metric].even
     entry = [*names, *sorted(needs), *(f"{name}/whole" for name in group.whole)]
+    entry += ["even"] if even else []
     cached: dict[str, Moments] | None = run.processes.decide(
         cache.read("moments", entry) if cache else None
     )
@@ -336,6 +338,7 @@ def _moments(
             needs,
             loss_function=run.options.loss_function,
             whole=group.whole,
+            even=even,
             label_source=config.label_source,
             seed=config.seed,
             on_batch=lambda: progress.update(run.processes.count),

@@ -21,6 +21,7 @@ from hf_lowrank.files import atomic_file
 from hf_lowrank.format.feed_forward import FeedForward
 from hf_lowrank.measuring.items import Batch, LossFunction
 
+_VERSION = 2  # of what the results mean
 # Which settings each kind of result depends on, beside the model and the calibration data.
 _MOMENTS = ("label_source", "seed")
 _SPECTRA = (*_MOMENTS, "metric", "input_damping", "output_damping", "activation_alpha")
@@ -101,7 +102,7 @@ class RunCache:
 
     def _path(self, kind: str, parts: Iterable[str]) -> Path:
         values = {name: getattr(self.config, name) for name in _SETTINGS[kind]}
-        key = json.dumps([kind, self.inputs_digest, values, [*parts]], sort_keys=True)
+        key = json.dumps([kind, _VERSION, self.inputs_digest, values, [*parts]], sort_keys=True)
         digest = hashlib.blake2b(key.encode(), digest_size=16).hexdigest()
         return self.folder / f"{kind}-{digest}.pt"
 

@@ -65,7 +65,8 @@ def collect_gradients(
 
     Labels drawn from the model have no gradient on average.
     """
-    moments = collect_moments(model, targets, batches, METRICS["kfac"].needs | {"gradient"})
+    kfac = METRICS["kfac"]
+    moments = collect_moments(model, targets, batches, kfac.needs | {"gradient"}, even=kfac.even)
     return take_gradients(moments, metric_settings(config))
 
 

@@ -69,10 +69,12 @@ class Metric:
     Attributes:
         needs: Statistics that it reads; names of `Moments` fields.
         form: Builds the quadratic form of one layer from its moments.
+        even: Whether tokens are weighted by what they contribute, see `evenly`.
     """
 
     needs: frozenset[str]
     form: Callable[[Moments, MetricSettings], QuadraticForm]
+    even: bool = False
 
 
 def _plain(moments: Moments, settings: MetricSettings) -> QuadraticForm:
@@ -119,12 +121,17 @@ def _kfac(moments: Moments, settings: MetricSettings) -> QuadraticForm:
 
     With `C` and `G` summed over N tokens the curvature of the summed loss is about `C (x) G / N`,
     so dropping a component with singular value sigma raises the mean over M losses by
-    `sigma^2 / (2 N M)`. For language models M = N.
+    `sigma^2 / (2 N M)`. For language models M = N. Of tokens that are weighted evenly the product
+    is scaled to the trace of the curvature, `sum |x|^2 |g|^2`, in place of `1 / N`.
     """
+    output, inputs = _required(moments.output), _required(moments.input)
+    share = 1.0 / moments.tokens
+    if moments.strength is not None and moments.strength > 0:
+        share = moments.strength / (output.squares * inputs.squares)
     return QuadraticForm(
-        output=Side(None, _required(moments.output), settings.output_damping),
-        input=Side(None, _required(moments.input), settings.input_damping),
-        price_scale=1.0 / (2.0 * moments.tokens * moments.losses),
+        output=Side(None, output, settings.output_damping),
+        input=Side(None, inputs, settings.input_damping),
+        price_scale=share / (2.0 * moments.losses),
     )
 
 
@@ -155,7 +162,7 @@ METRICS: dict[str, Metric] = {
     "activation-scale": Metric(frozenset({"input_abs"}), _activation_scale),
     "whitened": Metric(frozenset({"input"}), _whitened),
     "pooled": Metric(frozenset({"input_centred"}), _pooled),
-    "kfac": Metric(frozenset({"input", "output"}), _kfac),
+    "kfac": Metric(frozenset({"input", "output"}), _kfac, even=True),
     "sparsity": Metric(frozenset(), _sparsity),
     "sparsity-whitened": Metric(frozenset({"input"}), _sparsity_whitened),
 }

@@ -55,6 +55,7 @@ class Moments:
         gradient: Weight gradient of the summed loss, shape (m, n), fp32.
         tokens: Unmasked tokens that passed through the layer.
         losses: Terms in the loss: scored tokens, or sentences.
+        strength: Sum of `|x|^2 |g|^2` over tokens, where x and g are weighted evenly (`evenly`).
     """
 
     input: SecondMoment | None = None
@@ -66,3 +67,28 @@ class Moments:
     gradient: torch.Tensor | None = None
     tokens: int = 0
     losses: int = 0
+    strength: float | None = None
+
+
+def evenly(
+    inputs: torch.Tensor, gradients: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, float]:
+    """A token's input and gradient, scaled so that both are of length `sqrt(|x| |g|)`.
+
+    The outer product `g x^T` stays what it is, and with it the Fisher information, whose Kronecker
+    factors are to be estimated. They are taken to be independent, which they are not where one
+    is tiny and the other huge: the first position of many models, layers with a norm behind them.
+    Weighted by what it contributes, such a token counts in both factors for no more than that.
+
+    Args:
+        inputs: x, shape (tokens, n).
+        gradients: g, shape (tokens, m).
+
+    Returns:
+        Both scaled, fp32, and the sum of `|x|^2 |g|^2`.
+    """
+    inputs, gradients = inputs.float(), gradients.float()
+    sizes = [rows.norm(dim=1, keepdim=True) for rows in (inputs, gradients)]
+    root = (sizes[0] * sizes[1]).sqrt()
+    scales = [torch.where(root > 0, root / size, 0.0) for size in sizes]
+    return inputs * scales[0], gradients * scales[1], float(root.double().pow(4).sum())

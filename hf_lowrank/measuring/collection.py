@@ -37,6 +37,7 @@ def collect_moments(
     *,
     loss_function: LossFunction | None = None,
     whole: Collection[str] = (),
+    even: bool = False,
     label_source: str = "data",
     seed: int = 0,
     on_batch: Callable[[], None] | None = None,
@@ -55,6 +56,8 @@ def collect_moments(
         loss_function: Loss of a batch; by default the model's own task loss.
         whole: Layers of which `input_whole` is collected in place of `input`, which follows from
             it: that of the images is `W C W^T`.
+        even: Whether tokens are weighted by what they contribute, see `evenly`; then inputs that
+            layers share have a moment for each of them.
         label_source: See `item_losses`.
         seed: Seed of sampled labels.
         on_batch: Called after each batch, for a progress bar.
@@ -67,7 +70,7 @@ def collect_moments(
         DataError: There is no batch, or a layer was never reached.
         NumericalError: The loss of a batch is not finite.
     """
-    collector = Collector(targets, needs, whole)
+    collector = Collector(targets, needs, whole, even)
     compute = loss_function or partial(item_losses, label_source=label_source)
     device = next(model.parameters()).device
     losses = 0

@@ -9,7 +9,7 @@ from functools import partial
 import torch
 from torch import nn
 
-from hf_lowrank.decomposition.moments import Moments
+from hf_lowrank.decomposition.moments import Moments, evenly
 from hf_lowrank.format.dense_linear import linear_shape, linear_weight
 from hf_lowrank.measuring.items import Batch
 from hf_lowrank.measuring.masks import BatchMasks
@@ -50,9 +50,14 @@ class Collector:
     """
 
     def __init__(
-        self, targets: Mapping[str, nn.Module], needs: frozenset[str], whole: Collection[str]
+        self,
+        targets: Mapping[str, nn.Module],
+        needs: frozenset[str],
+        whole: Collection[str],
+        even: bool = False,
     ) -> None:
         self.targets = targets
+        self.even = even
         self.needs = needs
         sides = needs & set(INPUT_SIDES)
         self.input_sides = dict.fromkeys(targets, sides)
@@ -93,10 +98,12 @@ class Collector:
         mask = self.masks.mask_for(args[0])
         moment = self.moments[name]
         moment.tokens += int(mask.sum()) if mask is not None else args[0][..., 0].numel()
-        self._add_input(name, layer, args[0], output.detach(), mask)
+        if not self.even:
+            self._add_input(name, layer, args[0], output.detach(), mask)
         result = watched(output) if self.needs & GRADIENT_FIELDS else None
         if result is not None:
-            keep_input = args[0].detach() if self.needs & {"gradient", "gradient_rows"} else None
+            reads_input = self.even or self.needs & {"gradient", "gradient_rows"}
+            keep_input = args[0].detach() if reads_input else None
             result.register_hook(partial(self._on_gradient, name, layer, mask, keep_input))
         return result
 
@@ -127,6 +134,21 @@ class Collector:
             rows = unmasked_rows(inputs.detach(), mask)
             moment.input_abs = added(moment.input_abs, rows.float().abs().sum(dim=0))
 
+    def _add_even(
+        self, name: str, layer: nn.Module, inputs: torch.Tensor, gradients: torch.Tensor
+    ) -> torch.Tensor:
+        """Adds inputs weighted by what a token contributes; returns the gradients, so weighted."""
+        moment, weight = self.moments[name], linear_weight(layer)
+        rows, gradients, strength = evenly(inputs, gradients)
+        moment.strength = (moment.strength or 0.0) + strength
+        for part in self.input_sides[name]:
+            image, squares, size = rows, None, None
+            if weight.shape[1] > weight.shape[0] and part != "input_whole":
+                image, size = rows @ weight.to(rows.dtype).T, weight.shape[1]
+                squares = float(rows.square().sum())
+            setattr(moment, part, added_outer(getattr(moment, part), image, squares, size))
+        return gradients
+
     def _on_gradient(
         self,
         name: str,
@@ -136,8 +158,11 @@ class Collector:
         gradient: torch.Tensor,
     ) -> None:
         moment = self.moments[name]
+        rows = unmasked_rows(gradient, mask)
+        if self.even:
+            assert inputs is not None  # kept on the way forward
+            rows = self._add_even(name, layer, unmasked_rows(inputs, mask), rows)
         if "output" in self.needs:
-            rows = unmasked_rows(gradient, mask)
             rows_out, rows_in = linear_shape(layer)
             if rows_out > rows_in:
                 squares = float(rows.float().square().sum())
@@ -145,7 +170,7 @@ class Collector:
                 moment.output = added_outer(moment.output, image, squares, rows_out)
             else:
                 moment.output = added_outer(moment.output, rows)
-        if inputs is None:
+        if inputs is None or not self.needs & {"gradient", "gradient_rows"}:
             return
         sequences = sequences_of(gradient, self.masks.batch_size)
         gradients = gradient.float().reshape(sequences, -1, gradient.shape[-1])
