@@ -53,7 +53,7 @@ def run(args: CompressionArguments, publishing: PublishingArguments) -> None:
     if folder:
         num_bytes = model_sizes(model)[1] * len(sizes)
         check_output_folder(folder, args.overwrite_output_dir, num_bytes)
-    texts = batches_by_role(args, tokenizer)
+    texts = batches_by_role(args, model, tokenizer)
     for role, batches in texts.items():
         check_windows(model, batches, args.text_source(role))
     used = {role: args.text_source(role) for role in texts if role != "held_out"}

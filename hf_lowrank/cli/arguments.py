@@ -22,6 +22,7 @@ from hf_lowrank.compression.stages import check_stages
 from hf_lowrank.config import LowRankConfig, config_option, option
 from hf_lowrank.errors import ConfigError, DataError, LowRankError
 from hf_lowrank.inputs.demo_text import DEMO, DEMO_GRAPHS, DEMO_LICENSES
+from hf_lowrank.inputs.own_text import GENERATED
 from hf_lowrank.inputs.text import shares
 from hf_lowrank.report.provenance import commit
 
@@ -161,7 +162,8 @@ class CompressionArguments(JobArguments):
     calibration: str | None = option(
         None,
         "Calibration text: a .txt, .jsonl or .parquet file, a Hub dataset (name:config:split), "
-        "'demo', or several in shares: 'wiki.txt + mail.txt:0.25'. Default: built-in texts "
+        "'demo', 'generated' (the model writes it), or several in shares: "
+        "'wiki.txt + mail.txt:0.25'. Default: built-in texts "
         f"({_DEMO_MIXTURE}) for the demo model, else WikiText-2 from the Hub.",
     )
     calibration_sequences: int = option(64, "Token windows for calibration.")
@@ -245,6 +247,12 @@ class CompressionArguments(JobArguments):
     def _check_texts(self) -> None:
         """Refuses a file, or for the foreign text any source, with two roles."""
         texts = {role: set(shares(self.text_source(role))) for role in self.text_roles()}
+        for role in ("evaluation", "foreign"):
+            if GENERATED in texts.get(role, ()):
+                raise DataError(
+                    f"{GENERATED!r} is calibration text, written by the model itself; as "
+                    f"{role} text it would flatter the model. Give another text."
+                )
         for role, others in (
             ("evaluation", ["calibration"]),
             ("foreign", ["calibration", "evaluation"]),

@@ -17,6 +17,7 @@ from hf_lowrank.compression.joint.system import compress_jointly
 from hf_lowrank.compression.verbs import compress, sweep
 from hf_lowrank.files import check_cache_folder, check_output_folder
 from hf_lowrank.inputs.demo_text import BUILT_IN, DEMO
+from hf_lowrank.inputs.own_text import GENERATED
 from hf_lowrank.inputs.sources import check_hub_id, hub_id
 from hf_lowrank.inputs.text import check_local_text, shares
 from hf_lowrank.report.page.plots import can_draw
@@ -34,7 +35,7 @@ def check_before_loading(
             folder,
             args.overwrite_output_dir,
             source=None if args.model == DEMO else Path(args.model),
-            texts=[Path(text) for text in sorted(texts - set(BUILT_IN))],
+            texts=[Path(text) for text in sorted(texts - {*BUILT_IN, GENERATED})],
             cache=Path(args.cache_dir) if args.cache_dir else None,
         )
     if args.cache_dir:

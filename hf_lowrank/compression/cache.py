@@ -19,6 +19,7 @@ from hf_lowrank.decomposition.spectrum import Factors, Spectrum
 from hf_lowrank.errors import StorageError
 from hf_lowrank.files import atomic_file
 from hf_lowrank.format.feed_forward import FeedForward
+from hf_lowrank.inputs.digest import update_digest
 from hf_lowrank.measuring.items import Batch, LossFunction
 
 _VERSION = 2  # of what the results mean
@@ -113,10 +114,3 @@ def _description(model: nn.Module) -> str:
     settings = config.to_dict() if hasattr(config, "to_dict") else {}
     settings = {k: v for k, v in settings.items() if not k.startswith("_")}
     return json.dumps([repr(model), settings], sort_keys=True, default=str)
-
-
-def update_digest(digest: hashlib.blake2b, name: str, tensor: torch.Tensor) -> None:
-    """Adds a tensor to a hash: name, dtype, shape and bytes."""
-    digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-    flat = tensor.detach().cpu().contiguous().view(-1)
-    digest.update(flat.view(torch.uint8).numpy().tobytes())

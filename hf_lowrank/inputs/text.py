@@ -13,6 +13,7 @@ import torch
 from hf_lowrank.errors import DataError
 from hf_lowrank.inputs.demo_text import BUILT_IN, built_in_text
 from hf_lowrank.inputs.hub import prefer_offline_if_unreachable
+from hf_lowrank.inputs.own_text import GENERATED, OwnText
 from hf_lowrank.inputs.start_token import start_tokens
 
 _TEXT_COLUMNS = ("text", "content", "sentence", "document")
@@ -31,6 +32,7 @@ def token_batches(
     part: tuple[float, float] = (0.0, 1.0),
     batch_size: int = 4,
     at_most: bool = False,
+    own_text: OwnText | None = None,
 ) -> list[dict[str, torch.Tensor]]:
     """Windows of tokens spread evenly over a text, or over several in turn.
 
@@ -47,6 +49,7 @@ def token_batches(
             texts, which are split by role, all is taken.
         batch_size: Windows in a batch.
         at_most: Whether fewer windows will do where the text is too short, but at least one.
+        own_text: Writes the windows of the source "generated".
 
     Returns:
         Batches with `input_ids` of shape (batch, sequence_length); the last may be smaller. Where
@@ -65,8 +68,14 @@ def token_batches(
             raise DataError(f"The {role} {name} must be at least {least}, got {value}.")
     found: list[tuple[float, torch.Tensor]] = []
     for each, count in windows_of_each(source, sequences).items():
-        tokens = _tokens(each, tokenizer, role, part)
         length = sequence_length - len(start)
+        if each == GENERATED:
+            windows = _written(own_text, count, length, role)
+            found += [
+                ((i + 0.5) / count, torch.cat([start, window])) for i, window in enumerate(windows)
+            ]
+            continue
+        tokens = _tokens(each, tokenizer, role, part)
         if at_most:
             count = min(count, max(1, len(tokens) // length))
         if len(tokens) < count * length:
@@ -80,8 +89,18 @@ def token_batches(
             window = tokens[i * stride : i * stride + length]
             found.append(((i + 0.5) / count, torch.cat([start, window])))
     # In turn, so that the first few windows are a mixture, too; sorting keeps equals in order.
-    windows = torch.stack([window for _, window in sorted(found, key=lambda item: item[0])])
-    return [_batch(ids, len(start)) for ids in windows.split(batch_size)]
+    in_turn = torch.stack([window for _, window in sorted(found, key=lambda item: item[0])])
+    return [_batch(ids, len(start)) for ids in in_turn.split(batch_size)]
+
+
+def _written(own_text: OwnText | None, count: int, length: int, role: str) -> torch.Tensor:
+    """Windows that the model writes itself; of a text that it is judged on, they would flatter."""
+    if own_text is None or role not in ("calibration", "held_out"):
+        raise DataError(
+            f"{GENERATED!r} is calibration text of compress_llm.py, written by the model itself; "
+            f"it is no {role} text here. Give another text."
+        )
+    return own_text.windows(count, length, role)
 
 
 def _tokens(

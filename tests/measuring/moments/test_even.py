@@ -114,7 +114,9 @@ def test_whole_inputs_are_weighted_alike():
     model, name = tiny_llama(), "model.layers.1.mlp.down_proj"
     layer, batches = model.get_submodule(name), token_batches(2)
     images = collect_moments(model, {name: layer}, batches, KFAC.needs, even=True)[name]
-    whole = collect_moments(model, {name: layer}, batches, KFAC.needs, whole=[name], even=True)[name]
+    whole = collect_moments(model, {name: layer}, batches, KFAC.needs, whole=[name], even=True)[
+        name
+    ]
     assert whole.input_whole.matrix.shape == (64, 64)
     assert torch.allclose(whole.input.matrix, images.input.matrix, rtol=1e-3, atol=1e-5)
     assert whole.input.squares == pytest.approx(images.input.squares, rel=1e-5)
