@@ -25,6 +25,7 @@ from hf_lowrank.compression.options import Run, Texts
 from hf_lowrank.config import LowRankConfig, option
 from hf_lowrank.evaluation.perplexity import LossMeasurement, measure_loss
 from hf_lowrank.evaluation.size import compare
+from hf_lowrank.inputs.own_text import OwnText
 from hf_lowrank.inputs.sources import load_causal_lm
 from hf_lowrank.inputs.start_token import start_text
 from hf_lowrank.inputs.text import token_batches
@@ -93,6 +94,8 @@ def compare_recipes(args: RecipeArguments) -> None:
     """Every recipe on every calibration text at every size, a file for each."""
     model, tokenizer = load_causal_lm(args.model, args.dtype)
 
+    own_text = OwnText(model, tokenizer)
+
     def read(source: str, role: str, part: tuple[float, float] = (0.0, 1.0)) -> list[Any]:
         return token_batches(
             source,
@@ -102,6 +105,7 @@ def compare_recipes(args: RecipeArguments) -> None:
             role=role,
             part=part,
             batch_size=args.batch_size,
+            own_text=own_text,
         )
 
     judges = Judges(

@@ -15,6 +15,7 @@ from hf_lowrank.channels.budget import plan_with_channels, predicted_rise_with_c
 from hf_lowrank.channels.order import ChannelOrder, order_channels
 from hf_lowrank.compression.cache import RunCache
 from hf_lowrank.compression.gradients import Gradients, metric_settings, take_gradients
+from hf_lowrank.compression.groups import Group, moment_groups
 from hf_lowrank.compression.options import Run
 from hf_lowrank.compression.prices import HeldOutPrices, measure_prices, priced, standard_error
 from hf_lowrank.config import LowRankConfig
@@ -31,9 +32,6 @@ from hf_lowrank.modeling.targets import fixed_ranks
 from hf_lowrank.ranks.plan import RankPlan
 from hf_lowrank.ranks.threshold import plan_for_budget, uniform_plan
 from hf_lowrank.report.sections import MeasuredPart
-
-BYTES_PER_MOMENT = 4
-SECOND_MOMENTS = frozenset({"input", "input_centred", "output"})
 
 
 @dataclass
@@ -116,31 +114,6 @@ class Analysis:
         return None if math.isnan(error) else error
 
 
-@dataclass(frozen=True)
-class Group:
-    """Layers whose moments are in memory together.
-
-    Attributes:
-        layers: Layers by name.
-        blocks: Feed-forwards whose output layer is among them and whose channels are ordered.
-        needs: Names of the `Moments` fields to collect.
-    """
-
-    layers: Mapping[str, nn.Module]
-    blocks: Sequence[FeedForward]
-    needs: frozenset[str]
-
-    @property
-    def names(self) -> list[str]:
-        """Names of the layers."""
-        return list(self.layers)
-
-    @property
-    def whole(self) -> list[str]:
-        """Layers whose whole input moment is needed, for the channels' order."""
-        return [block.output for block in self.blocks]
-
-
 def analyze(
     model: nn.Module,
     targets: Mapping[str, nn.Module],
@@ -178,7 +151,7 @@ def analyze(
     needs = metric.needs | ({"gradient"} if with_gradients else frozenset())
     cache = _cache(model, config, run)
     found = Analysis(config, {name: linear_shape(layer) for name, layer in targets.items()})
-    for layers in _groups(targets, needs, run.options.moment_gib, [b.output for b in blocks]):
+    for layers in moment_groups(targets, needs, run.options.moment_gib, [b.output for b in blocks]):
         group = Group(layers, [b for b in blocks if b.output in layers], needs)
         _analyze_group(model, group, cache, found, run, with_gradients)
     found.fixed = fixed_ranks(targets, config) | dict.fromkeys(found.failures)
@@ -347,28 +320,3 @@ def _moments(
     if cache:
         cache.write("moments", entry, moments)
     return moments
-
-
-def _groups(
-    targets: Mapping[str, nn.Module],
-    needs: frozenset[str],
-    moment_gib: float,
-    whole: Sequence[str] = (),
-) -> list[dict[str, nn.Module]]:
-    """Consecutive layers whose moments fit into memory together; at least one layer each."""
-    limit = moment_gib * 2**30
-    groups: list[dict[str, nn.Module]] = [{}]
-    used = 0.0
-    for name, layer in targets.items():
-        rows, columns = linear_shape(layer)
-        size = BYTES_PER_MOMENT * (
-            len(needs & SECOND_MOMENTS) * min(rows, columns) ** 2
-            + ("gradient" in needs) * rows * columns
-            + 2 * (name in whole) * columns**2  # one stays with the channels' order
-        )
-        if groups[-1] and used + size > limit:
-            groups.append({})
-            used = 0.0
-        groups[-1][name] = layer
-        used += size
-    return groups
