@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+import re
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +19,15 @@ from transformers.utils import find_adapter_config_file
 from hf_lowrank.errors import CheckpointError, ConfigError
 from hf_lowrank.format.dense_linear import linear_shape
 from hf_lowrank.format.feed_forward import named_feed_forwards
-from hf_lowrank.format.forms.stored_form import form_names, listed_layers, stored_form
+from hf_lowrank.format.forms.stored_form import (
+    form_names,
+    listed_layers,
+    stored_form,
+    stored_tensors,
+)
 from hf_lowrank.format.headers import Checked, check_checkpoint, pinned
 from hf_lowrank.format.layout import Layout
 from hf_lowrank.format.rebuild import narrowed_layers, replace_with_lowrank, resolve_module_name
-from hf_lowrank.format.torchao_weights import stored_shapes
 
 # Saved numbers that a model may have beyond four times its tensors' elements.
 _SPARE_ELEMENTS = 10_000_000
@@ -60,6 +65,63 @@ def load(folder: str | Path, **kwargs: Any) -> nn.Module:
             f"load reads model.safetensors, which it has checked; leave out {', '.join(other)}."
         )
     hub = pinned(folder, {key: value for key, value in kwargs.items() if key in _HUB})
+    model_class, checked = _read(folder, hub)
+    try:
+        _check_model(folder, model_class, checked, hub)
+        model, info = model_class.from_pretrained(
+            folder, **kwargs | hub | {"output_loading_info": True, "use_safetensors": True}
+        )
+    except CheckpointError:
+        raise
+    except Exception as error:  # a damaged checkpoint can raise anything
+        raise _damaged(folder, error) from error
+    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        _refuse_keys(folder, kind, info.get(kind) or ())
+    loaded: nn.Module = model
+    return loaded
+
+
+def check(folder: str | Path, **hub: Any) -> None:
+    """Refuses what `load` refuses and reads no tensor; for engines that load by themselves.
+
+    Args:
+        folder: Checkpoint folder, or a repository id on the Hub.
+        **hub: `revision`, `token`, ... as in `from_pretrained`.
+
+    Raises:
+        CheckpointError: As `load` does.
+    """
+    hub = pinned(folder, hub)
+    model_class, checked = _read(folder, hub)
+    try:
+        skeleton, stored = _check_model(folder, model_class, checked, hub)
+    except CheckpointError:
+        raise
+    except Exception as error:
+        raise _damaged(folder, error) from error
+    state, tied = skeleton.state_dict().keys(), skeleton.all_tied_weights_keys
+    missing = {name for name in state - stored if tied.get(name) not in stored}
+    for kind, names in (("missing", missing), ("unexpected", stored - state)):
+        patterns = getattr(skeleton, f"_keys_to_ignore_on_load_{kind}") or ()
+        left = [name for name in names if not any(re.search(each, name) for each in patterns)]
+        _refuse_keys(folder, f"{kind}_keys", left)
+
+
+def _refuse_keys(folder: str | Path, kind: str, keys: Collection[Any]) -> None:
+    if keys:
+        first = min(str(key) for key in keys)
+        raise CheckpointError(
+            f"{folder}: {len(keys)} {kind.replace('_', ' ')}, for example {first}; the "
+            "checkpoint does not fit its config."
+        )
+
+
+def _damaged(folder: str | Path, error: Exception) -> CheckpointError:
+    return CheckpointError(f"{folder}: {' '.join(str(error).split())}")
+
+
+def _read(folder: str | Path, hub: dict[str, Any]) -> tuple[Any, Checked]:
+    """(class of the model, what config.json and the headers say), checked without a model."""
     checked = check_checkpoint(folder, **hub)
     if find_adapter_config_file(str(folder), **hub) is not None:
         raise CheckpointError(
@@ -74,24 +136,7 @@ def load(folder: str | Path, **kwargs: Any) -> nn.Module:
             f"{folder}: transformers {transformers.__version__} has no class {name or listed!r}, "
             "which config.json names as the architecture."
         )
-    try:
-        _check_model(folder, model_class, checked, hub)
-        model, info = model_class.from_pretrained(
-            folder, **kwargs | hub | {"output_loading_info": True, "use_safetensors": True}
-        )
-    except CheckpointError:
-        raise
-    except Exception as error:  # a damaged checkpoint can raise anything
-        raise CheckpointError(f"{folder}: {' '.join(str(error).split())}") from error
-    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-        if info.get(kind):
-            names = sorted(str(key) for key in info[kind])
-            raise CheckpointError(
-                f"{folder}: {len(names)} {kind.replace('_', ' ')}, for example {names[0]}; the "
-                "checkpoint does not fit its config."
-            )
-    loaded: nn.Module = model
-    return loaded
+    return model_class, checked
 
 
 def _check_model(
@@ -99,8 +144,11 @@ def _check_model(
     model_class: Any,  # noqa: ANN401
     checked: Checked,
     hub: dict[str, Any],
-) -> None:
+) -> tuple[Any, set[str]]:
     """Compares the tensors' headers with the model that the config describes, on meta.
+
+    Returns:
+        The model, and the names in it of all that is stored.
 
     Raises:
         CheckpointError: With the first layer or tensor that does not fit, or if the model is far
@@ -112,7 +160,7 @@ def _check_model(
         skeleton = model_class(config)
         replace_with_lowrank(skeleton, layout)
     _check_sizes(folder, skeleton, sum(math.prod(shape) for shape in checked.shapes.values()))
-    shapes = _shapes_in_model(folder, skeleton, checked.shapes)
+    shapes, converted = _shapes_in_model(folder, skeleton, checked.shapes)
     _check_layers(folder, skeleton, layout, shapes)
     _check_feed_forwards(folder, skeleton)
     for name, tensor in skeleton.state_dict().items():
@@ -121,22 +169,25 @@ def _check_model(
                 f"{folder}: {name} has shape {shapes[name]}, config.json asks for "
                 f"{list(tensor.shape)}."
             )
+    return skeleton, shapes.keys() | converted
 
 
 def _shapes_in_model(
     folder: str | Path,
     skeleton: Any,  # noqa: ANN401
     stored: dict[str, list[int]],
-) -> dict[str, list[int]]:
+) -> tuple[dict[str, list[int]], set[str]]:
     """Stored shapes by the names in the model, which transformers renames on saving and loading.
 
-    Without the tensors that it also splits or joins while loading: it checks their shapes itself.
+    Apart from them the names of the tensors that it also splits or joins while loading: it checks
+    their shapes itself.
     """
     conversions = get_model_conversion_mapping(skeleton)
     renamings = [each for each in conversions if isinstance(each, WeightRenaming)]
     converters = [each for each in conversions if isinstance(each, WeightConverter)]
     prefix, state = skeleton.base_model_prefix, skeleton.state_dict()
     shapes: dict[str, list[int]] = {}
+    others: set[str] = set()
     for key, shape in stored.items():
         name, converted = rename_source_key(key, renamings, converters, prefix, state)
         if name not in state and key in state:
@@ -145,7 +196,9 @@ def _shapes_in_model(
             raise CheckpointError(f"{folder}: two tensors are for {name}, one of them {key}.")
         if converted is None:
             shapes[name] = shape
-    return shapes
+        else:
+            others.add(name)
+    return shapes, others
 
 
 def _check_layers(
@@ -154,9 +207,8 @@ def _check_layers(
     """Compares what config.json says of each layer with the layer's tensors."""
     for saved_name, form, entry in listed_layers(layout):
         name = resolve_module_name(skeleton, saved_name) or saved_name
-        whole = form.shapes(linear_shape(skeleton.get_submodule(name)), entry)
-        tensors = dict(zip(form.tensors, whole, strict=True))
-        expected = _as_stored(saved_name, tensors, layout)
+        shape = linear_shape(skeleton.get_submodule(name))
+        expected = stored_tensors(saved_name, form, shape, entry, layout)
         wanted = [list(shape) for shape in expected.values()]
         stored = [shapes.get(f"{name}.{tensor}") for tensor in expected]
         said = list(entry) if isinstance(entry, tuple) else entry
@@ -172,23 +224,6 @@ def _check_layers(
         name = resolve_module_name(skeleton, saved_name) or saved_name
         if any(f"{name}.{tensor}" in shapes for tensor in factors):
             raise CheckpointError(f"{folder}: {name} is dense in config.json but has factors.")
-
-
-def _as_stored(
-    name: str, tensors: dict[str, tuple[int, ...]], layout: Layout
-) -> dict[str, tuple[int, ...]]:
-    """Shapes by the tensors' ends, with what a file holds of each quantized weight in its place."""
-    found: dict[str, tuple[int, ...]] = {}
-    for tensor, shape in tensors.items():
-        module, _, end = f"{name}.{tensor}".rpartition(".")
-        precision = layout.quantized.get(module) if end == "weight" else None
-        if precision is None:
-            found[tensor] = shape
-            continue
-        before = tensor.removesuffix("weight")
-        parts = stored_shapes((shape[0], shape[1]), precision)
-        found |= {f"{before}{part}": part_shape for part, part_shape in parts.items()}
-    return found
 
 
 def _and(shapes: Sequence[list[int] | None]) -> str:

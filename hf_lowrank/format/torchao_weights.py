@@ -120,6 +120,19 @@ def quantize_(layer: nn.Linear, precision: Precision) -> None:
     _put(layer, _joined(numbers, scale.reshape(m // rows, n // columns), precision))
 
 
+def dequantized(numbers: torch.Tensor, scale: torch.Tensor, columns: int) -> torch.Tensor:
+    """The weight of shape (m, n) that a file's two tensors stand for, without torchao.
+
+    Args:
+        numbers: int8 of shape (m, n), or uint8 of shape (m, ceil(n / 2)) for int4.
+        scale: One number for each block, in the weight's dtype.
+        columns: n.
+    """
+    whole = numbers if numbers.dtype == torch.int8 else _unpacked(numbers, columns)
+    rows, across = whole.shape[0] // scale.shape[0], columns // scale.shape[1]
+    return whole * scale.repeat_interleave(rows, dim=0).repeat_interleave(across, dim=1)
+
+
 def expect_(layer: nn.Linear, precision: Precision) -> None:
     """Makes room for what a file holds of the layer's weight, in the weight's place.
 

@@ -109,12 +109,7 @@ class CompactLinear(LowRankLinear):
         Returns:
             Shapes (m, k) and (k, n).
         """
-        left, right = super().factors()
-        unit = torch.eye(self.rank, dtype=left.dtype, device=left.device)
-        order = self.lowrank_order.long()
-        if self.by_inputs:
-            return left, torch.cat((unit, right), dim=1)[:, order.argsort()]
-        return torch.cat((unit, left))[order], right
+        return with_units(*super().factors(), self.lowrank_order, self.by_inputs)
 
     def check_order(self, name: str) -> None:
         """Refuses an order that is none.
@@ -122,12 +117,38 @@ class CompactLinear(LowRankLinear):
         Raises:
             CheckpointError: `lowrank_order` names a place twice or one that does not exist.
         """
-        places = torch.arange(len(self.lowrank_order), device=self.lowrank_order.device)
-        if not torch.equal(self.lowrank_order.long().sort().values, places):
-            raise CheckpointError(
-                f"{name}.lowrank_order must hold each of 0 to {len(places) - 1} once; the "
-                "checkpoint is damaged."
-            )
+        check_order(name, self.lowrank_order)
+
+
+def check_order(name: str, order: torch.Tensor) -> None:
+    """Refuses an order that is no permutation.
+
+    Raises:
+        CheckpointError: With the layer's name.
+    """
+    places = torch.arange(len(order), device=order.device)
+    if not torch.equal(order.long().sort().values, places):
+        raise CheckpointError(
+            f"{name}.lowrank_order must hold each of 0 to {len(places) - 1} once; the "
+            "checkpoint is damaged."
+        )
+
+
+def with_units(
+    left: torch.Tensor, right: torch.Tensor, order: torch.Tensor, by_inputs: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The two thin factors, of shapes (m, k) and (k, n), of what a `CompactLinear` holds.
+
+    Args:
+        left: Weight of its `lowrank_B`.
+        right: Weight of its `lowrank_A`.
+        order: Its `lowrank_order`.
+        by_inputs: Whether the pivots are columns.
+    """
+    unit, order = torch.eye(len(right), dtype=left.dtype, device=left.device), order.long()
+    if by_inputs:
+        return left, torch.cat((unit, right), dim=1)[:, order.argsort()]
+    return torch.cat((unit, left))[order], right
 
 
 @register

@@ -15,6 +15,7 @@ from transformers.pytorch_utils import Conv1D
 from hf_lowrank.errors import CheckpointError
 from hf_lowrank.format.dense_linear import layer_options, linear_shape
 from hf_lowrank.format.layout import Layout
+from hf_lowrank.format.torchao_weights import stored_shapes
 
 
 class CompressedLayer(nn.Module):
@@ -81,6 +82,38 @@ class RankedForm(StoredForm):
     def empty_layer(self, layer: nn.Linear | Conv1D, entry: int) -> CompressedLayer:
         """A layer of the rank."""
         return self.build(linear_shape(layer), entry, **layer_options(layer))
+
+
+def stored_tensors(
+    name: str,
+    form: StoredForm,
+    shape: tuple[int, int],
+    entry: Any,  # noqa: ANN401
+    layout: Layout,
+) -> dict[str, tuple[int, ...]]:
+    """Shapes of what a file holds of a layer, without the bias, by the ends of the names.
+
+    Args:
+        name: The layer's name in config.json.
+        form: Its stored form.
+        shape: (m, n) of the dense layer in whose place it is.
+        entry: Its entry in config.json.
+        layout: Tells which of its weights are quantized; those are two tensors each.
+
+    Raises:
+        ValueError: A weight does not divide into the blocks that share a scale.
+    """
+    found: dict[str, tuple[int, ...]] = {}
+    for tensor, size in zip(form.tensors, form.shapes(shape, entry), strict=True):
+        module, _, end = f"{name}.{tensor}".rpartition(".")
+        precision = layout.quantized.get(module) if end == "weight" else None
+        if precision is None:
+            found[tensor] = size
+            continue
+        parts = stored_shapes((size[0], size[1]), precision)
+        before = tensor.removesuffix("weight")
+        found |= {f"{before}{part}": part_shape for part, part_shape in parts.items()}
+    return found
 
 
 _STORED_FORMS: dict[str, StoredForm] = {}
