@@ -14,6 +14,7 @@ ORDER = (
     "errors",
     "files",
     "format",
+    "serving",
     "value_checks",
     "config",
     "decomposition",

@@ -1,0 +1,1 @@
+"""Engines that serve compressed checkpoints; each needs `format/` and nothing above it."""
