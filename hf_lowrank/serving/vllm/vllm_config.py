@@ -38,8 +38,8 @@ class LowRankVllmConfig(QuantizationConfig):  # type: ignore[misc]
         super().__init__()
         if layout.form == "usv":
             raise CheckpointError(
-                "form 'usv' is that of layers in training, which is not served; save the model "
-                "after trainer.truncate(), as 'compact' or 'factors'."
+                "form 'usv' is that of layers in training, which is not served; save what "
+                "LowRankTrainer.export() returns."
             )
         self.layout = layout
         self.listed = ListedLayers(layout)

@@ -123,17 +123,16 @@ class LowRankLinearMethod(LinearMethodBase):  # type: ignore[misc]
             CheckpointError: A tensor has not come, or the order of a compact layer is none.
         """
         self._check_all()
+        shares, biases, names = [], [], set()
         for shard, held in zip(self._shards, self._held, strict=True):
             missing = sorted(shard.tensors.keys() - held.keys())
             if missing:
                 raise CheckpointError(f"{shard.name}: the checkpoint has no {', '.join(missing)}.")
-        each = list(zip(self._shards, self._held, strict=True))
-        shares = [rank_share(shard, held, self._dtype) for shard, held in each]
-        biases = [held[name] for _, held in each for name in held if name.endswith("bias")]
-        for child in {name.partition(".")[0] for s in self._shards for name in s.tensors} - {
-            "bias"
-        }:
-            delattr(layer, child)
+            shares.append(rank_share(shard, held, self._dtype))
+            biases += [tensor for name, tensor in held.items() if name.endswith("bias")]
+            names |= {name.partition(".")[0] for name in held}
+        for name in names - {"bias"}:
+            delattr(layer, name)
         layer.lowrank = StackedProducts(shares, partial(_Product, self._multiply))
         if biases:
             layer.bias = nn.Parameter(torch.cat(biases), requires_grad=False)
