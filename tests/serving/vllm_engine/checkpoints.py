@@ -6,6 +6,7 @@ Run by `make test-vllm` in the project's own environment, since vLLM's has anoth
 """
 
 import json
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -28,9 +29,11 @@ from transformers import (
 
 from hf_lowrank import LowRankConfig, compress, load
 from hf_lowrank.format.rebuild import compressed_layers
+from tests.scripts import word_tokenizer
 from tests.tiny_models import SPECIAL_TOKENS, VOCABULARY, build, token_batches, written_batches
 
 EXPECTED = "expected.json"
+DEMO = Path("outputs/demo")  # what `make demo` leaves; served, too, if it is there
 NUM_PROMPTS, PROMPT_LENGTH, NEW_TOKENS = 3, 12, 16
 # Heads of 32 numbers, the smallest that vLLM's attention takes on a CPU.
 SIZES = {
@@ -125,7 +128,13 @@ def write_checkpoint(folder: Path, name: str) -> None:
     found = {layer.form for layer in compressed_layers(model).values()}
     assert found == kinds, f"{name}: {found}"
     model.save_pretrained(folder)
-    (folder / EXPECTED).write_text(json.dumps(expected(load(folder, dtype=torch.float32))))
+    word_tokenizer().save_pretrained(folder)
+    write_expected(folder)
+
+
+def write_expected(folder: Path) -> None:
+    model = load(folder, dtype=torch.float32)
+    (folder / EXPECTED).write_text(json.dumps(expected(model)))
 
 
 @torch.no_grad()
@@ -148,6 +157,9 @@ def main() -> None:
     for name in CHECKPOINTS:
         if not (root / name / EXPECTED).exists():
             write_checkpoint(root / name, name)
+    if DEMO.exists() and not (root / "demo").exists():
+        shutil.copytree(DEMO, root / "demo")
+        write_expected(root / "demo")
 
 
 if __name__ == "__main__":
