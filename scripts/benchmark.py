@@ -20,6 +20,7 @@ python scripts/benchmark.py form-numerics --calibration FILE --evaluation FILE -
 python scripts/benchmark.py architectures --output architectures.json --page architectures.md
 python scripts/benchmark.py damaged-checkpoints --count 10000 --output damaged_checkpoints.json
 python scripts/benchmark.py kills --count 100 --output kills.json
+python scripts/benchmark.py vllm --models DENSE COMPRESSED --output vllm_speed.json
 python scripts/benchmark.py assisted --model FOLDER --baseline demo --output assisted.json
 """
 
@@ -53,6 +54,7 @@ from benchmarks.pruned_ranks import PrunedRanksArguments, compare_pruned_ranks
 from benchmarks.qa import QaTableArguments, fill_qa_table
 from benchmarks.recipe import RecipeArguments, compare_recipes
 from benchmarks.stored_rows import ShowArguments, show_rows
+from benchmarks.vllm_speed import VllmSpeedArguments, compare_in_vllm
 from hf_lowrank.cli.arguments import parse_arguments, user_errors
 
 COMMANDS = {
@@ -73,6 +75,7 @@ COMMANDS = {
     "architectures": (ArchitecturesArguments, sweep_architectures),
     "damaged-checkpoints": (DamagedArguments, try_damaged_checkpoints),
     "kills": (KillsArguments, kill_runs),
+    "vllm": (VllmSpeedArguments, compare_in_vllm),
     "assisted": (AssistedArguments, compare_assisted),
 }
 
