@@ -78,7 +78,8 @@ class LowRankLinearMethod(LinearMethodBase):  # type: ignore[misc]
             module, _, end = name.rpartition(".")
             if module and not hasattr(layer, module):
                 setattr(layer, module, nn.Module())
-            empty = nn.Parameter(torch.empty(0, dtype=params_dtype), requires_grad=False)
+            dtype = torch.int32 if name == "lowrank_order" else params_dtype  # else vLLM warns
+            empty = nn.Parameter(torch.empty(0, dtype=dtype), requires_grad=False)
             empty.weight_loader = partial(self._take, name)  # type: ignore[attr-defined]
             (getattr(layer, module) if module else layer).register_parameter(end, empty)
         # vLLM gives this one to the bias that it makes next, and calls it with the layer itself for
