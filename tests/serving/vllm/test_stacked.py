@@ -28,7 +28,9 @@ def test_a_whole_compact_layer_stays_compact(shape, rank):
 
 @pytest.mark.parametrize(("rank", "numel"), [(15, 15 * 64), (16, N * N), (32, N * N)])
 def test_factors_that_are_no_fewer_are_multiplied_out(rank, numel):
-    assert share("factors", rank, (N, N)).numel == numel
+    found = share("factors", rank, (N, N))
+    assert found.numel == numel
+    assert (found.second is None) == (rank >= 16)
 
 
 @pytest.mark.parametrize("rank", [8, 20])
