@@ -21,6 +21,7 @@ python scripts/benchmark.py architectures --output architectures.json --page arc
 python scripts/benchmark.py damaged-checkpoints --count 10000 --output damaged_checkpoints.json
 python scripts/benchmark.py kills --count 100 --output kills.json
 python scripts/benchmark.py assisted --model FOLDER --baseline demo --output assisted.json
+python scripts/benchmark.py streaming --layers 4 11 22 --dtype float32 --output streaming.json
 """
 
 from __future__ import annotations
@@ -53,6 +54,7 @@ from benchmarks.pruned_ranks import PrunedRanksArguments, compare_pruned_ranks
 from benchmarks.qa import QaTableArguments, fill_qa_table
 from benchmarks.recipe import RecipeArguments, compare_recipes
 from benchmarks.stored_rows import ShowArguments, show_rows
+from benchmarks.streaming import StreamingArguments, compare_streaming
 from hf_lowrank.cli.arguments import parse_arguments, user_errors
 
 COMMANDS = {
@@ -74,6 +76,7 @@ COMMANDS = {
     "damaged-checkpoints": (DamagedArguments, try_damaged_checkpoints),
     "kills": (KillsArguments, kill_runs),
     "assisted": (AssistedArguments, compare_assisted),
+    "streaming": (StreamingArguments, compare_streaming),
 }
 
 

@@ -260,7 +260,8 @@ class BlockAnalyst:
         return found["moments"][order.block.output]  # type: ignore[no-any-return]
 
     def _joined(self) -> tuple[Analysis, dict[str, str]]:
-        found, left_dense = Analysis(self.config, {}), {}
+        found = Analysis(self.config, {})
+        left_dense: dict[str, str] = {}
         files: dict[str, Path] = {}
         for index in self.aimed:
             kept: Any = needed(self._results(index))

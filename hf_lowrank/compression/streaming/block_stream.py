@@ -76,17 +76,19 @@ class BlockStream(Stream):
     ) -> None:
         self.model, self.tensors, self.folder = model, tensors, folder
         self.name = block_list(model, targets)
-        self.list = model.get_submodule(self.name)
-        assert isinstance(self.list, nn.ModuleList)
+        found = model.get_submodule(self.name)
+        assert isinstance(found, nn.ModuleList)
+        self.list = found
         self.once = {digest_of(batches) for batches in once}
-        self.key, self._cut = DENSE, None
+        self.key = DENSE
+        self._cut: Cut | None = None
         self.moment_of: Moment = lambda order: order.moment
         self._kinds: dict[type, int | None] = {}
         self._take_templates()
         feed(model, self)
 
     def _take_templates(self) -> None:
-        self.templates = [copy.deepcopy(block) for block in self.list]
+        self.templates: list[nn.Module] = [copy.deepcopy(block) for block in self.list]
 
     def __len__(self) -> int:
         return len(self.templates)
@@ -107,7 +109,7 @@ class BlockStream(Stream):
         self.list[index] = block
         try:
             self.tensors.read(lambda name: name.startswith(self.prefix(index)))
-            part = self._cut and self._cut.within(self.prefix(index))
+            part = None if self._cut is None else self._cut.within(self.prefix(index))
             if part is not None:
                 orders = {
                     name: dataclasses.replace(order, moment=self.moment_of(order))

@@ -82,7 +82,8 @@ def compress_checkpoint(
             and saved in.
         device: Where blocks are run.
         trust_remote_code: Whether code that lies beside the weights may run.
-        work_dir: Folder for all that lies between; by default beside `out`, removed at the end.
+        work_dir: Folder for all that lies between, kept for other goals on the same spectra; by
+            default one beside `out`, removed at the end.
         overwrite: Whether an existing folder is replaced.
         moment_gib: Memory for moments, GiB; more layers of a block take more passes over it.
         progress: Whether to show progress.
@@ -131,13 +132,13 @@ def compress_checkpoint(
         recipe = possible_recipe(model, config, recipe, named)
         run = Run(split, options)
         check_run(model, named, recipe, run)
-    place = work / _digest(model, files, recipe, run, (dtype, device))
-    _clear(work, place)
+    place = work / f"stream-{_digest(model, files, recipe, run, (dtype, device))}"
+    if work_dir is None:
+        _clear(work, place)
     check_space(stream, named, run, place, progress)
     stream.folder = place / "states"
     report = _compress(stream, named, recipe, run, place)
     (save or _Saved(str(folder), out, overwrite, trust_remote_code))(model, report)
-    shutil.rmtree(place)
     if work_dir is None:
         shutil.rmtree(work)
     return report

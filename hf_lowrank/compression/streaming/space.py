@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 
@@ -28,14 +29,15 @@ def disk_bytes(stream: BlockStream, named: Mapping[str, nn.Module], run: Run) ->
     shapes = [linear_shape(layer) for layer in named.values()]
     factors = sum((rows + columns) * min(rows, columns) for rows, columns in shapes)
     channels = sum(columns**2 for rows, columns in shapes if columns > rows)
-    width = stream.model.get_input_embeddings().weight.shape[1]  # type: ignore[operator]
-    element = stream.model.dtype.itemsize  # type: ignore[operator, union-attr]
+    model: Any = stream.model
+    width = int(model.get_input_embeddings().weight.shape[1])
+    element = int(model.dtype.itemsize)
     levels = len(stream) + 1
     tokens = {role: _tokens(getattr(run.texts, role)) for role in ("calibration", "held_out")}
     tokens["judged"] = _tokens(run.texts.evaluation) + _tokens(run.texts.foreign)
     states = tokens["calibration"] * (levels + 2) + tokens["judged"] * 4
     states += tokens["held_out"] * (2 * levels + _PROBES)
-    written = model_sizes(stream.model)[1]
+    written = model_sizes(model)[1]
     return _FP32 * (factors + channels) + states * width * element + written
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -74,7 +75,7 @@ class States:
         return self.folder / "calls" / f"{number}.pt"
 
 
-def needed(path: Path, *, mapped: bool = False) -> object:
+def needed(path: Path, *, mapped: bool = False) -> Any:  # noqa: ANN401
     """What lies in a file of this run.
 
     Raises:

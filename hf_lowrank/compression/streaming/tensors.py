@@ -33,7 +33,7 @@ class CheckpointTensors:
 
     def __init__(self, model: Any, files: Sequence[Path], device: torch.device) -> None:  # noqa: ANN401
         self.model, self.files, self.device = model, list(files), device
-        self.conversions = get_model_conversion_mapping(model)
+        self.conversions: list[Any] = get_model_conversion_mapping(model)
         renamings = [each for each in self.conversions if isinstance(each, WeightRenaming)]
         converters = [each for each in self.conversions if isinstance(each, WeightConverter)]
         state = model.state_dict()

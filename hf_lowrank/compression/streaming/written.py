@@ -114,7 +114,8 @@ class SavedFiles:
         model.config.save_pretrained(folder)
         if model.can_generate():
             model.generation_config.save_pretrained(folder)
-        places, size = {}, 0
+        places: dict[str, str] = {}
+        size = 0
         for path in self.files:
             try:
                 os.link(path, folder / path.name)
