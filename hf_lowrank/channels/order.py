@@ -101,12 +101,16 @@ def order_channels(
     if side.moment is None or side.moment.is_projected or scale is None:
         return None
     weight = linear_weight(model.get_submodule(block.output)).double()
-    moment = damped_moment(whole, form.input.damping)
     gradients = damped(side.moment.matrix.double(), side)
-    weighted = scale * (weight.T @ (gradients @ (weight @ moment)))
+    moment = damped_moment(whole, form.input.damping)
+    weighted = weight.T @ (gradients @ (weight @ moment))
+    del gradients, weight
+    moment = moment.float()  # nothing of n x n in fp64 outlives its use: it is the most of a block
+    weighted = weighted.mul_(scale).float()
     order, counts, rises = channel_order(moment, weighted)
-    moment = damped_moment(whole, _REFIT * form.input.damping)
-    return ChannelOrder(block, order.cpu(), counts, rises, moment.float().cpu())
+    del moment, weighted
+    kept = damped_moment(whole, _REFIT * form.input.damping).float().cpu()
+    return ChannelOrder(block, order.cpu(), counts, rises, kept)
 
 
 def channel_order(
@@ -143,10 +147,21 @@ def channel_order(
         core = left[chosen][:, chosen].double()
         core.diagonal().add_(_JITTER * core.diagonal().mean() + _TINY)
         explained = torch.linalg.solve(core, left[chosen][:, rest].double()).float()
-        weighted = weighted[rest][:, rest] - weighted[rest][:, chosen] @ explained
-        left = left[rest][:, rest] - left[rest][:, chosen] @ explained
+        weighted = _eliminated(weighted, rest, chosen, explained)
+        left = _eliminated(left, rest, chosen, explained)
         rises.append(float(weighted.diagonal().double().sum()))
     found = torch.tensor(rises, dtype=torch.float64)
     if not bool(torch.isfinite(found).all()):
         raise NumericalError("the price of a channel is NaN or infinite")
     return torch.cat(order), counts, found.clamp_min(0)
+
+
+def _eliminated(
+    matrix: torch.Tensor, rest: torch.Tensor, chosen: torch.Tensor, explained: torch.Tensor
+) -> torch.Tensor:
+    """What is left of a matrix without the chosen channels and what they explain of others."""
+    places = rest.nonzero().flatten()
+    share = matrix[places[:, None], chosen]
+    left = matrix[places[:, None], places]
+    left -= share @ explained
+    return left

@@ -238,16 +238,18 @@ class BlockStream(Stream):
         left = range(start, len(self))
         with eval_mode(self.model), Progress(progress, len(left) * states.count) as shown:
             for index in left:
-                with self.block(index) as block:
-                    for number in range(states.count):
-                        if not states.has(index + 1, number):
-                            hidden = states.read(index, number, self.tensors.device)
-                            states.write(
-                                index + 1, number, states.call(number, index)(block, hidden)
-                            )
-                        shown.update(note=f"block {index + 1} of {len(self)}")
+                self._advance(index, states, shown)
                 if not keep:
                     states.drop(index)
+
+    def _advance(self, index: int, states: States, shown: Progress) -> None:
+        """All batches through one block; no name of it is left when the next one is read."""
+        with self.block(index) as block:
+            for number in range(states.count):
+                if not states.has(index + 1, number):
+                    hidden = states.read(index, number, self.tensors.device)
+                    states.write(index + 1, number, states.call(number, index)(block, hidden))
+                shown.update(note=f"block {index + 1} of {len(self)}")
 
     def passes(
         self, batches: Sequence[Batch], compute: Compute[Result], progress: str | None

@@ -66,18 +66,24 @@ def write_compressed(
     todo = [index for index in range(count) if not files[index].exists()]
     for index in track(todo, "write" if progress else None, "files"):
         if index < len(stream):
-            with stream.cut(factors, plan, orders), stream.block(index) as block:
-                state = {stream.prefix(index) + n: t for n, t in block.state_dict().items()}
-                _write(model, state, files[index], reverts)
+            with stream.cut(factors, plan, orders), stream.block(index):
+                _write(model, _state(stream, index), files[index], reverts)
         else:
             with stream.ends():
-                state = model.state_dict()
-                ends = {n: t for n, t in state.items() if not n.startswith(f"{stream.name}.")}
-                ends = remove_tied_weights_from_state_dict(ends, model)
-                _write(model, ends, files[index], reverts)
+                _write(model, _state(stream, None), files[index], reverts)
     tensors = CheckpointTensors(model, files, stream.tensors.device)
     stream.read_from(tensors, f"written-{key}")
     model.save_pretrained = SavedFiles(model, files)
+
+
+def _state(stream: BlockStream, index: int | None) -> dict[str, torch.Tensor]:
+    """The tensors of a block that is in memory, or of all that is outside of the blocks."""
+    if index is not None:
+        block = stream.list[index]
+        return {stream.prefix(index) + n: tensor for n, tensor in block.state_dict().items()}
+    state: dict[str, torch.Tensor] = stream.model.state_dict()
+    ends = {n: tensor for n, tensor in state.items() if not n.startswith(f"{stream.name}.")}
+    return remove_tied_weights_from_state_dict(ends, stream.model)
 
 
 def _write(model: Any, state: dict[str, torch.Tensor], path: Path, reverts: bool) -> None:  # noqa: ANN401
