@@ -68,7 +68,7 @@ class Progress:
             self._said = time.monotonic()
             seconds = self._said - self._begin
             passed = f", {seconds:.0f} s"
-            if self.total:
+            if self.total and self.done:
                 passed += f", {seconds / self.done * (self.total - self.done):.0f} s left"
             self._say_share(f"{passed}, {note}" if note else passed)
 

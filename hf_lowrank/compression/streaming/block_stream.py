@@ -60,7 +60,10 @@ class BlockStream(Stream):
         targets: Names of its targeted layers; they say which of its lists holds the blocks.
         tensors: The checkpoint.
         folder: Where hidden states go.
-        once: Batches of which no more than one plan is measured, so that no states are kept.
+
+    Attributes:
+        once: Digests of batches that only the dense and the final model read, so that no more than
+            their last states are kept.
 
     Raises:
         TargetError: The blocks are not one list.
@@ -72,14 +75,13 @@ class BlockStream(Stream):
         targets: Iterable[str],
         tensors: CheckpointTensors,
         folder: Path,
-        once: Iterable[Sequence[Batch]] = (),
     ) -> None:
         self.model, self.tensors, self.folder = model, tensors, folder
         self.name = block_list(model, targets)
         found = model.get_submodule(self.name)
         assert isinstance(found, nn.ModuleList)
         self.list = found
-        self.once = {digest_of(batches) for batches in once}
+        self.once: set[str] = set()
         self.key = DENSE
         self._cut: Cut | None = None
         self.moment_of: Moment = lambda order: order.moment

@@ -24,7 +24,7 @@ from hf_lowrank.compression.decision import decide
 from hf_lowrank.compression.options import Run, RunOptions, read_texts, split_texts
 from hf_lowrank.compression.recipe import possible_recipe, recipe_of
 from hf_lowrank.compression.streaming.block_analysis import BlockAnalyst
-from hf_lowrank.compression.streaming.block_stream import BlockStream
+from hf_lowrank.compression.streaming.block_stream import BlockStream, digest_of
 from hf_lowrank.compression.streaming.space import check_space
 from hf_lowrank.compression.streaming.tensors import CheckpointTensors
 from hf_lowrank.compression.streaming.written import write_compressed
@@ -34,7 +34,7 @@ from hf_lowrank.errors import ConfigError
 from hf_lowrank.evaluation.size import DenseSize
 from hf_lowrank.files import atomic_folder, check_output_folder
 from hf_lowrank.inputs.on_disk import open_causal_lm
-from hf_lowrank.inputs.sources import check_place, load_tokenizer
+from hf_lowrank.inputs.sources import DEMO, check_place, demo_folder, load_tokenizer
 from hf_lowrank.measuring.items import Batch
 from hf_lowrank.measuring.losses import prepare_losses
 from hf_lowrank.modeling.qualification import refuse_rescaling, without_unfit
@@ -99,29 +99,52 @@ def compress_checkpoint(
         NumericalError: A loss is NaN or infinite.
     """
     config, out = config or LowRankConfig(), Path(out)
+    source = str(demo_folder()) if folder == DEMO else str(folder)
     if config.weights is not None or config.megabytes is not None:
         raise ConfigError(
             "weights and megabytes are not done block by block; leave them out, or compress in "
             "memory."
         )
-    check_output_folder(out, overwrite, source=Path(folder))
-    model, files = open_causal_lm(str(folder), dtype, trust_remote_code)
-    tensors = CheckpointTensors(model, files, check_place(dtype, device))
-    tensors.check(str(folder))
-    roles = {
-        "calibration": calibration,
-        "held_out": held_out,
-        "evaluation": evaluation,
-        "foreign": foreign,
-    }
-    texts = {role: list(batches) for role, batches in roles.items() if batches is not None}
+    check_output_folder(out, overwrite, source=Path(source))
     work = Path(work_dir) if work_dir else out.with_name(f".{out.name}.stream")
-    named = find_targets(model, config)
-    refuse_rescaling(model)
-    stream = BlockStream(
-        model, named, tensors, work, [texts[r] for r in ("evaluation", "foreign") if r in texts]
-    )
+    stream, named = _opened(source, config, work, dtype, device, trust_remote_code)
+    texts = {"calibration": calibration, "held_out": held_out}
+    texts |= {"evaluation": evaluation, "foreign": foreign}
     options = RunOptions(moment_gib=moment_gib, progress=progress)
+    recipe, run = _prepare(stream, named, config, texts, options)
+    place = work / f"stream-{_digest(stream, recipe, run, (dtype, device))}"
+    if work_dir is None:
+        _clear(work, place)
+    check_space(stream, named, run, place, progress)
+    stream.folder = place / "states"
+    report = _compress(stream, named, recipe, run, place)
+    (save or _Saved(source, out, overwrite, trust_remote_code))(stream.model, report)
+    if work_dir is None:
+        shutil.rmtree(work)
+    return report
+
+
+def _opened(
+    source: str, config: LowRankConfig, work: Path, dtype: str, device: str, trusted: bool
+) -> tuple[BlockStream, dict[str, nn.Module]]:
+    """A checkpoint's model without its weights, and the layers that the config asks for."""
+    model, files = open_causal_lm(source, dtype, trusted)
+    tensors = CheckpointTensors(model, files, check_place(dtype, device))
+    tensors.check(source)
+    refuse_rescaling(model)
+    named = find_targets(model, config)
+    return BlockStream(model, named, tensors, work), named
+
+
+def _prepare(
+    stream: BlockStream,
+    named: dict[str, nn.Module],
+    config: LowRankConfig,
+    texts: dict[str, Iterable[Batch] | None],
+    options: RunOptions,
+) -> tuple[LowRankConfig, Run]:
+    """The config with its recipe, and the run, once all that can be refused at once is refused."""
+    model = stream.model
     with stream.short():
         checked = read_texts(model, None, **texts)
         recipe = recipe_of(model, config, checked, None)
@@ -132,16 +155,8 @@ def compress_checkpoint(
         recipe = possible_recipe(model, config, recipe, named)
         run = Run(split, options)
         check_run(model, named, recipe, run)
-    place = work / f"stream-{_digest(model, files, recipe, run, (dtype, device))}"
-    if work_dir is None:
-        _clear(work, place)
-    check_space(stream, named, run, place, progress)
-    stream.folder = place / "states"
-    report = _compress(stream, named, recipe, run, place)
-    (save or _Saved(str(folder), out, overwrite, trust_remote_code))(model, report)
-    if work_dir is None:
-        shutil.rmtree(work)
-    return report
+    stream.once = {digest_of(batches) for batches in split.reported.values()}
+    return recipe, run
 
 
 def _compress(
@@ -181,17 +196,15 @@ class _Saved:
         with atomic_folder(self.out, self.overwrite) as temporary:
             model.save_pretrained(temporary)  # type: ignore[operator]
             report.save(temporary / "report.json")
-            if any(Path(self.source).glob("tokenizer*")):
+            if not Path(self.source).is_dir() or any(Path(self.source).glob("tokenizer*")):
                 load_tokenizer(self.source, self.trusted).save_pretrained(temporary)
 
 
-def _digest(
-    model: nn.Module, files: Iterable[Path], config: LowRankConfig, run: Run, more: tuple[str, ...]
-) -> str:
+def _digest(stream: BlockStream, config: LowRankConfig, run: Run, more: tuple[str, ...]) -> str:
     """Tells runs apart whose spectra may differ; a plan's own files are named by the plan."""
     digest = hashlib.blake2b(digest_size=16)
-    digest.update(description(model).encode())
-    for path in files:
+    digest.update(description(stream.model).encode())
+    for path in stream.tensors.files:
         stat = path.resolve().stat()
         digest.update(f"{path.resolve().name} {stat.st_size} {stat.st_mtime_ns}".encode())
     goals = dict.fromkeys(("param_ratio", "loss_tolerance", "rank"))
