@@ -79,7 +79,7 @@ def compare_streaming(args: StreamingArguments) -> None:
             dense = Path(place) / f"llama-{layers}"
             size = make_llama(dense, args, layers)
             for streamed in (True, *([False] if layers in args.in_memory else [])):
-                row = {"layers": layers, "streamed": streamed, **size}
+                row: dict[str, Any] = {"layers": layers, "streamed": streamed, **size}
                 row |= _in_a_process(dense, args, streamed)
                 row["anonymous_share"] = row["peak_anonymous_bytes"] / size["checkpoint_bytes"]
                 rows.append(row)

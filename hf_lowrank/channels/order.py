@@ -23,6 +23,7 @@ from hf_lowrank.format.dense_linear import linear_weight
 from hf_lowrank.format.feed_forward import FeedForward
 
 _ROUNDS = 48
+_COLUMNS = 1024
 _JITTER = 1e-6
 _TINY = 1e-30
 # Damping of the refit as a multiple of that of the price: a fit of hundreds of channels to few
@@ -102,15 +103,38 @@ def order_channels(
         return None
     weight = linear_weight(model.get_submodule(block.output)).double()
     gradients = damped(side.moment.matrix.double(), side)
-    moment = damped_moment(whole, form.input.damping)
-    weighted = weight.T @ (gradients @ (weight @ moment))
-    del gradients, weight
-    moment = moment.float()  # nothing of n x n in fp64 outlives its use: it is the most of a block
-    weighted = weighted.mul_(scale).float()
-    order, counts, rises = channel_order(moment, weighted)
-    del moment, weighted
-    kept = damped_moment(whole, _REFIT * form.input.damping).float().cpu()
+    damping = form.input.damping
+    order, counts, rises = channel_order(
+        _damped_single(whole, damping), _weighted(whole, damping, weight, scale * gradients)
+    )
+    kept = _damped_single(whole, _REFIT * damping).cpu()
     return ChannelOrder(block, order.cpu(), counts, rises, kept)
+
+
+def _damped_single(moment: SecondMoment, damping: float) -> torch.Tensor:
+    """`damped_moment` in fp32, with no n x n matrix in fp64 on the way: they are a block's largest.
+
+    Raises:
+        NumericalError: It holds NaN or infinity.
+    """
+    result = moment.matrix.float().clone()
+    if not bool(torch.isfinite(result).all()):
+        raise NumericalError("the second moment holds NaN or infinity")
+    diagonal = moment.matrix.diagonal().double() + damping * moment.mean_diagonal
+    result.diagonal().copy_(diagonal)
+    return result
+
+
+def _weighted(
+    moment: SecondMoment, damping: float, weight: torch.Tensor, gradients: torch.Tensor
+) -> torch.Tensor:
+    """`W^T G W C` with C damped, shape (n, n), fp32; in fp64 for some columns at a time."""
+    result = torch.empty_like(moment.matrix, dtype=torch.float32)
+    for start in range(0, len(result), _COLUMNS):
+        columns = moment.matrix[:, start : start + _COLUMNS].double()
+        columns.diagonal(-start).add_(damping * moment.mean_diagonal)
+        result[:, start : start + _COLUMNS] = weight.T @ (gradients @ (weight @ columns))
+    return result
 
 
 def channel_order(
@@ -131,6 +155,7 @@ def channel_order(
         Indices, shape (n,); how many are kept at each step; the rise at each step, shape (steps,).
     """
     left, weighted = moment.float(), weighted.float()
+    del moment  # the caller's may be let go, too
     size = len(left)
     free = torch.arange(size, device=left.device)
     order: list[torch.Tensor] = []

@@ -6,12 +6,11 @@ import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
 
-from hf_lowrank.channels.order import ChannelOrder
 from hf_lowrank.decomposition.spectrum import Factors
 from hf_lowrank.measuring.items import Batch, device_of, eval_mode
 from hf_lowrank.measuring.progress import track
@@ -32,9 +31,12 @@ class Stream(ABC):
 
     @abstractmethod
     def cut(
-        self, factors: Mapping[str, Factors], plan: RankPlan, orders: Mapping[str, ChannelOrder]
+        self,
+        factors: Mapping[str, Factors],
+        plan: RankPlan,
+        orders: Mapping[str, Any],  # channel orders, which this folder knows nothing of
     ) -> AbstractContextManager[None]:
-        """Has a plan in force in all passes within the block."""
+        """Has a plan in force in all passes within the block; see `factorize_`."""
 
 
 _STREAMS: weakref.WeakKeyDictionary[nn.Module, Stream] = weakref.WeakKeyDictionary()

@@ -81,9 +81,10 @@ def _state(stream: BlockStream, index: int | None) -> dict[str, torch.Tensor]:
     if index is not None:
         block = stream.list[index]
         return {stream.prefix(index) + n: tensor for n, tensor in block.state_dict().items()}
-    state: dict[str, torch.Tensor] = stream.model.state_dict()
+    model: Any = stream.model
+    state: dict[str, torch.Tensor] = model.state_dict()
     ends = {n: tensor for n, tensor in state.items() if not n.startswith(f"{stream.name}.")}
-    return remove_tied_weights_from_state_dict(ends, stream.model)
+    return remove_tied_weights_from_state_dict(ends, model)
 
 
 def _write(model: Any, state: dict[str, torch.Tensor], path: Path, reverts: bool) -> None:  # noqa: ANN401
