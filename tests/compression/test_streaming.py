@@ -4,6 +4,7 @@ import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -257,7 +258,7 @@ def test_one_block_is_in_memory_at_a_time(
 def test_too_little_disk_is_refused_before_the_work(
     folders: dict[str, Path], batches: list[Batch], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(space.shutil, "disk_usage", lambda path: (0, 0, 1000))
+    monkeypatch.setattr(space.shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
     monkeypatch.setattr(BlockStream, "forward", None)
     wanted = r"needs about 0.\d GB of disk for a while, but only 0.0 GB are free; name another"
     with pytest.raises(StorageError, match=wanted):
