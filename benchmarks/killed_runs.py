@@ -122,6 +122,7 @@ def _scenarios(folder: Path, inputs: Inputs, glue: Path, hub: FakeHub) -> list[S
     return [
         Scenario("compress_llm.py", "compress_llm", compress, folder, out),
         Scenario("compress_llm.py --cache_dir", "compress_llm", cached, folder, out),
+        Scenario("compress_llm.py --stream", "compress_llm", [*compress, "--stream"], folder, out),
         Scenario("train_llm.py", "train_llm", _words(train), folder, out / "final", resume),
         Scenario("run_glue.py", "run_glue", _words(task), folder, out),
         Scenario("compress_llm.py --push_to_hub", "compress_llm", pushed, folder, out, hub=hub),

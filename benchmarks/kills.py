@@ -28,6 +28,7 @@ class KillsArguments:
     """Arguments of the trial by kills."""
 
     count: int = option(100, "Kills; the commands take turns.")
+    only: str = option("", "Only the commands whose names hold this.")
     seed: int = option(0, "Seed of the moments.")
     output: str = option("outputs/kills.json", "JSON file of the result.")
 
@@ -49,7 +50,7 @@ def kill_runs(args: KillsArguments) -> None:
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     with tempfile.TemporaryDirectory() as place, scenarios(Path(place)) as found:
-        trials = [Trials(scenario, args.seed) for scenario in found]
+        trials = [Trials(each, args.seed) for each in found if args.only in each.name]
         for trial in cycle(trials):
             trial.kill_once()
             if sum(each.counts["kills"] for each in trials) >= args.count:

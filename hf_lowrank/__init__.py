@@ -7,6 +7,7 @@ Importing the package registers its checkpoints with transformers, so that
 import hf_lowrank.compression.while_loading  # noqa: F401 (registers the loader)
 from hf_lowrank.compression.joint.system import compress_jointly
 from hf_lowrank.compression.peft_style import get_lowrank_model, print_trainable_parameters
+from hf_lowrank.compression.streaming.checkpoint import compress_checkpoint
 from hf_lowrank.compression.verbs import compress, sweep
 from hf_lowrank.config import LowRankConfig
 from hf_lowrank.errors import LowRankError
@@ -27,6 +28,7 @@ __all__ = [
     "Report",
     "__version__",
     "compress",
+    "compress_checkpoint",
     "compress_jointly",
     "get_lowrank_model",
     "load",

@@ -22,6 +22,7 @@ python scripts/benchmark.py damaged-checkpoints --count 10000 --output damaged_c
 python scripts/benchmark.py kills --count 100 --output kills.json
 python scripts/benchmark.py vllm --models DENSE COMPRESSED --output vllm_speed.json
 python scripts/benchmark.py assisted --model FOLDER --baseline demo --output assisted.json
+python scripts/benchmark.py streaming --layers 4 11 22 --dtype float32 --output streaming.json
 """
 
 from __future__ import annotations
@@ -54,6 +55,7 @@ from benchmarks.pruned_ranks import PrunedRanksArguments, compare_pruned_ranks
 from benchmarks.qa import QaTableArguments, fill_qa_table
 from benchmarks.recipe import RecipeArguments, compare_recipes
 from benchmarks.stored_rows import ShowArguments, show_rows
+from benchmarks.streaming import StreamingArguments, compare_streaming
 from benchmarks.vllm_speed import VllmSpeedArguments, compare_in_vllm
 from hf_lowrank.cli.arguments import parse_arguments, user_errors
 
@@ -77,6 +79,7 @@ COMMANDS = {
     "kills": (KillsArguments, kill_runs),
     "vllm": (VllmSpeedArguments, compare_in_vllm),
     "assisted": (AssistedArguments, compare_assisted),
+    "streaming": (StreamingArguments, compare_streaming),
 }
 
 

@@ -17,6 +17,7 @@ from hf_lowrank.cli.arguments import (
 )
 from hf_lowrank.cli.jobs import check_before_loading, compressed, name_models, save_and_publish
 from hf_lowrank.cli.roles import batches_by_role
+from hf_lowrank.cli.streamed_command import compress_streamed, streams
 from hf_lowrank.compression.goals import check_goal
 from hf_lowrank.evaluation.samples import continue_prompts, side_by_side
 from hf_lowrank.evaluation.size import model_sizes
@@ -37,7 +38,7 @@ def main() -> None:
     with user_errors():
         args, publishing = parse_several((CompressionArguments, PublishingArguments), __doc__)
         with working_on(args.model):
-            run(args, publishing)
+            (compress_streamed if streams(args) else run)(args, publishing)
 
 
 def run(args: CompressionArguments, publishing: PublishingArguments) -> None:

@@ -23,6 +23,7 @@ from hf_lowrank.format.dense_linear import linear_weight
 from hf_lowrank.format.feed_forward import FeedForward
 
 _ROUNDS = 48
+_COLUMNS = 1024
 _JITTER = 1e-6
 _TINY = 1e-30
 # Damping of the refit as a multiple of that of the price: a fit of hundreds of channels to few
@@ -101,12 +102,39 @@ def order_channels(
     if side.moment is None or side.moment.is_projected or scale is None:
         return None
     weight = linear_weight(model.get_submodule(block.output)).double()
-    moment = damped_moment(whole, form.input.damping)
     gradients = damped(side.moment.matrix.double(), side)
-    weighted = scale * (weight.T @ (gradients @ (weight @ moment)))
-    order, counts, rises = channel_order(moment, weighted)
-    moment = damped_moment(whole, _REFIT * form.input.damping)
-    return ChannelOrder(block, order.cpu(), counts, rises, moment.float().cpu())
+    damping = form.input.damping
+    order, counts, rises = channel_order(
+        _damped_single(whole, damping), _weighted(whole, damping, weight, scale * gradients)
+    )
+    kept = _damped_single(whole, _REFIT * damping).cpu()
+    return ChannelOrder(block, order.cpu(), counts, rises, kept)
+
+
+def _damped_single(moment: SecondMoment, damping: float) -> torch.Tensor:
+    """`damped_moment` in fp32, with no n x n matrix in fp64 on the way: they are a block's largest.
+
+    Raises:
+        NumericalError: It holds NaN or infinity.
+    """
+    result = moment.matrix.float().clone()
+    if not bool(torch.isfinite(result).all()):
+        raise NumericalError("the second moment holds NaN or infinity")
+    diagonal = moment.matrix.diagonal().double() + damping * moment.mean_diagonal
+    result.diagonal().copy_(diagonal)
+    return result
+
+
+def _weighted(
+    moment: SecondMoment, damping: float, weight: torch.Tensor, gradients: torch.Tensor
+) -> torch.Tensor:
+    """`W^T G W C` with C damped, shape (n, n), fp32; in fp64 for some columns at a time."""
+    result = torch.empty_like(moment.matrix, dtype=torch.float32)
+    for start in range(0, len(result), _COLUMNS):
+        columns = moment.matrix[:, start : start + _COLUMNS].double()
+        columns.diagonal(-start).add_(damping * moment.mean_diagonal)
+        result[:, start : start + _COLUMNS] = weight.T @ (gradients @ (weight @ columns))
+    return result
 
 
 def channel_order(
@@ -127,6 +155,7 @@ def channel_order(
         Indices, shape (n,); how many are kept at each step; the rise at each step, shape (steps,).
     """
     left, weighted = moment.float(), weighted.float()
+    del moment  # the caller's may be let go, too
     size = len(left)
     free = torch.arange(size, device=left.device)
     order: list[torch.Tensor] = []
@@ -143,10 +172,21 @@ def channel_order(
         core = left[chosen][:, chosen].double()
         core.diagonal().add_(_JITTER * core.diagonal().mean() + _TINY)
         explained = torch.linalg.solve(core, left[chosen][:, rest].double()).float()
-        weighted = weighted[rest][:, rest] - weighted[rest][:, chosen] @ explained
-        left = left[rest][:, rest] - left[rest][:, chosen] @ explained
+        weighted = _eliminated(weighted, rest, chosen, explained)
+        left = _eliminated(left, rest, chosen, explained)
         rises.append(float(weighted.diagonal().double().sum()))
     found = torch.tensor(rises, dtype=torch.float64)
     if not bool(torch.isfinite(found).all()):
         raise NumericalError("the price of a channel is NaN or infinite")
     return torch.cat(order), counts, found.clamp_min(0)
+
+
+def _eliminated(
+    matrix: torch.Tensor, rest: torch.Tensor, chosen: torch.Tensor, explained: torch.Tensor
+) -> torch.Tensor:
+    """What is left of a matrix without the chosen channels and what they explain of others."""
+    places = rest.nonzero().flatten()
+    share = matrix[places[:, None], chosen]
+    left = matrix[places[:, None], places]
+    left -= share @ explained
+    return left

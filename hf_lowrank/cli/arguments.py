@@ -209,6 +209,15 @@ class CompressionArguments(JobArguments):
         "Texts that the dense and the compressed model continue in the report; 'none' skips this. "
         f"Default: {' / '.join(SAMPLE_PROMPTS)}",
     )
+    stream: bool | None = option(
+        None,
+        "Compress block by block, from disk to disk, so that no more than one block is in memory; "
+        "a killed run goes on where it was. Leaves out speed and samples. Default: where the model "
+        "would not fit into --max_memory.",
+    )
+    max_memory: str | None = option(
+        None, "Memory that may be used, such as 2GB; decides whether to --stream."
+    )
     speed: bool = option(
         True,
         "Time the dense and the compressed model in turn, for the report: prompts read at once, "

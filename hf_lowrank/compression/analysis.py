@@ -56,7 +56,7 @@ class Analysis:
     config: LowRankConfig
     shapes: dict[str, tuple[int, int]]
     spectra: dict[str, Spectrum] = field(default_factory=dict)
-    factors: dict[str, Factors] = field(default_factory=dict)
+    factors: Mapping[str, Factors] = field(default_factory=dict)
     failures: dict[str, str] = field(default_factory=dict)
     fixed: dict[str, int | None] = field(default_factory=dict)
     tokens: int = 0
@@ -203,7 +203,7 @@ def _analyze_group(
                 if group.blocks:
                     cache.write("channels", group.whole, cached.orders)
     found.spectra |= cached.spectra
-    found.factors |= cached.factors
+    found.factors = {**found.factors, **cached.factors}
     found.failures |= cached.failures
     found.orders |= cached.orders
 

@@ -30,6 +30,7 @@ from hf_lowrank.measuring.items import is_causal_lm
 from hf_lowrank.modeling.marks import attach_config
 from hf_lowrank.modeling.surgery import factorize_, restore_
 from hf_lowrank.modeling.weight_precision import planned_precisions, quantize_weights_
+from hf_lowrank.ranks.plan import RankPlan
 from hf_lowrank.report.embedding_report import EmbeddingDistance, EmbeddingReport
 from hf_lowrank.report.quantization import Quantization
 from hf_lowrank.report.schema import Report
@@ -112,38 +113,66 @@ def apply(model: nn.Module, decision: Decision, dense: Dense, run: Run) -> Repor
     with dense_on_error(model, dense.layers):
         with run.stopwatch.phase("surgery"):
             cut_layers = factorize_(model, analysis.factors, plan, analysis.orders)
-            narrowed = {name: list(shape) for name, shape in plan.narrowed.items()} or None
-            found: dict[str, Any] = {"ranks": dict(plan.ranks), "narrowed": narrowed}
-            decided = config.replace(**found, form=plan.form, format_version=FORMAT_VERSION)
+            decided = decided_config(config, plan)
             attach_config(model, decided)
         recovery = _recover(model, config, dense, run)
         quantization = quantize(model, plan.ranks, config, run)
         if quantization is not None:
             attach_config(model, decided)
-        after = _measure(model, "evaluate compressed", run)
-        evaluations = {name: compare(dense.losses[name], after[name]) for name in after}
-        kind, measured = _judged(model, evaluations, dense, run, is_cut=bool(cut_layers))
-        predicted = analysis.predicted_rise(plan)
-        return kind(
-            **measured,
-            **report_fields(model, dense.size, plan),
-            model=str(getattr(getattr(model, "config", None), "_name_or_path", "") or "model"),
-            config=Settings.of(decided),
-            seed=config.seed,
-            predicted_loss_difference=None if math.isnan(predicted) else predicted,
-            predicted_standard_error=analysis.standard_error(plan),
-            seconds=dict(run.stopwatch.seconds),
-            probes=list(decision.probes),
-            held_out=decision.held_out,
-            recovery=recovery,
-            quantization=quantization,
-            size_trials=list(decision.size_trials),
-            measured_prices=list(decision.parts),
-            failures={**dense.left_dense, **analysis.failures},
-            data=Data(calibration_tokens=analysis.tokens),
-            spectra=compact_spectra(analysis.spectra),
-            joint=decision.joint,
-        )
+        report = report_on(model, decision, decided, dense, run, is_cut=bool(cut_layers))
+        report.recovery, report.quantization = recovery, quantization
+        return report
+
+
+def decided_config(config: LowRankConfig, plan: RankPlan) -> LowRankConfig:
+    """The config with what was decided, as a checkpoint holds it."""
+    narrowed = {name: list(shape) for name, shape in plan.narrowed.items()} or None
+    found: dict[str, Any] = {"ranks": dict(plan.ranks), "narrowed": narrowed}
+    return config.replace(**found, form=plan.form, format_version=FORMAT_VERSION)
+
+
+def report_on(
+    model: nn.Module,
+    decision: Decision,
+    decided: LowRankConfig,
+    dense: Dense,
+    run: Run,
+    *,
+    is_cut: bool,
+) -> Report:
+    """Measures a compressed model and reports.
+
+    Args:
+        model: The model after the cut.
+        decision: What was done to it.
+        decided: Its config.
+        dense: The model before.
+        run: Texts, and how to work.
+        is_cut: Whether any layer was cut, so that there is something to time.
+    """
+    analysis, plan = decision.analysis, decision.plan
+    after = _measure(model, "evaluate compressed", run)
+    evaluations = {name: compare(dense.losses[name], after[name]) for name in after}
+    kind, measured = _judged(model, evaluations, dense, run, is_cut=is_cut)
+    predicted = analysis.predicted_rise(plan)
+    return kind(
+        **measured,
+        **report_fields(model, dense.size, plan),
+        model=str(getattr(getattr(model, "config", None), "_name_or_path", "") or "model"),
+        config=Settings.of(decided),
+        seed=decided.seed,
+        predicted_loss_difference=None if math.isnan(predicted) else predicted,
+        predicted_standard_error=analysis.standard_error(plan),
+        seconds=dict(run.stopwatch.seconds),
+        probes=list(decision.probes),
+        held_out=decision.held_out,
+        size_trials=list(decision.size_trials),
+        measured_prices=list(decision.parts),
+        failures={**dense.left_dense, **analysis.failures},
+        data=Data(calibration_tokens=analysis.tokens),
+        spectra=compact_spectra(analysis.spectra),
+        joint=decision.joint,
+    )
 
 
 def quantize(

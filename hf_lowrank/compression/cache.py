@@ -59,7 +59,7 @@ class RunCache:
         self.folder = folder
         self.config = config
         digest = hashlib.blake2b(digest_size=16)
-        digest.update(_description(model).encode())
+        digest.update(description(model).encode())
         named: Any = (
             loss_function if hasattr(loss_function, "__qualname__") else type(loss_function)
         )
@@ -68,9 +68,7 @@ class RunCache:
             digest.update(repr(loss_function).encode())
         for name, tensor in model.state_dict().items():
             update_digest(digest, name, tensor)
-        for batch in calibration:
-            for name in sorted(batch):
-                update_digest(digest, name, batch[name])
+        add_batches(digest, calibration)
         self.inputs_digest = digest.hexdigest()
 
     def read(self, kind: str, parts: Iterable[str]) -> Any:  # noqa: ANN401
@@ -80,10 +78,7 @@ class RunCache:
             kind: "moments", "spectra" or "channels".
             parts: Names of the layers and of whatever else tells one entry from another.
         """
-        try:
-            return torch.load(self._path(kind, parts), map_location="cpu", weights_only=True)
-        except Exception:  # not there, or damaged in whatever way: it is computed again
-            return None
+        return read_stored(self._path(kind, parts))
 
     def write(self, kind: str, parts: Iterable[str], value: object) -> None:
         """Stores a result under a temporary name and renames, so that no half of it is ever read.
@@ -93,13 +88,7 @@ class RunCache:
         Raises:
             StorageError: That is not possible.
         """
-        try:
-            with atomic_file(self._path(kind, parts)) as temporary:
-                torch.save(value, temporary)
-        except (OSError, RuntimeError) as error:  # the latter is torch's for a full disk
-            raise StorageError(
-                f"Could not write to the cache folder {self.folder}: {error}"
-            ) from error
+        write_stored(self._path(kind, parts), value)
 
     def _path(self, kind: str, parts: Iterable[str]) -> Path:
         values = {name: getattr(self.config, name) for name in _SETTINGS[kind]}
@@ -108,9 +97,42 @@ class RunCache:
         return self.folder / f"{kind}-{digest}.pt"
 
 
-def _description(model: nn.Module) -> str:
+def read_stored(path: Path, *, mapped: bool = False) -> Any:  # noqa: ANN401
+    """What `write_stored` wrote, on the CPU; None where it is not there, or can't be read.
+
+    Args:
+        path: The file.
+        mapped: Whether tensors are read only as far as they are used.
+    """
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+    except Exception:  # not there, or damaged in whatever way: it is computed again
+        return None
+
+
+def write_stored(path: Path, value: object) -> None:
+    """Stores plain data and tensors under a temporary name and renames.
+
+    Raises:
+        StorageError: That is not possible.
+    """
+    try:
+        with atomic_file(path) as temporary:
+            torch.save(value, temporary)
+    except (OSError, RuntimeError) as error:  # the latter is torch's for a full disk
+        raise StorageError(f"Could not write to the cache folder {path.parent}: {error}") from error
+
+
+def description(model: nn.Module) -> str:
     """What a model computes beside its weights: its modules and its config."""
     config: Any = getattr(model, "config", None)
     settings = config.to_dict() if hasattr(config, "to_dict") else {}
     settings = {k: v for k, v in settings.items() if not k.startswith("_")}
     return json.dumps([repr(model), settings], sort_keys=True, default=str)
+
+
+def add_batches(digest: hashlib.blake2b, batches: Iterable[Batch]) -> None:
+    """Adds batches to a hash."""
+    for batch in batches:
+        for name in sorted(batch):
+            update_digest(digest, name, batch[name])

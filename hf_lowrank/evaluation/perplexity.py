@@ -10,9 +10,9 @@ import torch
 from torch import nn
 
 from hf_lowrank.errors import DataError, NumericalError
-from hf_lowrank.measuring.items import Batch, LossFunction, eval_mode
+from hf_lowrank.measuring.items import Batch, LossFunction
 from hf_lowrank.measuring.losses import item_losses
-from hf_lowrank.measuring.progress import track
+from hf_lowrank.measuring.passes import each_batch
 
 ItemLoss = tuple[float, int]
 
@@ -61,15 +61,11 @@ def iterate_losses(
     Raises:
         NumericalError: A loss is NaN or infinite: that is a failure, never a skipped batch.
     """
-    device = next(model.parameters()).device
-    with eval_mode(model):
-        for index, batch in enumerate(track(batches, progress)):
-            inputs = {name: tensor.to(device) for name, tensor in batch.items()}
-            with torch.no_grad():
-                result = (loss_function or item_losses)(model, inputs)
-            if not bool(torch.isfinite(result.sums).all()):
-                raise NumericalError(f"The loss of batch {index} is NaN or infinite.")
-            yield from zip(result.sums.tolist(), result.counts.tolist(), strict=True)
+    results = each_batch(model, batches, loss_function or item_losses, progress)
+    for index, result in enumerate(results):
+        if not bool(torch.isfinite(result.sums).all()):
+            raise NumericalError(f"The loss of batch {index} is NaN or infinite.")
+        yield from zip(result.sums.tolist(), result.counts.tolist(), strict=True)
 
 
 def measure_loss(

@@ -100,8 +100,8 @@ def tensor_shapes(folder: str | Path, **hub: Any) -> dict[str, list[int]]:
         CheckpointError: A file is missing, or is no safetensors file of its size.
     """
     shapes: dict[str, list[int]] = {}
-    for file in _weight_files(folder, hub):
-        found = _header_shapes(resolve_file(folder, file, **hub))
+    for file in weight_files(folder, hub):
+        found = header_shapes(resolve_file(folder, file, **hub))
         twice = next((name for name in found if name in shapes), None)
         if twice is not None:
             raise CheckpointError(f"{folder}: {twice} is in two files.")
@@ -131,7 +131,12 @@ def resolve_file(folder: str | Path, name: str, **hub: Any) -> Path:
         ) from error
 
 
-def _weight_files(folder: str | Path, hub: dict[str, Any]) -> list[str]:
+def weight_files(folder: str | Path, hub: dict[str, Any]) -> list[str]:
+    """Names of a checkpoint's safetensors files: the single one, or those of its index.
+
+    Raises:
+        CheckpointError: There is neither, or the index is damaged.
+    """
     try:
         resolve_file(folder, _WEIGHTS, **hub)
     except CheckpointError as error:
@@ -184,8 +189,12 @@ def _items(value: Any) -> Iterable[Any]:  # noqa: ANN401
     return value if isinstance(value, list) else ()
 
 
-def _header_shapes(path: Path) -> dict[str, list[int]]:
-    """Shapes by name; safetensors refuses a header that does not account for every byte."""
+def header_shapes(path: Path) -> dict[str, list[int]]:
+    """Shapes by name; safetensors refuses a header that does not account for every byte.
+
+    Raises:
+        CheckpointError: It does.
+    """
     try:
         with safe_open(path, framework="numpy") as file:
             return {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118

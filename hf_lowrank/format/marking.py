@@ -61,6 +61,12 @@ def unmark_as_lowrank(model: nn.Module) -> None:
         delattr(model.config, "auto_map")
 
 
+def write_loading_code(folder: Path) -> None:
+    """Writes the code that travels with a checkpoint into its folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / f"{REMOTE_MODULE}.py").write_text(loading_code(), encoding="utf-8")
+
+
 class _SavePretrained:
     """`model.save_pretrained`, and the loading code beside the weights."""
 
@@ -71,16 +77,14 @@ class _SavePretrained:
         self, save_directory: str, is_main_process: bool = True, *args: Any, **kwargs: Any
     ) -> None:
         if is_main_process:
-            Path(save_directory).mkdir(parents=True, exist_ok=True)
-            code = Path(save_directory) / f"{REMOTE_MODULE}.py"
-            code.write_text(loading_code(), encoding="utf-8")
-        if _saved_names_are_lost(self.model):
+            write_loading_code(Path(save_directory))
+        if saved_names_are_lost(self.model):
             kwargs.setdefault("save_original_format", False)
         save = getattr(type(self.model), "save_pretrained")  # noqa: B009
         save(self.model, save_directory, is_main_process, *args, **kwargs)
 
 
-def _saved_names_are_lost(model: Any) -> bool:  # noqa: ANN401
+def saved_names_are_lost(model: Any) -> bool:  # noqa: ANN401
     """Whether transformers, which saves some models under older names, could not read ours again.
 
     It joins layers, such as q, k and v, which can't be done with layers of different ranks, or it

@@ -6,10 +6,9 @@ One quick look whether the Hub can be reached stands in place of minutes of retr
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
-import datasets.config
 import huggingface_hub.constants
 from huggingface_hub.utils import get_session
 
@@ -32,7 +31,10 @@ def prefer_offline_if_unreachable() -> bool:
         get_session().head(huggingface_hub.constants.ENDPOINT, timeout=_SECONDS)
     except Exception:  # whatever the transport raises: no answer
         huggingface_hub.constants.HF_HUB_OFFLINE = True
-        datasets.config.HF_HUB_OFFLINE = True
+        with suppress(ModuleNotFoundError):  # an extra, and slow to import
+            import datasets.config
+
+            datasets.config.HF_HUB_OFFLINE = True
         return False
     return True
 

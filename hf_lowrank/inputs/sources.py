@@ -72,7 +72,7 @@ def load_causal_lm(
     """
     target = check_place(dtype, device)
     if source == DEMO:
-        source = str(_demo_folder())
+        source = str(demo_folder())
     if source.endswith(".gguf"):
         model, tokenizer = _load_gguf(Path(source), DTYPES[dtype])
     else:
@@ -217,11 +217,16 @@ def _load_pretrained(source: str, trusted: bool, dtype: Any) -> tuple[Any, Any]:
         model, info = auto_class.from_pretrained(
             source, output_loading_info=True, trust_remote_code=trusted, dtype=dtype
         )
-    _refuse_wrong_keys(source, model, info)
+    refuse_wrong_keys(source, model, info)
     return model, tokenizer
 
 
-def _refuse_wrong_keys(source: str, model: nn.Module, info: Mapping[str, Any]) -> None:
+def refuse_wrong_keys(source: str, model: nn.Module, info: Mapping[str, Any]) -> None:
+    """Refuses weights that are missing or have no place in a causal language model.
+
+    Raises:
+        DataError: With the first.
+    """
     if info["missing_keys"]:
         names = sorted(info["missing_keys"])
         raise DataError(
@@ -254,7 +259,7 @@ def _load_gguf(path: Path, dtype: Any) -> tuple[Any, Any]:  # noqa: ANN401
     except Exception as error:  # a damaged file can raise anything
         raise DataError(f"{path}: is not a readable .gguf model: {one_line(error)}") from error
     model, info = loaded
-    _refuse_wrong_keys(str(path), model, info)
+    refuse_wrong_keys(str(path), model, info)
     return model, tokenizer
 
 
@@ -311,7 +316,7 @@ def check_windows(
             )
 
 
-def _demo_folder() -> Path:
+def demo_folder() -> Path:
     """The dequantized demo model; made on first use, about half a minute."""
     folder = Path(HF_HOME) / "hf_lowrank" / DEMO_NAME
     if folder.is_dir():

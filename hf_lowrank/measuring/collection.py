@@ -23,7 +23,13 @@ from hf_lowrank.errors import DataError, NumericalError
 from hf_lowrank.format.dense_linear import linear_shape, linear_weight
 from hf_lowrank.measuring.distributed import ALONE, Processes, sum_moments
 from hf_lowrank.measuring.hooks import GRADIENT_FIELDS, INPUT_SIDES, Collector
-from hf_lowrank.measuring.items import Batch, LossFunction, eval_mode, is_encoder_decoder
+from hf_lowrank.measuring.items import (
+    Batch,
+    LossFunction,
+    device_of,
+    eval_mode,
+    is_encoder_decoder,
+)
 from hf_lowrank.measuring.losses import forward_body, item_losses, prepare_losses
 from hf_lowrank.measuring.masks import separate_lengths
 from hf_lowrank.measuring.token_sums import mirror_
@@ -71,8 +77,11 @@ def collect_moments(
         NumericalError: The loss of a batch is not finite.
     """
     collector = Collector(targets, needs, whole, even)
-    compute = loss_function or partial(item_losses, label_source=label_source)
-    device = next(model.parameters()).device
+    needs_gradient = bool(needs & GRADIENT_FIELDS)
+    compute = loss_function
+    if compute is None and needs_gradient:
+        compute = partial(item_losses, label_source=label_source)
+    device = device_of(model)
     losses = 0
     with frozen(model), collector.installed(), torch.random.fork_rng():
         for index, batch in enumerate(batches):
@@ -81,7 +90,7 @@ def collect_moments(
             torch.manual_seed(seed + index)  # the same draws, whichever process has the batch
             inputs = prepared(model, batch)
             collector.start_batch(inputs, has_decoder=is_encoder_decoder(model))
-            losses += run_batch(model, inputs, compute if needs & GRADIENT_FIELDS else None)
+            losses += run_batch(model, inputs, compute, needs_gradient)
             collector.active = False
             if on_batch is not None:
                 on_batch()
@@ -94,24 +103,32 @@ def collect_moments(
 
 def prepared(model: nn.Module, batch: Batch) -> Batch:
     """The batch as calibration runs it: on the model's device, its lengths told apart."""
-    device = next(model.parameters()).device
+    device = device_of(model)
     inputs = separate_lengths(model, {name: value.to(device) for name, value in batch.items()})
     prepare_losses(model, inputs)
     return inputs
 
 
-def run_batch(model: nn.Module, batch: Batch, compute: LossFunction | None) -> int:
-    """One pass for the sake of hooks: forward alone, or with a loss forward and backward.
+def run_batch(
+    model: nn.Module, batch: Batch, compute: LossFunction | None, needs_gradient: bool
+) -> int:
+    """One pass for the sake of hooks: forward alone, or forward and backward.
+
+    Args:
+        model: The model.
+        batch: Its inputs.
+        compute: The loss; without one, and without gradients, the layers alone are run.
+        needs_gradient: Whether the pass goes backward, too.
 
     Returns:
-        Scored positions of the loss, or 1 without one.
+        Scored positions of the loss, or 1 without gradients.
 
     Raises:
         NumericalError: The loss is not finite.
     """
-    if compute is None:
+    if compute is None or not needs_gradient:
         with torch.no_grad():
-            forward_body(model, batch)
+            (compute or forward_body)(model, batch)
         return 1
     with torch.enable_grad():
         result = compute(model, batch)

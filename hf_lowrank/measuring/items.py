@@ -77,6 +77,12 @@ def inner_model(model: nn.Module) -> nn.Module:
     return model if compiled is None else inner_model(compiled)
 
 
+def device_of(model: nn.Module) -> torch.device:
+    """Where a model's weights are; those on meta, of which there is nothing, do not count."""
+    places = (parameter.device for parameter in model.parameters())
+    return next((each for each in places if each.type != "meta"), torch.device("cpu"))
+
+
 def config_of(model: nn.Module) -> object:
     """The model's config; None where it has none."""
     return getattr(model, "config", None)

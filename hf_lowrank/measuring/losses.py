@@ -11,6 +11,7 @@ from hf_lowrank.measuring.heads import head_losses, prepare_head
 from hf_lowrank.measuring.items import (
     Batch,
     ItemLosses,
+    device_of,
     eval_mode,
     is_causal_lm,
     is_encoder_decoder,
@@ -49,7 +50,7 @@ def check_losses(model: nn.Module, batch: Batch) -> None:
     Raises:
         ConfigError, DataError: See `item_losses`.
     """
-    device = next(model.parameters()).device
+    device = device_of(model)
     with torch.no_grad(), eval_mode(model):
         item_losses(model, {name: value[:1].to(device) for name, value in batch.items()})
 

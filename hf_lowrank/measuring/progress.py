@@ -66,7 +66,10 @@ class Progress:
             self._bar.update(steps)
         elif self.phase is not None and time.monotonic() - self._said >= SECONDS:
             self._said = time.monotonic()
-            passed = f", {self._said - self._begin:.0f} s"
+            seconds = self._said - self._begin
+            passed = f", {seconds:.0f} s"
+            if self.total and self.done:
+                passed += f", {seconds / self.done * (self.total - self.done):.0f} s left"
             self._say_share(f"{passed}, {note}" if note else passed)
 
     def _say_share(self, more: str = "") -> None:

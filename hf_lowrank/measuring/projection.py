@@ -16,7 +16,13 @@ import torch
 from torch import nn
 from transformers.modeling_outputs import ModelOutput
 
-from hf_lowrank.measuring.items import Batch, eval_mode, inner_model, without_labels
+from hf_lowrank.measuring.items import (
+    Batch,
+    device_of,
+    eval_mode,
+    inner_model,
+    without_labels,
+)
 
 Projection = Callable[[torch.Tensor], torch.Tensor]
 _INPUTS = ("input_ids", "inputs_embeds")
@@ -51,7 +57,7 @@ def projection(model: nn.Module, batch: Batch) -> Projection | None:
 
 def probe_of(model: nn.Module, batch: Batch) -> dict[str, torch.Tensor]:
     """The first 4 tokens of the first item, on the model's device."""
-    device = next(model.parameters()).device
+    device = device_of(model)
     return {name: batch[name][:1, :4].to(device) for name in _INPUTS if name in batch}
 
 

@@ -15,19 +15,17 @@ from typing import Any, NamedTuple
 import torch
 from accelerate.hooks import AlignDevicesHook
 from torch import nn
-from torch.overrides import TorchFunctionMode
 from transformers.pytorch_utils import Conv1D
 
 from hf_lowrank.config import LowRankConfig
 from hf_lowrank.errors import TargetError
 from hf_lowrank.format.dense_linear import linear_shape
-from hf_lowrank.format.weight_stand_in import METADATA
 from hf_lowrank.measuring.collection import frozen, prepared, run_batch
 from hf_lowrank.measuring.distributed import ALONE, Processes
-from hf_lowrank.measuring.hooks import watched
 from hf_lowrank.measuring.items import Batch, LossFunction
 from hf_lowrank.measuring.losses import item_losses
 from hf_lowrank.modeling.targets import find_targets
+from hf_lowrank.modeling.watching import Watch
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _HOOKS = (
@@ -77,19 +75,26 @@ def qualified(
         DataError, NumericalError: The batch has no loss, or none that is finite.
         ConfigError: See `find_targets`.
     """
-    _refuse_rescaling(model)
+    refuse_rescaling(model)
     named = find_targets(model, config)
-    reasons = _visible_reasons(model, named)
-    plain = {name: layer for name, layer in named.items() if name not in reasons}
-    watch = _Watch(plain, needs_gradient=needs_gradient and batch is not None)
-    if batch is not None:
-        loss = loss_function or partial(item_losses, label_source=config.label_source)
-        _watch_batch(model, watch, batch, loss if needs_gradient else None)
-        reasons |= watch.uncalled()
-    else:
-        _watch_made_up_tokens(model, watch)
-    reasons |= watch.misused()
-    reasons = processes.decide({name: reasons[name] for name in named if name in reasons})
+    loss = loss_function
+    if loss is None and needs_gradient:
+        loss = partial(item_losses, label_source=config.label_source)
+    reasons = reasons_against(model, named, batch, needs_gradient=needs_gradient, loss=loss)
+    return without_unfit(model, config, named, processes.decide(reasons))
+
+
+def without_unfit(
+    model: nn.Module,
+    config: LowRankConfig,
+    named: Mapping[str, nn.Module],
+    reasons: dict[str, str],
+) -> Qualified:
+    """The named layers less those that there are reasons against.
+
+    Raises:
+        TargetError: No layer is left, or one that the config names in full is not.
+    """
     for name in _named_in_full(config):
         if name in reasons:
             raise TargetError(f"{name}: can't be factorized, {reasons[name]}; leave it out.")
@@ -103,8 +108,44 @@ def qualified(
     return Qualified(targets, reasons)
 
 
-def _refuse_rescaling(model: nn.Module) -> None:
-    """RWKV divides weights in its first pass, and divides what was saved after it once more."""
+def reasons_against(
+    model: nn.Module,
+    named: Mapping[str, nn.Module],
+    batch: Batch | None,
+    *,
+    needs_gradient: bool,
+    loss: LossFunction | None,
+) -> dict[str, str]:
+    """The reason of each of these layers that can't be factorized, by name.
+
+    Args:
+        model: The dense model.
+        named: Some of its layers.
+        batch: See `qualified`.
+        needs_gradient: Likewise.
+        loss: Loss of a batch; without one the layers alone are run.
+
+    Raises:
+        DataError, NumericalError: See `qualified`.
+    """
+    reasons = _visible_reasons(model, named)
+    plain = {name: layer for name, layer in named.items() if name not in reasons}
+    watch = Watch(plain, needs_gradient=needs_gradient and batch is not None)
+    if batch is not None:
+        _watch_batch(model, watch, batch, loss)
+        reasons |= watch.uncalled()
+    else:
+        _watch_made_up_tokens(model, watch)
+    reasons |= watch.misused()
+    return {name: reasons[name] for name in named if name in reasons}
+
+
+def refuse_rescaling(model: nn.Module) -> None:
+    """RWKV divides weights in its first pass, and divides what was saved after it once more.
+
+    Raises:
+        TargetError: The model does so.
+    """
     every = getattr(getattr(model, "config", None), "rescale_every", 0)
     if every:
         raise TargetError(
@@ -184,15 +225,15 @@ def _identity(parameter: nn.Parameter) -> object:
     return id(parameter)
 
 
-def _watch_batch(model: nn.Module, watch: _Watch, batch: Batch, loss: LossFunction | None) -> None:
+def _watch_batch(model: nn.Module, watch: Watch, batch: Batch, loss: LossFunction | None) -> None:
     """Watches a pass over a batch, with a backward pass where there is a loss."""
     with _undisturbed(model):
         inputs = prepared(model, batch)
         with watch.installed():
-            run_batch(model, inputs, loss)
+            run_batch(model, inputs, loss, watch.needs_gradient)
 
 
-def _watch_made_up_tokens(model: nn.Module, watch: _Watch) -> None:
+def _watch_made_up_tokens(model: nn.Module, watch: Watch) -> None:
     """Watches a pass over a few tokens, as far as that pass comes."""
     inputs = getattr(model, "dummy_inputs", None)
     if not isinstance(inputs, dict) or any(p.device.type == "meta" for p in model.parameters()):
@@ -201,125 +242,6 @@ def _watch_made_up_tokens(model: nn.Module, watch: _Watch) -> None:
     # Models of images or sound do not take tokens; how they use their layers is then not known.
     with _undisturbed(model), watch.installed(), torch.no_grad(), suppress(Exception):
         model(**{name: value.to(device) for name, value in inputs.items()})
-
-
-class _Watch(TorchFunctionMode):
-    """Notes how a model uses layers: who is called, by whom weights are read, where gradients go.
-
-    Every function of torch that gets a tensor passes through here, so that reading a weight shows
-    whichever way the model's code comes by it. Asking for its shape or type is no reading.
-    """
-
-    def __init__(self, layers: Mapping[str, nn.Module], needs_gradient: bool) -> None:
-        super().__init__()
-        self.layers = layers
-        self.needs_gradient = needs_gradient
-        self.owners = {id(layer.weight): name for name, layer in layers.items()}
-        self.running: set[str] = set()
-        self.called: set[str] = set()
-        self.read: set[str] = set()
-        self.reached: set[str] = set()
-        self.by_keyword: set[str] = set()
-        self.different: set[str] = set()
-
-    def __torch_function__(
-        self,
-        func: Any,  # noqa: ANN401
-        types: Any,  # noqa: ANN401
-        args: Any = (),  # noqa: ANN401
-        kwargs: Any = None,  # noqa: ANN401
-    ) -> Any:  # noqa: ANN401
-        """Notes the weights among the arguments, and calls the function."""
-        kwargs = kwargs or {}
-        if func not in METADATA:
-            self._note([*args, *kwargs.values()])
-        return func(*args, **kwargs)
-
-    def _note(self, values: Any) -> None:  # noqa: ANN401
-        for value in values:
-            if isinstance(value, (list, tuple)):
-                self._note(value)
-            elif (name := self.owners.get(id(value))) is not None and name not in self.running:
-                self.read.add(name)
-
-    @contextmanager
-    def installed(self) -> Iterator[None]:
-        """Watches for the time of the block."""
-        handles = []
-        for name, layer in self.layers.items():
-            handles += [
-                layer.register_forward_pre_hook(partial(self._on_start, name)),
-                layer.register_forward_hook(partial(self._on_end, name), with_kwargs=True),
-            ]
-        try:
-            with self:
-                yield
-        finally:
-            for handle in handles:
-                handle.remove()
-
-    def _on_start(self, name: str, *call: object) -> None:
-        self.running.add(name)
-
-    def _on_end(
-        self,
-        name: str,
-        layer: nn.Module,
-        args: tuple[torch.Tensor, ...],
-        kwargs: dict[str, object],
-        output: torch.Tensor,
-    ) -> torch.Tensor | None:
-        if kwargs:
-            self.by_keyword.add(name)
-        elif args[0].numel():
-            self.called.add(name)
-            if not _is_plain(layer) and not _computes_the_same(layer, args[0], output):
-                self.different.add(name)
-        self.running.discard(name)
-        result = watched(output) if self.needs_gradient else None
-        if result is not None:
-            result.register_hook(lambda gradient: self.reached.add(name))
-        return result
-
-    def uncalled(self) -> dict[str, str]:
-        """Layers that the pass left out, by name with the reason."""
-        found = dict.fromkeys(self.layers, "the first batch does not call it")
-        for name in self.called:
-            if not self.needs_gradient or name in self.reached:
-                del found[name]
-            else:
-                found[name] = "no gradient of the first batch's loss reaches it"
-        return found
-
-    def misused(self) -> dict[str, str]:
-        """Layers that are used in another way than by a plain call, by name with the reason."""
-        found = {}
-        for name, layer in self.layers.items():
-            kind = type(layer).__name__
-            if name in self.read:
-                found[name] = "other code than the layer's own reads its weight"
-            elif name in self.by_keyword:
-                found[name] = "it is called with keyword arguments"
-            elif name in self.different:
-                found[name] = f"it is a {kind} and computes something else than nn.Linear"
-            elif name not in self.called and not _is_plain(layer):
-                found[name] = f"it is a {kind}, which no pass showed to compute as nn.Linear"
-        return found
-
-
-def _is_plain(layer: nn.Module) -> bool:
-    return type(layer) in (nn.Linear, Conv1D)
-
-
-@torch.no_grad()
-def _computes_the_same(layer: nn.Module, inputs: torch.Tensor, output: torch.Tensor) -> bool:
-    """Whether a subclass gives what its parent would; Falcon's, for one, rounds differently."""
-    parent = Conv1D if isinstance(layer, Conv1D) else nn.Linear
-    expected = parent.forward(layer, inputs)  # type: ignore[arg-type]
-    if output.shape != expected.shape or output.dtype != expected.dtype:
-        return False
-    tolerance = max(2 * torch.finfo(expected.dtype).eps, 1e-5)
-    return bool((output - expected).float().norm() <= tolerance * expected.float().norm())
 
 
 @contextmanager

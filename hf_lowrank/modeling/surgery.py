@@ -28,6 +28,7 @@ from hf_lowrank.format.forms.stored_form import stored_form
 from hf_lowrank.format.marking import unmark_as_lowrank
 from hf_lowrank.format.rebuild import compressed_layers
 from hf_lowrank.format.torchao_weights import quantized_modules
+from hf_lowrank.measuring.passes import stream_of
 from hf_lowrank.ranks.plan import RankPlan
 
 
@@ -175,7 +176,12 @@ def factorized(
         form: Stored form of the layers in the block. Two factors compute the same as any other,
             but for rounding, and take no work to make.
     """
-    originals = factorize_(model, factors, dataclasses.replace(plan, form=form), orders)
+    plan = dataclasses.replace(plan, form=form)
+    if (stream := stream_of(model)) is not None:
+        with stream.cut(factors, plan, orders or {}):
+            yield model
+        return
+    originals = factorize_(model, factors, plan, orders)
     try:
         yield model
     finally:

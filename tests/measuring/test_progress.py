@@ -36,7 +36,7 @@ def test_a_line_at_the_start_and_every_half_minute(
             if name == "a":
                 assert lines(capsys) == ["... demo: decompose: 0 of 5 layers, 0%"]
             clock.now += 12.5
-    assert lines(capsys) == ["... demo: decompose: 3 of 5 layers, 60%, 38 s, c"]
+    assert lines(capsys) == ["... demo: decompose: 3 of 5 layers, 60%, 38 s, 25 s left, c"]
 
 
 def test_steps_of_unknown_number(clock: Clock, capsys: pytest.CaptureFixture[str]):

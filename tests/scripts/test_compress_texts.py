@@ -44,7 +44,7 @@ def test_held_out_text_is_not_calibration_text(
 def test_the_demo_reads_built_in_texts_alone(
     compress_llm: InProcess, inputs: Inputs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(sources, "_demo_folder", lambda: inputs.model)
+    monkeypatch.setattr(sources, "demo_folder", lambda: inputs.model)
     done = compress_llm(
         *inputs.arguments(
             model=None,

@@ -147,7 +147,7 @@ class Candidates:
             yield candidate
             best = candidate if _is_better(candidate, best) else best
         for step in self.settings.largest_steps:
-            corrected = factors | self._corrections(best.plan, step)
+            corrected = {**factors, **self._corrections(best.plan, step)}
             candidate = self._measure(
                 f"{best.name}, step {step:g}",
                 best.plan,
