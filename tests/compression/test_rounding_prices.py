@@ -34,7 +34,7 @@ def random_layer(shape):
 def test_the_price_of_a_dense_weight_is_what_white_errors_cost_on_average(shape):
     weight, outer, inner, form = random_layer(shape)
     spectrum, factors = decompose(weight, form, dtype=torch.float64)
-    price = rounding_of(weight, spectrum, factors)
+    price = rounding_of(weight.float(), spectrum, factors)
     share = 1e-3
     size = (share * weight.square().mean()).sqrt()
     generator = torch.Generator().manual_seed(1)
@@ -48,7 +48,7 @@ def test_the_price_of_a_dense_weight_is_what_white_errors_cost_on_average(shape)
 def test_the_price_of_each_factor_is_the_error_of_the_product(shape, rank):
     weight, outer, inner, form = random_layer(shape)
     spectrum, factors = decompose(weight, form, dtype=torch.float64)
-    price = rounding_of(weight, spectrum, factors)
+    price = rounding_of(weight.float(), spectrum, factors)
     a, b = factors.balanced(rank)
     share = 0.01
     of_a = share * a.square().mean(dim=1) * (b.T @ outer @ b).diagonal() * inner.trace()
