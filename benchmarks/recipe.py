@@ -21,7 +21,7 @@ from benchmarks.zero_shot import Question, answer_questions, read_questions
 from hf_lowrank.compression.analysis import Analysis, analyze
 from hf_lowrank.compression.byte_budget import Fit, applied
 from hf_lowrank.compression.decision import decide
-from hf_lowrank.compression.options import Run, Texts
+from hf_lowrank.compression.options import Run, RunOptions, Texts
 from hf_lowrank.config import LowRankConfig, option
 from hf_lowrank.evaluation.perplexity import LossMeasurement, measure_loss
 from hf_lowrank.evaluation.size import compare
@@ -66,6 +66,7 @@ class RecipeArguments:
     batch_size: int = option(4, "Windows in a batch.")
     weights: list[str] | None = option(None, "Types of weights tried on top: int8, int4.")
     dtype: str = option("float32", "Data type of the model.")
+    cache_dir: str | None = option(None, "Folder for moments and spectra, to be used again.")
     output_dir: str = option("outputs/recipe", "Folder of rows; those in it are not run again.")
 
 
@@ -93,37 +94,13 @@ class Judges:
 def compare_recipes(args: RecipeArguments) -> None:
     """Every recipe on every calibration text at every size, a file for each."""
     model, tokenizer = load_causal_lm(args.model, args.dtype)
-
     own_text = OwnText(model, tokenizer)
-
-    def read(source: str, role: str, part: tuple[float, float] = (0.0, 1.0)) -> list[Any]:
-        return token_batches(
-            source,
-            tokenizer,
-            sequences=getattr(args, f"{role}_sequences"),
-            sequence_length=args.sequence_length,
-            role=role,
-            part=part,
-            batch_size=args.batch_size,
-            own_text=own_text,
-        )
-
-    judges = Judges(
-        {Path(text).name: read(text, "evaluation") for text in args.evaluation or ["demo"]},
-        {
-            Path(file).stem: read_questions(Path(file), args.question_limit)
-            for file in args.questions or []
-        },
-        tokenizer,
-    )
+    judges = judges_of(args, own_text)
     folder = Path(args.output_dir)
     common = {"arguments": vars(args), "start_token": start_text(tokenizer)}
     dense = judges.measure(model)
     for calibration in args.calibration or ["demo"]:
-        texts = (
-            read(calibration, "calibration", (0.0, 0.75)),
-            read(calibration, "held_out", (0.75, 1.0)),
-        )
+        texts = texts_of(args, calibration, own_text)
         paths = {
             (recipe, ratio): folder
             / f"{_short(calibration)}-{recipe.replace(', ', '-')}-{ratio}.json"
@@ -135,15 +112,56 @@ def compare_recipes(args: RecipeArguments) -> None:
             if path.exists():
                 continue
             if analysis is None:
-                config = LowRankConfig(param_ratio=ratio, channels=True, measured_prices=True)
-                targets, run = find_targets(model, config), Run(Texts(*texts))
-                analysis = analyze(model, targets, config, run)
+                run = Run(texts, RunOptions(cache_dir=args.cache_dir))
+                analysis = analysis_of(model, run)
                 common["analysis_seconds"] = run.stopwatch.seconds
             row = {"recipe": recipe, "param_ratio": ratio, "calibration": calibration}
             row |= _row(model, analysis, row, judges, dense, args.weights or [])
             write_result(path, common | row)
     rows = [json.loads(path.read_text("utf-8")) for path in sorted(folder.glob("*-*.json"))]
     print(format_recipes(rows))
+
+
+def read_windows(
+    args: RecipeArguments,
+    source: str,
+    role: str,
+    own_text: OwnText,
+    part: tuple[float, float] = (0.0, 1.0),
+) -> list[Batch]:
+    """Batches of a role from a part of a text."""
+    return token_batches(
+        source,
+        own_text.tokenizer,
+        sequences=getattr(args, f"{role}_sequences"),
+        sequence_length=args.sequence_length,
+        role=role,
+        part=part,
+        batch_size=args.batch_size,
+        own_text=own_text,
+    )
+
+
+def texts_of(args: RecipeArguments, source: str, own_text: OwnText) -> Texts:
+    """Calibration text, and held-out text from its last quarter."""
+    calibration = read_windows(args, source, "calibration", own_text, (0.0, 0.75))
+    return Texts(calibration, read_windows(args, source, "held_out", own_text, (0.75, 1.0)))
+
+
+def judges_of(args: RecipeArguments, own_text: OwnText) -> Judges:
+    """The texts and questions that the arguments name."""
+    texts = args.evaluation or ["demo"]
+    return Judges(
+        {Path(text).name: read_windows(args, text, "evaluation", own_text) for text in texts},
+        {Path(f).stem: read_questions(Path(f), args.question_limit) for f in args.questions or []},
+        own_text.tokenizer,
+    )
+
+
+def analysis_of(model: nn.Module, run: Run) -> Analysis:
+    """Spectra, channels and their prices on held-out text, from which every plan is cut."""
+    config = LowRankConfig(param_ratio=1.0, channels=True, measured_prices=True)
+    return analyze(model, find_targets(model, config), config, run)
 
 
 def _row(
@@ -204,13 +222,14 @@ def format_recipes(rows: Sequence[Mapping[str, Any]]) -> str:
             recipe = row["recipe"] + f", {kind}" * bool(kind)
             megabytes = f"{found['bytes'] / 1e6:.1f}" if "bytes" in found else ""
             cells = [_short(row["calibration"]), f"{row['param_ratio']:g}", recipe, megabytes]
-            cells += [_rise(found["texts"][name]) for name in texts]
+            cells += [rise(found["texts"][name]) for name in texts]
             cells += [_accuracy(found["questions"].get(name)) for name in questions]
             lines.append(cells)
     return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
 
 
-def _rise(found: Mapping[str, Any]) -> str:
+def rise(found: Mapping[str, Any]) -> str:
+    """Perplexity, and the rise of the loss with its standard error."""
     rise, error = found["loss_difference"], found["standard_error"]
     return f"{found['perplexity_after']:.2f} ({rise:+.3f} ± {error:.3f})"
 

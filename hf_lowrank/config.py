@@ -89,7 +89,8 @@ class LowRankConfig(QuantizationConfigMixin):
     megabytes: float | None = option(
         None,
         "Goal: largest size of model.safetensors, 10^6 bytes. Ranks and, where weights is left "
-        "open, the type of the weights are chosen: what does best on held-out text.",
+        "open, the types of the weights are chosen: by rule price for each layer, with other rules "
+        "for all together by what does best on held-out text.",
     )
     rank: int | None = option(None, "Goal: one rank for every targeted layer.")
     metric: str = option(
@@ -282,7 +283,7 @@ class LowRankConfig(QuantizationConfigMixin):
         """Whether something is measured on held-out data to find the plan."""
         if self.goal == "loss_tolerance":
             return True
-        if self.goal == "megabytes" and self.weights is None:
+        if self.goal == "megabytes" and self.weights is None and self.effective_rule != "price":
             return True
         return bool(self.measured_prices)
 

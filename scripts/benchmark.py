@@ -5,6 +5,7 @@ python scripts/benchmark.py systems --calibration FILE --evaluation FILE --folde
 python scripts/benchmark.py show --rows rows --picture systems.svg
 python scripts/benchmark.py recipe --calibration FILE "FILE + OTHER:0.25" --evaluation FILE OTHER \
     --questions arc_easy.jsonl piqa.jsonl --output_dir rows
+python scripts/benchmark.py bytes --calibration FILE --evaluation FILE OTHER --megabytes 200
 python scripts/benchmark.py embeddings --model FOLDER --pairs dev.tsv --train_pairs train.tsv \
     --texts FILE --recover_steps 300 --output_dir rows
 python scripts/benchmark.py perturbation --calibration FILE --held_out_sequences 8 \
@@ -54,6 +55,7 @@ from benchmarks.perturbation import PerturbationArguments, measure_perturbations
 from benchmarks.pruned_ranks import PrunedRanksArguments, compare_pruned_ranks
 from benchmarks.qa import QaTableArguments, fill_qa_table
 from benchmarks.recipe import RecipeArguments, compare_recipes
+from benchmarks.size_in_bytes import SizeInBytesArguments, compare_types
 from benchmarks.stored_rows import ShowArguments, show_rows
 from benchmarks.streaming import StreamingArguments, compare_streaming
 from benchmarks.vllm_speed import VllmSpeedArguments, compare_in_vllm
@@ -61,6 +63,7 @@ from hf_lowrank.cli.arguments import parse_arguments, user_errors
 
 COMMANDS = {
     "embeddings": (EmbeddingsArguments, compare_embeddings),
+    "bytes": (SizeInBytesArguments, compare_types),
     "recipe": (RecipeArguments, compare_recipes),
     "recovery": (RecoveryArguments, measure_recoveries),
     "metrics": (MetricsArguments, compare_all_metrics),

@@ -18,6 +18,7 @@ from hf_lowrank.cli.arguments import (
 from hf_lowrank.cli.jobs import check_before_loading, compressed, name_models, save_and_publish
 from hf_lowrank.cli.roles import batches_by_role
 from hf_lowrank.cli.streamed_command import compress_streamed, streams
+from hf_lowrank.compression.byte_budget import check_size_goal
 from hf_lowrank.compression.goals import check_goal
 from hf_lowrank.evaluation.samples import continue_prompts, side_by_side
 from hf_lowrank.evaluation.size import model_sizes
@@ -51,6 +52,7 @@ def run(args: CompressionArguments, publishing: PublishingArguments) -> None:
     targets = find_targets(model, config)
     for ratio in args.param_ratio or []:
         check_goal(targets, config.replace(param_ratio=ratio))
+    check_size_goal(model, targets, config)
     if folder:
         num_bytes = model_sizes(model)[1] * len(sizes)
         check_output_folder(folder, args.overwrite_output_dir, num_bytes)

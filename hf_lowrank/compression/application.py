@@ -29,10 +29,10 @@ from hf_lowrank.measuring.embeddings import embedding_loss
 from hf_lowrank.measuring.items import is_causal_lm
 from hf_lowrank.modeling.marks import attach_config
 from hf_lowrank.modeling.surgery import factorize_, restore_
-from hf_lowrank.modeling.weight_precision import planned_precisions, quantize_weights_
+from hf_lowrank.modeling.weight_precision import Weights, planned_precisions, quantize_weights_
 from hf_lowrank.ranks.plan import RankPlan
 from hf_lowrank.report.embedding_report import EmbeddingDistance, EmbeddingReport
-from hf_lowrank.report.quantization import Quantization
+from hf_lowrank.report.quantization import MIXED, Quantization
 from hf_lowrank.report.schema import Report
 from hf_lowrank.report.sections import Data, Evaluation, Recovery, Settings, Sizes
 from hf_lowrank.report.spectra import compact_spectra
@@ -116,7 +116,7 @@ def apply(model: nn.Module, decision: Decision, dense: Dense, run: Run) -> Repor
             decided = decided_config(config, plan)
             attach_config(model, decided)
         recovery = _recover(model, config, dense, run)
-        quantization = quantize(model, plan.ranks, config, run)
+        quantization = quantize(model, plan.ranks, config, run, decision.bits)
         if quantization is not None:
             attach_config(model, decided)
         report = report_on(model, decision, decided, dense, run, is_cut=bool(cut_layers))
@@ -176,27 +176,41 @@ def report_on(
 
 
 def quantize(
-    model: nn.Module, names: Iterable[str], config: LowRankConfig, run: Run
+    model: nn.Module,
+    names: Iterable[str],
+    config: LowRankConfig,
+    run: Run,
+    bits: Mapping[str, int] | None = None,
 ) -> Quantization | None:
-    """Quantizes the weights of targeted layers as a config says, in place; None if it says nothing.
+    """Quantizes the weights of targeted layers, in place; None if nothing is to be done.
 
     A config that holds the decision, as a checkpoint's does, is replayed.
+
+    Args:
+        model: The model after the cut.
+        names: Its targeted layers.
+        config: Says of which type the weights are.
+        run: Times the work.
+        bits: By matrix, where types are mixed.
     """
-    if config.weights is None:
+    weights: Weights = bits or config.weights
+    decided = None if config.ranks is None else config.quantized
+    if not weights and decided is None:
         return None
     with run.stopwatch.phase("quantization"):
-        if config.ranks is not None and config.quantized is not None:
-            precisions = {n: Precision.from_json(n, each) for n, each in config.quantized.items()}
+        if decided is not None:
+            precisions = {n: Precision.from_json(n, each) for n, each in decided.items()}
         else:
-            precisions = planned_precisions(model, names, config.weights)
-        size = weight_bytes(model, precisions)
+            precisions = planned_precisions(model, names, weights)
+        size, every = weight_bytes(model, precisions), planned_precisions(model, names, "int8")
         quantize_weights_(model, precisions)
         groups = Counter(max(each.block) for each in precisions.values() if each.bits == 4)
         return Quantization(
-            weights=config.weights,
+            weights=config.weights or MIXED,
             matrices=len(precisions),
             groups={str(size): count for size, count in sorted(groups.items())},
             bytes=Sizes(size, weight_bytes(model, precisions)),
+            kept=len(every) - len(precisions),
         )
 
 

@@ -1,8 +1,9 @@
-"""A size in megabytes: ranks and the type of the weights, chosen together.
+"""A size in megabytes: ranks and the types of the weights, chosen together.
 
-For each type the ranks are cut so far that the file is just small enough. Which type then does best
-is measured on held-out text: a type that costs fewer bits leaves more ranks, but is an error of its
-own, on every weight.
+Where there are prices, the type of each matrix is chosen by them, as its rank is (`byte_plan`).
+Elsewhere the whole model is of one type. For each type the ranks are cut so far that the file is
+just small enough, and which does best is measured on held-out text: a type that costs fewer bits
+leaves more ranks, but is an error of its own, on every weight.
 """
 
 from __future__ import annotations
@@ -14,15 +15,17 @@ from dataclasses import dataclass
 from torch import nn
 
 from hf_lowrank.compression.analysis import Analysis
+from hf_lowrank.compression.byte_plan import mixed_plan
 from hf_lowrank.compression.goals import smallest_share
 from hf_lowrank.compression.held_out import HeldOutLoss
+from hf_lowrank.compression.rounding_prices import Rounding
 from hf_lowrank.config import LowRankConfig
 from hf_lowrank.errors import ConfigError
 from hf_lowrank.format.dense_linear import linear_shape
 from hf_lowrank.modeling.stored_size import SizeOnDisk
 from hf_lowrank.modeling.surgery import factorize_, restore_
 from hf_lowrank.modeling.targets import fixed_ranks
-from hf_lowrank.modeling.weight_precision import planned_precisions, quantize_weights_
+from hf_lowrank.modeling.weight_precision import Weights, planned_precisions, quantize_weights_
 from hf_lowrank.ranks.plan import RankPlan, useful_rank
 from hf_lowrank.report.quantization import SizeTrial
 
@@ -32,15 +35,15 @@ _STEP = 1e-4  # of the kept share, at which the search for a size stops
 
 @dataclass(frozen=True)
 class Fit:
-    """The largest plan of a type that fits.
+    """A plan that fits, the largest of its type.
 
     Attributes:
-        weights: "int8", "int4", or None for weights as they are.
+        weights: Type, or types, of the weights.
         plan: Its ranks and narrowed layers.
         size: Bytes of the file.
     """
 
-    weights: str | None
+    weights: Weights
     plan: RankPlan
     size: int
 
@@ -69,18 +72,28 @@ def check_size_goal(
         )
 
 
-def fits(model: nn.Module, analysis: Analysis) -> list[Fit]:
-    """The largest plan of each type that the config leaves open and that fits.
+def fits(
+    model: nn.Module, analysis: Analysis, prices: Mapping[str, Rounding] | None = None
+) -> list[Fit]:
+    """The best plan of mixed types by the prices; or the largest plan of each type left open.
 
     Fewer bits than those of a type that fits without any cut are not tried.
+
+    Args:
+        model: The dense model.
+        analysis: What plans are cut from.
+        prices: Of rounding its layers, where types may be mixed.
 
     Raises:
         ConfigError: None fits, because of layers that must stay dense.
     """
     config = analysis.config
     size_of, limit = SizeOnDisk(model), (config.megabytes or 0) * 1e6
-    found = []
-    for weights in _types(config):
+    found: list[Fit] = []
+    if prices:
+        mixed = mixed_plan(model, analysis, prices, limit)
+        found += [] if mixed is None else [Fit(mixed[1], mixed[0], size_of(*mixed))]
+    for weights in () if prices else _types(config):
         plan = _largest_plan(analysis, weights, size_of, limit)
         if plan is not None:
             found.append(Fit(weights, plan, size_of(plan, weights)))
@@ -133,6 +146,7 @@ def best_fit(
         label = f"held-out data, {each.weights or 'own type'}, ratio {each.plan.param_ratio:.3f}"
         context = applied(model, analysis, each)
         difference = held_out.compare(context, label=label)
+        assert not isinstance(each.weights, Mapping)  # of mixed types there is one plan
         trials.append(SizeTrial(each.weights, each.plan.param_ratio, each.size, difference.mean))
     best = min(range(len(found)), key=lambda index: trials[index].loss_difference)
     return found[best], trials

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import nn
@@ -13,6 +13,7 @@ from hf_lowrank.compression.goals import likely_ratio, plan_for_goal, smallest_s
 from hf_lowrank.compression.held_out import HeldOutLoss, check_fixed_ranks
 from hf_lowrank.compression.options import Run
 from hf_lowrank.compression.prices import model_parts
+from hf_lowrank.compression.rounding_prices import Rounding, rounding_prices
 from hf_lowrank.ranks.plan import RankPlan
 from hf_lowrank.ranks.tolerance import LossDifference, Probe, search_tolerance
 from hf_lowrank.report.quantization import SizeTrial
@@ -31,6 +32,7 @@ class Decision:
         parts: How far prices from held-out text are off those before.
         joint: What the joint system tried, None without it.
         size_trials: Types of weights that were tried towards a size in megabytes.
+        bits: By matrix, where types are mixed.
     """
 
     analysis: Analysis
@@ -40,6 +42,7 @@ class Decision:
     parts: Sequence[MeasuredPart] = ()
     joint: Joint | None = None
     size_trials: Sequence[SizeTrial] = ()
+    bits: Mapping[str, int] | None = None
 
 
 def decide(model: nn.Module, analysis: Analysis, run: Run) -> Decision:
@@ -73,22 +76,32 @@ def decide(model: nn.Module, analysis: Analysis, run: Run) -> Decision:
 
 
 def _likely_plan(model: nn.Module, analysis: Analysis) -> RankPlan:
-    """About what will be chosen; towards a size in megabytes the middle one of the types."""
+    """About what will be chosen; of several types for a size in megabytes the middle one's."""
     if analysis.config.megabytes is None:
         return analysis.plan_for_ratio(likely_ratio(analysis))
-    found = fits(model, analysis)
+    found = fits(model, analysis, _rounding_prices(model, analysis))
     return found[len(found) // 2].plan
+
+
+def _rounding_prices(model: nn.Module, analysis: Analysis) -> dict[str, Rounding]:
+    """Prices of rounding where types may be mixed: they are left open, and there are prices."""
+    config = analysis.config
+    if config.weights is not None or config.effective_rule != "price":
+        return {}
+    return rounding_prices(model, analysis)
 
 
 def _within_size(
     model: nn.Module, analysis: Analysis, run: Run, parts: Sequence[MeasuredPart]
 ) -> Decision:
-    """The plan and the type of the weights that do best within `megabytes`."""
+    """The plan and the types of the weights that do best within `megabytes`."""
     with run.stopwatch.phase("ranks"):
-        found = fits(model, analysis)
+        found = fits(model, analysis, _rounding_prices(model, analysis))
     with run.stopwatch.phase("search"):
         chosen = best_fit(model, analysis, found, held_out_loss(model, run))
         fit, trials = run.processes.decide(chosen)
+    if isinstance(fit.weights, Mapping):
+        return Decision(analysis, fit.plan, parts=parts, bits=fit.weights)
     analysis = analysis.with_config(analysis.config.replace(weights=fit.weights))
     return Decision(analysis, fit.plan, parts=parts, size_trials=trials)
 

@@ -33,11 +33,14 @@ class Spectrum:
         sigma: Singular values in the metric, shape (r,), r <= min(m, n), fp64, descending.
         price: Predicted rise of the mean loss, nats, from dropping each component, shape (r,),
             or None where the metric carries no price.
+        traces: The price scale, tr P and tr Q, undamped, or None where the metric carries no
+            price. An error that is white costs the product of all three times its mean square.
     """
 
     shape: tuple[int, int]
     sigma: torch.Tensor
     price: torch.Tensor | None
+    traces: tuple[float, float, float] | None = None
 
     def predicted_rise(self, rank: int | None) -> float:
         """Predicted rise of the mean loss at this rank (nats); 0 for dense, NaN without prices."""
@@ -109,7 +112,10 @@ def decompose(
         left, right = F.pad(left, (0, missing)), F.pad(right, (0, 0, 0, missing))
     sigma = sigma.cpu()
     price = None if form.price_scale is None else sigma**2 * form.price_scale
-    spectrum = Spectrum((weight.shape[0], weight.shape[1]), sigma, price)
+    outer, inner, traces = form.output.moment, form.input.moment, None
+    if form.price_scale is not None and outer is not None and inner is not None:
+        traces = form.price_scale, outer.squares, inner.squares
+    spectrum = Spectrum((weight.shape[0], weight.shape[1]), sigma, price, traces)
     return spectrum, Factors(left.to(dtype).contiguous(), right.to(dtype).contiguous())
 
 

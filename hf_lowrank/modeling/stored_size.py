@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 
-import torch
 from torch import nn
 
 from hf_lowrank.format.dense_linear import linear_weight
 from hf_lowrank.format.forms.stored_form import stored_form
 from hf_lowrank.format.torchao_weights import num_bytes
-from hf_lowrank.modeling.weight_precision import bits_of, matrix_bytes
+from hf_lowrank.modeling.weight_precision import Weights, bits_of, matrix_bytes
 from hf_lowrank.ranks.plan import RankPlan
 
 _ENTRY = 110  # bytes of a tensor's entry in the header of a safetensors file, without its name
@@ -31,41 +31,47 @@ class SizeOnDisk:
         tensors = {t.data_ptr(): (name, t) for name, t in model.state_dict().items()}
         self.dense = sum(num_bytes(t) + _ENTRY + len(name) for name, t in tensors.values())
 
-    def __call__(self, plan: RankPlan, weights: str | None) -> int:
+    def __call__(self, plan: RankPlan, weights: Weights) -> int:
         """Bytes under a plan.
 
         Args:
             plan: Ranks and narrowed layers.
-            weights: "int8", "int4", or None for weights as they are.
+            weights: Type, or types, of the weights.
         """
-        total = self.dense
-        for name, rank in plan.ranks.items():
-            weight = linear_weight(self.model.get_submodule(name))
-            total += self._layer(name, rank, plan, weight, weights) - num_bytes(weight)
-        return total
+        left = {**plan.shapes, **plan.narrowed}
+        layers = (self.layer(n, left[n], r, plan.form, weights) for n, r in plan.ranks.items())
+        return self.besides(plan.ranks) + sum(layers)
 
-    def _layer(
-        self,
-        name: str,
-        rank: int | None,
-        plan: RankPlan,
-        weight: torch.Tensor,
-        weights: str | None,
+    def besides(self, names: Iterable[str]) -> int:
+        """Bytes of all but the weights of some dense layers."""
+        weights = (linear_weight(self.model.get_submodule(name)) for name in names)
+        return self.dense - sum(map(num_bytes, weights))
+
+    def layer(
+        self, name: str, shape: tuple[int, int], rank: int | None, form: str, weights: Weights
     ) -> int:
-        """Bytes of a layer's matrices, and of the header entries that it has beyond the first."""
-        shape, form_name = plan.shapes[name], "dense" if rank is None else plan.form
-        if rank is None:
-            whole = plan.narrowed.get(name, shape)
-            tensors: dict[str, tuple[int, ...]] = {"weight": (whole[0], whole[1])}
-        else:
-            form = stored_form(plan.form)
-            tensors = dict(zip(form.tensors, form.shapes(shape, rank), strict=True))
-        total = 0
+        """Bytes of a layer's matrices, and of the header entries that it has beyond the first.
+
+        Args:
+            name: Of the layer.
+            shape: (m, n), what is left of them.
+            rank: None for a layer that has none.
+            form: Stored form of layers with a rank.
+            weights: Type, or types, of the weights.
+        """
+        size = linear_weight(self.model.get_submodule(name)).element_size()
+        tensors: dict[str, tuple[int, ...]] = {"weight": shape}
+        if rank is not None:
+            stored = stored_form(form)
+            tensors = dict(zip(stored.tensors, stored.shapes(shape, rank), strict=True))
+        total, entries = 0, -1
         for end, each in tensors.items():
+            bits = None
             if end.endswith("weight"):
-                bits = weights and bits_of(form_name, end.removesuffix(".weight"), weights)
-                total += matrix_bytes((each[0], each[1]), bits or None, weight.element_size())
+                module = f"{name}.{end}".removesuffix(".weight")
+                bits = bits_of("dense" if rank is None else form, module, weights)
+                total += matrix_bytes((each[0], each[1]), bits, size)
             else:
                 total += _INT32 * math.prod(each)
-        entries = len(tensors) * (1 if weights is None else 2)
-        return total + (entries - 1) * (_ENTRY + len(name) + len("lowrank_A._weight_qdata"))
+            entries += 1 if bits is None else 2
+        return total + entries * (_ENTRY + len(name) + len("lowrank_A._weight_qdata"))

@@ -2,7 +2,7 @@
 
 int8 has a scale for each row, int4 one for each block of about 32 numbers. With "int4" second
 factors and both matrices of compact layers stay int8: on SmolLM2-135M most of what int4 costs in
-low-rank layers came from these.
+low-rank layers came from these. Or each matrix has bits of its own.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Iterable, Mapping
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -28,8 +29,13 @@ from hf_lowrank.format.torchao_weights import (
     stored_shapes,
 )
 
+# "int8", "int4", None for weights as they are, or bits by the name of a matrix's module.
+Weights = str | Mapping[str, int] | None
+
 GROUP = 32  # numbers that share a scale in int4
 _BITS = {"int8": 8, "int4": 4}
+_ROWS = 64
+_TINY = 1e-30
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
@@ -70,14 +76,14 @@ def refuse_quantized(model: nn.Module) -> None:
 
 
 def planned_precisions(
-    model: nn.Module, names: Iterable[str], weights: str
+    model: nn.Module, names: Iterable[str], weights: Weights
 ) -> dict[str, Precision]:
-    """Precision of every matrix of a compressed model's targeted layers, by its module's name.
+    """Precision of the quantized matrices of a compressed model, by their modules' names.
 
     Args:
         model: The model after the cut.
         names: Its targeted layers, also those that stayed dense.
-        weights: "int8" or "int4".
+        weights: Their type, or types.
     """
     found = {}
     for name in names:
@@ -88,18 +94,21 @@ def planned_precisions(
         for full, each in (factors or {name: layer}).items():
             rows, columns = linear_weight(each).shape
             bits = bits_of(form, full, weights)
-            found[full] = Precision(bits, block_of((rows, columns), bits))
+            if bits is not None:
+                found[full] = Precision(bits, block_of((rows, columns), bits))
     return found
 
 
-def bits_of(form: str, module: str, weights: str) -> int:
-    """Bits of a matrix.
+def bits_of(form: str, module: str, weights: Weights) -> int | None:
+    """Bits of a matrix, None for one that stays as it is.
 
     Args:
         form: Stored form of its layer.
         module: Name of the module whose weight it is.
-        weights: "int8" or "int4".
+        weights: Type, or types, of all.
     """
+    if not isinstance(weights, str):
+        return None if weights is None else weights.get(module)
     return 8 if form == "compact" or module.endswith("lowrank_B") else _BITS[weights]
 
 
@@ -142,6 +151,21 @@ def nearest_divisor(size: int) -> int:
     """The divisor of a size nearest to 32 by its ratio."""
     divisors = [each for each in range(1, size + 1) if size % each == 0]
     return min(divisors, key=lambda each: abs(math.log(each / GROUP)))
+
+
+def rounding_share(weight: torch.Tensor, bits: int) -> float:
+    """Mean square of a weight's rounding errors over that of the weight, from some of its rows.
+
+    Args:
+        weight: Shape (m, n).
+        bits: 4 or 8.
+    """
+    rows = weight.detach()[:: max(1, len(weight) // _ROWS)][:_ROWS].clone()
+    layer = nn.Linear(rows.shape[1], rows.shape[0], bias=False, device="meta", dtype=rows.dtype)
+    layer.weight = nn.Parameter(rows, requires_grad=False)
+    quantize_(layer, Precision(bits, block_of((rows.shape[0], rows.shape[1]), bits)))
+    error = cast(Any, layer.weight).dequantize() - rows
+    return float(error.double().square().sum() / rows.double().square().sum().clamp_min(_TINY))
 
 
 @torch.no_grad()

@@ -6,24 +6,28 @@ from dataclasses import dataclass
 
 from hf_lowrank.report.sections import Sizes
 
+MIXED = "mixed"
+
 
 @dataclass(frozen=True)
 class Quantization:
     """Targeted weights that are stored in fewer bits.
 
     Attributes:
-        weights: "int8" or "int4".
-        matrices: How many are quantized; each factor counts. With int4 those that are not among
-            `groups` are int8: second factors and compact layers.
+        weights: "int8", "int4", or "mixed" for types chosen one by one.
+        matrices: How many are quantized; each factor counts. Those that are not among `groups` are
+            int8, with "int4" second factors and compact layers.
         groups: Number of int4 matrices by how many numbers share a scale: 32, or where a side has
             no such divisor, the one nearest to it.
         bytes: Of these matrices before, in the model's dtype, and after, with the scales.
+        kept: How many stay in the model's dtype.
     """
 
     weights: str
     matrices: int
     groups: dict[str, int]
     bytes: Sizes
+    kept: int = 0
 
     def describe(self) -> str:
         """What is stored, in a sentence without a full stop."""
@@ -31,6 +35,7 @@ class Quantization:
         rest = self.matrices - sum(self.groups.values())
         counts = [f"{sum(self.groups.values())} int4"] if groups else []
         counts += [f"{rest} int8"] if rest else []
+        counts += [f"{self.kept} in their own type"] if self.kept else []
         return (
             f"weights of targeted layers: {', '.join(counts)}, "
             f"{self.bytes.dense / 1e6:.1f} MB -> {self.bytes.kept / 1e6:.1f} MB with their scales"

@@ -16,6 +16,8 @@ from hf_lowrank.ranks.plan import RankPlan
 from tests.tiny_models import equal_states, logits, snapshot, tiny_gpt2, tiny_llama
 
 pytest.importorskip("torchao.quantization")
+# Without prices the whole model is of one type, the best measured.
+UNPRICED = {"metric": "whitened"}
 
 
 def file_size(model, folder):
@@ -41,7 +43,7 @@ def test_the_size_is_known_before_the_cut(build, weights, form, text, tmp_path):
 @pytest.mark.parametrize("megabytes", [0.07, 0.05, 0.04, 0.032])
 def test_the_file_is_no_larger_and_hardly_smaller(megabytes, text, tmp_path):
     model = tiny_llama()
-    config = LowRankConfig(megabytes=megabytes)
+    config = LowRankConfig(megabytes=megabytes, **UNPRICED)
     report = compress(model, config, text[:4], held_out=text[4:8], progress=False)
     size = file_size(model, tmp_path)
     assert size <= megabytes * 1e6
@@ -59,11 +61,12 @@ def test_the_file_is_no_larger_and_hardly_smaller(megabytes, text, tmp_path):
 
 def test_types_of_fewer_bits_are_not_tried_once_one_fits_whole(text):
     model = tiny_llama()
-    config = LowRankConfig(megabytes=0.05)
+    config = LowRankConfig(megabytes=0.05, **UNPRICED)
     report = compress(model, config, text[:4], held_out=text[4:8], progress=False)
     assert [trial.weights for trial in report.size_trials] == [None, "int8"]
     model = tiny_llama()
-    report = compress(model, LowRankConfig(megabytes=1), text[:4], held_out=text[4:8])
+    config = config.replace(megabytes=1)
+    report = compress(model, config, text[:4], held_out=text[4:8], progress=False)
     assert report.size_trials == []
     assert report.quantization is None
     assert report.parameters.targeted_share == 1
@@ -86,7 +89,7 @@ def test_the_measured_type_is_the_best(text, monkeypatch):
     fake = lambda *_, **__: dataclasses.replace(difference, mean=next(rises))  # noqa: E731
     monkeypatch.setattr(byte_budget.HeldOutLoss, "compare", fake)
     model = tiny_llama()
-    config = LowRankConfig(megabytes=0.036)
+    config = LowRankConfig(megabytes=0.036, **UNPRICED)
     report = compress(model, config, text[:4], held_out=text[4:8], progress=False)
     assert [trial.loss_difference for trial in report.size_trials] == [0.5, 0.3, 0.4]
     assert report.quantization.weights == "int8"
@@ -101,14 +104,15 @@ def test_the_model_is_dense_while_types_are_tried(text, monkeypatch):
         "SizeTrial",
         lambda *args: equal_states(model.state_dict(), before) and trial(*args),
     )
-    config = LowRankConfig(megabytes=0.036)
+    config = LowRankConfig(megabytes=0.036, **UNPRICED)
     report = compress(model, config, text[:4], held_out=text[4:8], progress=False)
     assert all(isinstance(each, trial) for each in report.size_trials)
 
 
 def test_a_size_is_replayed_from_its_decision(text):
     model, again = tiny_llama(), tiny_llama()
-    compress(model, LowRankConfig(megabytes=0.036), text[:4], held_out=text[4:8], progress=False)
+    config = LowRankConfig(megabytes=0.036, **UNPRICED)
+    compress(model, config, text[:4], held_out=text[4:8], progress=False)
     compress(again, model.config.quantization_config, text[:4], progress=False)
     assert torch.equal(logits(again, text[0]), logits(model, text[0]))
 
