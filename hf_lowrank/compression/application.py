@@ -24,7 +24,7 @@ from hf_lowrank.evaluation.encoder_speed import encoder_speed
 from hf_lowrank.evaluation.perplexity import LossMeasurement, measure_loss
 from hf_lowrank.evaluation.size import DenseSize, compare, report_fields, weight_bytes
 from hf_lowrank.evaluation.speed import speed_before_and_after
-from hf_lowrank.format.layout import FORMAT_VERSION, Precision
+from hf_lowrank.format.layout import Precision
 from hf_lowrank.measuring.embeddings import embedding_loss
 from hf_lowrank.measuring.items import is_causal_lm
 from hf_lowrank.modeling.marks import attach_config
@@ -44,7 +44,7 @@ class Dense:
     """The model before anything was cut: what to put back, and what to compare with.
 
     Attributes:
-        layers: Its targeted layers by name.
+        layers: Its targeted layers by name, and experts and routers that may be made smaller.
         size: How large the whole model is.
         losses: On each text that the report measures, by the name of its field.
         left_dense: Reason by name, of layers that were asked for and can't be factorized.
@@ -64,7 +64,10 @@ def measure_dense(
 ) -> Dense:
     """What must be known of a dense model before it is cut."""
     losses = _measure(model, "evaluate dense", run)
-    return Dense(targets, DenseSize.of(model, targets), losses, left_dense or {})
+    experts = {name: model.get_submodule(name) for name in run.experts}
+    routers = {name: model.get_submodule(name) for name in run.experts.values() if name}
+    size = DenseSize.of(model, {**targets, **experts})
+    return Dense({**targets, **experts, **routers}, size, losses, left_dense or {})
 
 
 @contextmanager
@@ -114,7 +117,7 @@ def apply(model: nn.Module, decision: Decision, dense: Dense, run: Run) -> Repor
             cut_layers = factorize_(model, analysis.factors, plan, analysis.orders)
             narrowed = {name: list(shape) for name, shape in plan.narrowed.items()} or None
             found: dict[str, Any] = {"ranks": dict(plan.ranks), "narrowed": narrowed}
-            decided = config.replace(**found, form=plan.form, format_version=FORMAT_VERSION)
+            decided = config.replace(**found, form=plan.form)
             attach_config(model, decided)
         recovery = _recover(model, config, dense, run)
         quantization = quantize(model, plan.ranks, config, run)

@@ -17,6 +17,7 @@ from hf_lowrank.compression.analysis import Analysis
 from hf_lowrank.compression.held_out import HeldOutDivergence
 from hf_lowrank.errors import ConfigError, DataError, NumericalError
 from hf_lowrank.format.feed_forward import named_feed_forwards
+from hf_lowrank.format.fused_experts import experts_shape
 from hf_lowrank.measuring.causal import check_distillable
 from hf_lowrank.measuring.items import Batch, is_causal_lm
 from hf_lowrank.measuring.progress import track
@@ -72,13 +73,14 @@ def measure_parts(
     """
     divergence = HeldOutDivergence(model, batches, WINDOWS)
     found = []
-    parts = model_parts(model, plan.ranks)
+    parts = model_parts(model, [*plan.ranks, *plan.experts])
     for layers in track(parts, "measure prices" if progress else None, "parts"):
         alone = RankPlan(
             {name: rank if name in layers else None for name, rank in plan.ranks.items()},
             plan.shapes,
             {name: shape for name, shape in plan.narrowed.items() if name in layers},
             plan.form,
+            {name: each for name, each in plan.experts.items() if name in layers},
         )
         predicted = analysis.predicted_rise(alone)
         if not predicted > 0:
@@ -101,17 +103,16 @@ def scaled_prices(analysis: Analysis, found: Iterable[MeasuredPart]) -> Analysis
         else dataclasses.replace(spectrum, price=spectrum.price * factors.get(name, 1.0))
         for name, spectrum in analysis.spectra.items()
     }
-    orders = {
-        name: dataclasses.replace(order, rises=order.rises * factors.get(name, 1.0))
-        for name, order in analysis.orders.items()
-    }
+    orders = {name: order.scaled(factors.get(name, 1.0)) for name, order in analysis.orders.items()}
     return dataclasses.replace(analysis, spectra=spectra, orders=orders)
 
 
 def model_parts(model: nn.Module, names: Iterable[str]) -> list[list[str]]:
-    """Layers in parts: tenths of the depth, feed-forwards apart from the rest; in model order."""
+    """Layers in parts: tenths of the depth, feed-forwards and experts apart from the rest."""
     names = list(names)
-    inside = {n for _, block in named_feed_forwards(model, names) for n in block.names}
+    linear = [name for name in names if experts_shape(model.get_submodule(name)) is None]
+    inside = {n for _, block in named_feed_forwards(model, linear) for n in block.names}
+    inside |= {*names} - {*linear}
     blocks = max((block_number(name) for name in names), default=0) + 1
     depths = min(DEPTHS, blocks)
     parts: dict[tuple[int, bool], list[str]] = {}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from hf_lowrank.errors import CheckpointError, ConfigError
 from hf_lowrank.format.dense_linear import linear_shape
 from hf_lowrank.format.feed_forward import named_feed_forwards
 from hf_lowrank.format.forms.stored_form import form_names, listed_layers, stored_form
+from hf_lowrank.format.fused_experts import small_experts
 from hf_lowrank.format.headers import Checked, check_checkpoint, pinned
 from hf_lowrank.format.layout import Layout
 from hf_lowrank.format.rebuild import narrowed_layers, replace_with_lowrank, resolve_module_name
@@ -137,6 +139,7 @@ def _shapes_in_model(
     converters = [each for each in conversions if isinstance(each, WeightConverter)]
     prefix, state = skeleton.base_model_prefix, skeleton.state_dict()
     shapes: dict[str, list[int]] = {}
+    joined: Counter[str] = Counter()
     for key, shape in stored.items():
         name, converted = rename_source_key(key, renamings, converters, prefix, state)
         if name not in state and key in state:
@@ -145,6 +148,14 @@ def _shapes_in_model(
             raise CheckpointError(f"{folder}: two tensors are for {name}, one of them {key}.")
         if converted is None:
             shapes[name] = shape
+        joined[name] += math.prod(shape)
+    for module in small_experts(skeleton):
+        for name in (key for key in state if key.rpartition(".")[0] == module):
+            if joined[name] != state[name].numel():
+                raise CheckpointError(
+                    f"{folder}: {name} has {joined[name]:,} numbers, config.json asks for "
+                    f"{state[name].numel():,}, of shape {[*state[name].shape]}."
+                )
     return shapes
 
 

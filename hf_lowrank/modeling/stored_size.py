@@ -42,6 +42,12 @@ class SizeOnDisk:
         for name, rank in plan.ranks.items():
             weight = linear_weight(self.model.get_submodule(name))
             total += self._layer(name, rank, plan, weight, weights) - num_bytes(weight)
+        for name, left in plan.experts.items():
+            down = self.model.get_submodule(name)._parameters["down_proj"]
+            assert down is not None
+            total += (left.kept_parameters - left.dense_parameters) * down.element_size()
+            # Many architectures store each expert's matrices apart.
+            total += 3 * left.experts * (_ENTRY + len(name) + len(".999.gate_proj.weight"))
         return total
 
     def _layer(
