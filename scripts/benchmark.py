@@ -20,6 +20,7 @@ python scripts/benchmark.py form-numerics --calibration FILE --evaluation FILE -
 python scripts/benchmark.py architectures --output architectures.json --page architectures.md
 python scripts/benchmark.py damaged-checkpoints --count 10000 --output damaged_checkpoints.json
 python scripts/benchmark.py kills --count 100 --output kills.json
+python scripts/benchmark.py experts --training train.txt --evaluation test.txt --output out.json
 python scripts/benchmark.py assisted --model FOLDER --baseline demo --output assisted.json
 """
 
@@ -35,6 +36,7 @@ from benchmarks.assisted import AssistedArguments, compare_assisted
 from benchmarks.bounds import BoundsArguments, check_bounds
 from benchmarks.damaged_checkpoints import DamagedArguments, try_damaged_checkpoints
 from benchmarks.embeddings import EmbeddingsArguments, compare_embeddings
+from benchmarks.experts import ExpertsArguments, compare_experts
 from benchmarks.form_numerics import FormNumericsArguments, measure_numerics
 from benchmarks.form_speed import FormSpeedArguments, compare_speeds
 from benchmarks.glue import GlueTableArguments, fill_glue_table
@@ -73,6 +75,7 @@ COMMANDS = {
     "architectures": (ArchitecturesArguments, sweep_architectures),
     "damaged-checkpoints": (DamagedArguments, try_damaged_checkpoints),
     "kills": (KillsArguments, kill_runs),
+    "experts": (ExpertsArguments, compare_experts),
     "assisted": (AssistedArguments, compare_assisted),
 }
 
