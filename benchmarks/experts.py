@@ -27,6 +27,7 @@ from hf_lowrank.compression.options import Run
 from hf_lowrank.compression.verbs import sweep
 from hf_lowrank.config import LowRankConfig, option
 from hf_lowrank.evaluation.perplexity import measure_loss
+from hf_lowrank.files import write_text
 from hf_lowrank.format.fused_experts import ChannelView
 from hf_lowrank.measuring.expert_moments import collect_expert_moments
 from hf_lowrank.measuring.losses import item_losses
@@ -105,7 +106,7 @@ def _model(args: ExpertsArguments, windows: torch.Tensor) -> tuple[Any, dict[str
     )
     if args.model_dir:
         model.save_pretrained(folder)
-        write_result(folder / "training.json", training)
+        write_text(folder / "training.json", json.dumps(training))
     return model, training
 
 

@@ -28,6 +28,7 @@ SIZES: dict[str, Any] = {
     "intermediate_size": 128,
     "max_position_embeddings": 512,
     "tie_word_embeddings": True,
+    "initializer_range": 0.08,  # 1 / sqrt(hidden_size): with less, experts learn little in minutes
     "norm_topk_prob": True,
     "router_aux_loss_coef": 0.01,
 }
