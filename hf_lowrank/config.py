@@ -105,7 +105,8 @@ class LowRankConfig(QuantizationConfigMixin):
     channels: bool | None = option(
         None,
         "Let feed-forwards lose channels, too: each is narrowed or its layers are factorized, "
-        "whichever the prices favour. Needs metric kfac and rule price, and is then the default on "
+        "whichever the prices favour; fused experts of a mixture are narrowed or "
+        "dropped. Needs metric kfac and rule price, and is then the default on "
         "causal language models.",
     )
     measured_prices: bool | None = option(
@@ -157,6 +158,10 @@ class LowRankConfig(QuantizationConfigMixin):
     quantized: dict[str, dict[str, Any]] | None = option(
         None,
         "The decision: bits and block of every quantized matrix. Filled by compress().",
+    )
+    experts: dict[str, dict[str, int]] | None = option(
+        None,
+        "The decision: experts and width left of fused experts that lost some, by compress().",
     )
     form: str | None = option(
         None,

@@ -185,6 +185,7 @@ def test_every_setting_survives_json():
         narrowed={"b": [5, 8]},
         weights="int4",
         quantized={"b": {"bits": 4, "block": [1, 8]}},
+        experts={"c": {"experts": 2, "width": 8}},
         form="usv",
     )
     changed = [f.name for f in dataclasses.fields(config) if getattr(config, f.name) != f.default]
@@ -218,10 +219,10 @@ def test_from_dict_returns_unused_keywords_when_asked():
     assert (config.rank, unused) == (2, {"other": 5})
 
 
-@pytest.mark.parametrize("version", [0, 3, "1", None])
+@pytest.mark.parametrize("version", [0, 4, "1", None])
 def test_other_format_versions_are_refused(version):
     with pytest.raises(
-        CheckpointError, match=f"format_version {version!r}, .* reads 1 and 2; update"
+        CheckpointError, match=f"format_version {version!r}, .* reads 1, 2, 3; update"
     ):
         LowRankConfig.from_dict({"format_version": version})
 

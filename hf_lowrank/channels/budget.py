@@ -7,6 +7,7 @@ they compete for one budget in the same currency.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from typing import Any
 
 import torch
 
+from hf_lowrank.channels.expert_order import ExpertOrder, Orders, of_experts, of_feed_forwards
 from hf_lowrank.channels.order import ChannelOrder
 from hf_lowrank.decomposition.spectrum import Spectrum
 from hf_lowrank.errors import ConfigError
@@ -50,7 +52,7 @@ Part = Sequence[Sequence[Curve]]
 def plan_with_channels(
     shapes: Shapes,
     spectra: Mapping[str, Spectrum],
-    orders: Mapping[str, ChannelOrder],
+    orders: Orders,
     param_ratio: float,
     *,
     min_rank: int = 1,
@@ -62,8 +64,9 @@ def plan_with_channels(
     Args:
         shapes: (out_features, in_features) of every targeted layer.
         spectra: With prices, of every layer that is not in `fixed`.
-        orders: Channel order of each feed-forward, keyed by its output layer.
-        param_ratio: Kept / dense parameters over all targeted layers, in (0, 1].
+        orders: Channel order of each feed-forward, keyed by its output layer, and order of each
+            layer's fused experts by their name.
+        param_ratio: Kept / dense parameters over all targeted layers and experts, in (0, 1].
         min_rank: Smallest rank of a factorized layer.
         fixed: Ranks decided beforehand. A feed-forward with a layer among them keeps its channels.
         form: Stored form of the layers with a rank.
@@ -73,45 +76,62 @@ def plan_with_channels(
     """
     fixed = dict(fixed or {})
     limits: dict[str, Any] = {"min_rank": min_rank, "form": form}
+    experts = of_experts(orders)
+    whole = {name: each.plan(*each.dense) for name, each in experts.items()}
     if param_ratio >= 1:  # nothing has to be cut, so keep every channel, even a worthless one
-        return plan_for_budget(shapes, spectra, "price", 1.0, fixed=fixed, **limits)
+        plan = plan_for_budget(shapes, spectra, "price", 1.0, fixed=fixed, **limits)
+        return dataclasses.replace(plan, experts=whole)
     free = [
         each
-        for each in orders.values()
+        for each in of_feed_forwards(orders).values()
         if all(name in spectra and name not in fixed for name in each.block.names)
     ]
     inside = {name for each in free for name in each.block.names}
     ranks = {n: rank_curve(s, min_rank, form) for n, s in spectra.items() if n not in fixed}
-    budget = int(param_ratio * sum(layer_cost(shape, None) for shape in shapes.values()) + 1e-6)
+    dense = sum(layer_cost(shape, None) for shape in shapes.values())
+    dense += sum(each.dense_parameters for each in whole.values())
+    budget = int(param_ratio * dense + 1e-6)
     spent = sum(layer_cost(shapes[name], rank, form) for name, rank in fixed.items())
     parts: list[Part] = [[[curve]] for name, curve in ranks.items() if name not in inside]
     others = len(parts)
     for each in free:
         parts.append([[ranks[n] for n in each.block.names], [channel_curve(each, shapes)]])
+    parts += [[[experts_curve(each)]] for each in experts.values()]
     choice = cheapest(parts, budget - spent)
     small: dict[str, tuple[int, int]] = {}
-    for each, (way, places) in zip(free, choice[others:], strict=True):
+    chosen = choice[others + len(free) :]
+    left_of = {
+        name: each.plan(*each.sizes[places[0]])
+        for (name, each), (_, places) in zip(experts.items(), chosen, strict=True)
+    }
+    for each, (way, places) in zip(free, choice[others : others + len(free)], strict=True):
         if way == 1:
             small |= each.shapes(shapes, each.counts[places[0]])
     # With the channels decided, the rule that has no channels spends the rest on ranks.
     left = {**shapes, **small}
     total = sum(layer_cost(shape, None) for shape in left.values())
+    budget -= sum(each.kept_parameters for each in left_of.values())
     decided = fixed | dict.fromkeys(small)
     plan = plan_for_budget(left, spectra, "price", budget / total, fixed=decided, **limits)
     shrunk = {name: shape for name, shape in small.items() if shape != tuple(shapes[name])}
-    return RankPlan(plan.ranks, dict(shapes), shrunk, form)
+    return RankPlan(plan.ranks, dict(shapes), shrunk, form, left_of)
 
 
 def predicted_rise_with_channels(
-    spectra: Mapping[str, Spectrum], orders: Mapping[str, ChannelOrder], plan: RankPlan
+    spectra: Mapping[str, Spectrum], orders: Orders, plan: RankPlan
 ) -> float:
     """Predicted rise of the mean loss, nats: of the dropped components and channels together."""
     channels = sum(
         order.predicted_rise(plan.narrowed[name][1])
-        for name, order in orders.items()
+        for name, order in of_feed_forwards(orders).items()
         if name in plan.narrowed
     )
-    return predicted_rise(spectra, plan) + channels
+    experts = sum(
+        order.predicted_rise(plan.experts[name])
+        for name, order in of_experts(orders).items()
+        if name in plan.experts
+    )
+    return predicted_rise(spectra, plan) + channels + experts
 
 
 def rank_curve(spectrum: Spectrum, min_rank: int = 1, form: str = "factors") -> Curve:
@@ -137,6 +157,12 @@ def channel_curve(order: ChannelOrder, shapes: Shapes) -> Curve:
         sum(layer_cost(shape, None) for shape in order.shapes(shapes, count).values())
         for count in order.counts
     ]
+    return Curve(torch.tensor(costs, dtype=torch.float64), order.rises)
+
+
+def experts_curve(order: ExpertOrder) -> Curve:
+    """Parameters and rise of every way to shrink a layer's experts."""
+    costs = [order.plan(*size).kept_parameters for size in order.sizes]
     return Curve(torch.tensor(costs, dtype=torch.float64), order.rises)
 
 

@@ -7,6 +7,7 @@ truncation does (docs/methods.md, section 1), with C the channels' second moment
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -28,7 +29,7 @@ _JITTER = 1e-6
 _TINY = 1e-30
 # Damping of the refit as a multiple of that of the price: a fit of hundreds of channels to few
 # tokens wants more (docs/LOG.md).
-_REFIT = 10
+REFIT = 10
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,10 @@ class ChannelOrder:
         """
         steps = sum(each <= count for each in self.counts)
         return float(self.rises[steps - 1]) if steps else math.nan
+
+    def scaled(self, factor: float) -> ChannelOrder:
+        """With all prices multiplied."""
+        return dataclasses.replace(self, rises=self.rises * factor)
 
     def narrowing(self, model: nn.Module, count: int) -> Narrowing:
         """The first channels of a dense model's block, and an output weight fitted to them."""
@@ -107,7 +112,7 @@ def order_channels(
     order, counts, rises = channel_order(
         _damped_single(whole, damping), _weighted(whole, damping, weight, scale * gradients)
     )
-    kept = _damped_single(whole, _REFIT * damping).cpu()
+    kept = _damped_single(whole, REFIT * damping).cpu()
     return ChannelOrder(block, order.cpu(), counts, rises, kept)
 
 
@@ -137,8 +142,13 @@ def _weighted(
     return result
 
 
+def channel_step(size: int, multiple: int = 1) -> int:
+    """How many channels of so many are kept or lost at a time."""
+    return min(multiple * math.ceil(size / (_ROUNDS * multiple)), size)
+
+
 def channel_order(
-    moment: torch.Tensor, weighted: torch.Tensor
+    moment: torch.Tensor, weighted: torch.Tensor, multiple: int = 1
 ) -> tuple[torch.Tensor, list[int], torch.Tensor]:
     """All channels, those first that rebuild most of what the others are worth.
 
@@ -150,6 +160,7 @@ def channel_order(
     Args:
         moment: C, shape (n, n), damped.
         weighted: `M C` with `M = W_out^T G W_out` in nats: G damped and times the price scale.
+        multiple: What every step is a multiple of, but for the last, all channels.
 
     Returns:
         Indices, shape (n,); how many are kept at each step; the rise at each step, shape (steps,).
@@ -157,13 +168,14 @@ def channel_order(
     left, weighted = moment.float(), weighted.float()
     del moment  # the caller's may be let go, too
     size = len(left)
+    step = channel_step(size, multiple)
     free = torch.arange(size, device=left.device)
     order: list[torch.Tensor] = []
     counts: list[int] = []
     rises: list[float] = []
     while len(free):
         gains = (left * weighted).sum(dim=0) / left.diagonal().clamp_min(_TINY)
-        chosen = gains.topk(min(math.ceil(size / _ROUNDS), len(free))).indices
+        chosen = gains.topk(min(step, len(free))).indices
         order.append(free[chosen])
         counts.append(size - len(free) + len(chosen))
         rest = torch.ones(len(free), dtype=torch.bool, device=left.device)

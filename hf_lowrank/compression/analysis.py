@@ -12,8 +12,10 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from hf_lowrank.channels.budget import plan_with_channels, predicted_rise_with_channels
+from hf_lowrank.channels.expert_order import Orders
 from hf_lowrank.channels.order import ChannelOrder, order_channels
 from hf_lowrank.compression.cache import RunCache
+from hf_lowrank.compression.expert_analysis import analyze_experts
 from hf_lowrank.compression.gradients import Gradients, metric_settings, take_gradients
 from hf_lowrank.compression.groups import Group, moment_groups
 from hf_lowrank.compression.options import Run
@@ -46,8 +48,8 @@ class Analysis:
         failures: Reason by layer name, for layers that stay dense because of a failure.
         fixed: Ranks fixed by `rank_pattern`, and None for the failures.
         tokens: Calibration tokens used.
-        orders: Channel order of each feed-forward, keyed by its output layer; empty unless
-            `channels`.
+        orders: Channel order of each feed-forward, keyed by its output layer, and order of each
+            layer's fused experts; empty unless `channels`.
         gradients: What the joint system reads, where it was asked for.
         held_out: What cuts do to held-out text, with `measured_prices`.
         coherence: By layer name, once the prices are those of held-out text; see `priced`.
@@ -60,7 +62,7 @@ class Analysis:
     failures: dict[str, str] = field(default_factory=dict)
     fixed: dict[str, int | None] = field(default_factory=dict)
     tokens: int = 0
-    orders: dict[str, ChannelOrder] = field(default_factory=dict)
+    orders: Orders = field(default_factory=dict)
     gradients: Gradients = field(default_factory=Gradients)
     held_out: HeldOutPrices | None = None
     coherence: dict[str, float] = field(default_factory=dict)
@@ -147,14 +149,19 @@ def analyze(
         raise DataError(
             f"metric {config.metric!r} needs calibration data; pass some, or use metric 'plain'."
         )
-    blocks = find_feed_forwards(model, targets) if config.channels else []
+    blocks = find_feed_forwards(model, targets, run.experts) if config.channels else []
     needs = metric.needs | ({"gradient"} if with_gradients else frozenset())
     cache = _cache(model, config, run)
     found = Analysis(config, {name: linear_shape(layer) for name, layer in targets.items()})
     for layers in moment_groups(targets, needs, run.options.moment_gib, [b.output for b in blocks]):
         group = Group(layers, [b for b in blocks if b.output in layers], needs)
         _analyze_group(model, group, cache, found, run, with_gradients)
-    found.fixed = fixed_ranks(targets, config) | dict.fromkeys(found.failures)
+    if config.channels:
+        experts, failed = analyze_experts(model, config, run, cache)
+        found.orders = {**found.orders, **experts}
+        found.failures |= failed
+    found.fixed = fixed_ranks(targets, config)
+    found.fixed |= dict.fromkeys(found.failures.keys() & found.shapes.keys())
     found.tokens = sum(num_tokens(batch) for batch in calibration or [])
     if config.measured_prices and config.ranks is None:
         with run.stopwatch.phase("prices"):
@@ -205,7 +212,7 @@ def _analyze_group(
     found.spectra |= cached.spectra
     found.factors = {**found.factors, **cached.factors}
     found.failures |= cached.failures
-    found.orders |= cached.orders
+    found.orders = {**found.orders, **cached.orders}
 
 
 class Decomposed(NamedTuple):

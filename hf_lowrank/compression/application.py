@@ -24,7 +24,7 @@ from hf_lowrank.evaluation.encoder_speed import encoder_speed
 from hf_lowrank.evaluation.perplexity import LossMeasurement, measure_loss
 from hf_lowrank.evaluation.size import DenseSize, compare, report_fields, weight_bytes
 from hf_lowrank.evaluation.speed import speed_before_and_after
-from hf_lowrank.format.layout import FORMAT_VERSION, Precision
+from hf_lowrank.format.layout import Precision
 from hf_lowrank.measuring.embeddings import embedding_loss
 from hf_lowrank.measuring.items import is_causal_lm
 from hf_lowrank.modeling.marks import attach_config
@@ -45,7 +45,7 @@ class Dense:
     """The model before anything was cut: what to put back, and what to compare with.
 
     Attributes:
-        layers: Its targeted layers by name.
+        layers: Its targeted layers by name, and experts and routers that may be made smaller.
         size: How large the whole model is.
         losses: On each text that the report measures, by the name of its field.
         left_dense: Reason by name, of layers that were asked for and can't be factorized.
@@ -65,7 +65,10 @@ def measure_dense(
 ) -> Dense:
     """What must be known of a dense model before it is cut."""
     losses = _measure(model, "evaluate dense", run)
-    return Dense(targets, DenseSize.of(model, targets), losses, left_dense or {})
+    experts = {name: model.get_submodule(name) for name in run.experts}
+    routers = {name: model.get_submodule(name) for name in run.experts.values() if name}
+    size = DenseSize.of(model, {**targets, **experts})
+    return Dense({**targets, **experts, **routers}, size, losses, left_dense or {})
 
 
 @contextmanager
@@ -128,7 +131,7 @@ def decided_config(config: LowRankConfig, plan: RankPlan) -> LowRankConfig:
     """The config with what was decided, as a checkpoint holds it."""
     narrowed = {name: list(shape) for name, shape in plan.narrowed.items()} or None
     found: dict[str, Any] = {"ranks": dict(plan.ranks), "narrowed": narrowed}
-    return config.replace(**found, form=plan.form, format_version=FORMAT_VERSION)
+    return config.replace(**found, form=plan.form)
 
 
 def report_on(

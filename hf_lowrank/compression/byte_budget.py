@@ -16,6 +16,7 @@ from torch import nn
 
 from hf_lowrank.compression.analysis import Analysis
 from hf_lowrank.compression.byte_plan import mixed_plan
+from hf_lowrank.compression.expert_analysis import smallest_experts
 from hf_lowrank.compression.goals import smallest_share
 from hf_lowrank.compression.held_out import HeldOutLoss
 from hf_lowrank.compression.rounding_prices import Rounding
@@ -49,9 +50,12 @@ class Fit:
 
 
 def check_size_goal(
-    model: nn.Module, targets: Mapping[str, nn.Module], config: LowRankConfig
+    model: nn.Module,
+    targets: Mapping[str, nn.Module],
+    config: LowRankConfig,
+    experts: Mapping[str, str | None] | None = None,
 ) -> None:
-    """Refuses a size that even the smallest ranks exceed, before any long work.
+    """Refuses a size that even the smallest ranks and experts exceed, before any long work.
 
     Raises:
         ConfigError: With the size that would be reached.
@@ -63,7 +67,8 @@ def check_size_goal(
     form = config.inference_form
     ranks = {name: useful_rank(shape, config.min_rank, form) for name, shape in shapes.items()}
     weights = _types(config)[-1]
-    size = SizeOnDisk(model)(RankPlan(ranks | fixed, shapes, form=form), weights)
+    smallest = smallest_experts(model, experts or {})
+    size = SizeOnDisk(model)(RankPlan(ranks | fixed, shapes, form=form, experts=smallest), weights)
     if size > config.megabytes * 1e6:
         raise ConfigError(
             f"megabytes={config.megabytes:g} is too small: with the smallest ranks in "
@@ -97,7 +102,7 @@ def fits(
         plan = _largest_plan(analysis, weights, size_of, limit)
         if plan is not None:
             found.append(Fit(weights, plan, size_of(plan, weights)))
-            if not any(plan.ranks.values()) and not plan.narrowed:
+            if plan.kept_parameters == plan.dense_parameters:
                 break
     if not found:
         raise ConfigError(
@@ -163,7 +168,7 @@ def applied(model: nn.Module, analysis: Analysis, fit: Fit) -> Iterator[nn.Modul
     """
     dense = {name: model.get_submodule(name) for name in fit.plan.ranks}
     try:
-        factorize_(model, analysis.factors, fit.plan, analysis.orders)
+        dense |= factorize_(model, analysis.factors, fit.plan, analysis.orders)
         if fit.weights is not None:
             precisions = planned_precisions(model, fit.plan.ranks, fit.weights)
             quantize_weights_(model, precisions)

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from hf_lowrank.channels.expert_order import ExpertOrder
 from hf_lowrank.channels.order import ChannelOrder
 from hf_lowrank.config import LowRankConfig
 from hf_lowrank.decomposition.moments import Moments, SecondMoment
@@ -26,10 +27,10 @@ _VERSION = 2  # of what the results mean
 # Which settings each kind of result depends on, beside the model and the calibration data.
 _MOMENTS = ("label_source", "seed")
 _SPECTRA = (*_MOMENTS, "metric", "input_damping", "output_damping", "activation_alpha")
-_SETTINGS = {"moments": _MOMENTS, "spectra": _SPECTRA, "channels": _SPECTRA}
+_SETTINGS = {"moments": _MOMENTS, "spectra": _SPECTRA, "channels": _SPECTRA, "experts": _SPECTRA}
 # Plain data: what a file may hold beside tensors, numbers and text; all else is refused on reading.
 torch.serialization.add_safe_globals(
-    [ChannelOrder, Factors, FeedForward, Moments, SecondMoment, Spectrum]
+    [ChannelOrder, ExpertOrder, Factors, FeedForward, Moments, SecondMoment, Spectrum]
 )
 
 
@@ -75,7 +76,7 @@ class RunCache:
         """What was written, on the CPU; None where it is not there, or can't be read.
 
         Args:
-            kind: "moments", "spectra" or "channels".
+            kind: "moments", "spectra", "channels" or "experts".
             parts: Names of the layers and of whatever else tells one entry from another.
         """
         return read_stored(self._path(kind, parts))

@@ -62,7 +62,9 @@ def decide(model: nn.Module, analysis: Analysis, run: Run) -> Decision:
     if analysis.held_out is not None:
         with run.stopwatch.phase("prices"):
             plan = _likely_plan(model, analysis)
-            analysis, parts = analysis.priced(plan, model_parts(model, plan.ranks))
+            analysis, parts = analysis.priced(
+                plan, model_parts(model, [*plan.ranks, *plan.experts])
+            )
     with run.stopwatch.phase("ranks"):
         chosen = plan_for_goal(analysis)
     if chosen is not None:

@@ -7,12 +7,13 @@ from typing import Any
 
 from torch import nn
 
+from hf_lowrank.channels.expert_order import of_experts
 from hf_lowrank.compression.analysis import Analysis
 from hf_lowrank.config import LowRankConfig
 from hf_lowrank.errors import ConfigError
 from hf_lowrank.format.dense_linear import linear_shape
 from hf_lowrank.modeling.targets import fixed_ranks
-from hf_lowrank.ranks.plan import RankPlan
+from hf_lowrank.ranks.plan import RankPlan, layer_cost
 from hf_lowrank.ranks.threshold import check_budget, smallest_ratio
 
 
@@ -23,7 +24,7 @@ def check_goal(targets: Mapping[str, nn.Module], config: LowRankConfig) -> None:
         ConfigError: Even the smallest ranks exceed `param_ratio`, with the parameters allowed and
             needed; or narrowed layers are to be made without `channels`.
     """
-    if config.narrowed and not config.channels:
+    if (config.narrowed or config.experts) and not config.channels:
         raise ConfigError("To make the narrowed layers of a config again, set channels=True.")
     if config.param_ratio is not None:
         shapes = {name: linear_shape(layer) for name, layer in targets.items()}
@@ -39,7 +40,22 @@ def plan_for_goal(analysis: Analysis) -> RankPlan | None:
         narrowed = {
             name: (rows, columns) for name, (rows, columns) in (config.narrowed or {}).items()
         }
-        return RankPlan(config.ranks, analysis.shapes, narrowed, config.inference_form)
+        orders = of_experts(analysis.orders)
+        missing = sorted((config.experts or {}).keys() - orders.keys())
+        if missing:
+            raise ConfigError(
+                f"{missing[0]}: the config says what is left of its experts, which this model does "
+                "not have, or which can't be taken."
+            )
+        left = {name: (config.experts or {}).get(name, {}) for name in orders}
+        experts = {
+            name: order.plan(
+                left[name].get("experts", order.dense[0]), left[name].get("width", order.dense[1])
+            )
+            for name, order in orders.items()
+        }
+        form = config.inference_form
+        return RankPlan(config.ranks, analysis.shapes, narrowed, form, experts)
     if config.param_ratio is not None:
         return analysis.plan_for_ratio(config.param_ratio)
     if config.rank is not None:
@@ -48,8 +64,13 @@ def plan_for_goal(analysis: Analysis) -> RankPlan | None:
 
 
 def smallest_share(analysis: Analysis) -> float:
-    """Smallest `param_ratio` that the smallest ranks allow."""
-    return smallest_ratio(analysis.shapes, **analysis.limits)
+    """Smallest `param_ratio` that the smallest ranks, and the smallest experts, allow."""
+    share = smallest_ratio(analysis.shapes, **analysis.limits)
+    kept = share * (dense := sum(layer_cost(each, None) for each in analysis.shapes.values()))
+    for order in of_experts(analysis.orders).values():
+        kept += order.plan(*order.sizes[0]).kept_parameters
+        dense += order.plan(*order.dense).kept_parameters
+    return kept / dense
 
 
 def likely_ratio(analysis: Analysis) -> float:

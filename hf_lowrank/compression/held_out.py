@@ -9,7 +9,7 @@ from functools import cached_property
 
 from torch import nn
 
-from hf_lowrank.channels.order import ChannelOrder
+from hf_lowrank.channels.expert_order import Orders
 from hf_lowrank.decomposition.spectrum import Factors
 from hf_lowrank.errors import ConfigError
 from hf_lowrank.evaluation.perplexity import LossMeasurement, iterate_losses, measure_loss
@@ -56,7 +56,7 @@ class HeldOutLoss:
         factors: Mapping[str, Factors],
         plan: RankPlan,
         stop_above: float = math.inf,
-        orders: Mapping[str, ChannelOrder] | None = None,
+        orders: Orders | None = None,
     ) -> LossDifference:
         """Rise of the mean loss under a plan; stops early once it is clearly above a limit.
 

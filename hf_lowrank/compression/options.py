@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,6 +21,7 @@ from hf_lowrank.measuring.hooks import GRADIENT_FIELDS
 from hf_lowrank.measuring.items import Batch, LossFunction
 from hf_lowrank.measuring.losses import check_losses
 from hf_lowrank.measuring.progress import announce
+from hf_lowrank.modeling.expert_targets import qualified_experts
 from hf_lowrank.modeling.qualification import Qualified, qualified
 from hf_lowrank.modeling.targets import refuse_unloaded
 
@@ -105,12 +106,14 @@ class Run:
         options: How to work.
         stopwatch: Where the seconds of each phase are added up.
         processes: Those that share the work.
+        experts: Fused experts that may be made smaller: their router, or None, by name.
     """
 
     texts: Texts = Texts()
     options: RunOptions = RunOptions()
     stopwatch: Stopwatch = field(default_factory=Stopwatch)
     processes: Processes = ALONE
+    experts: Mapping[str, str | None] = field(default_factory=dict)
 
     @property
     def progress(self) -> bool:
@@ -217,3 +220,19 @@ def run_targets(
         loss_function=run.options.loss_function,
         processes=run.processes,
     )
+
+
+def with_experts(model: nn.Module, config: LowRankConfig, run: Run) -> tuple[Run, dict[str, str]]:
+    """The run with the fused experts that may be made smaller, and why others may not.
+
+    Several stages leave them alone: training between the cuts does not reach them.
+    """
+    batch = next(iter(run.texts.calibration or []), None) if run.options.stages == 1 else None
+    found = qualified_experts(
+        model,
+        config,
+        batch,
+        loss_function=run.options.loss_function,
+        processes=run.processes,
+    )
+    return dataclasses.replace(run, experts=found.routers), found.left_dense

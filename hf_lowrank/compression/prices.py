@@ -16,11 +16,13 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from hf_lowrank.channels.expert_order import ExpertOrder, Orders, of_experts, of_feed_forwards
 from hf_lowrank.channels.order import ChannelOrder
 from hf_lowrank.decomposition.spectrum import Factors, Spectrum
 from hf_lowrank.errors import DataError
 from hf_lowrank.format.dense_linear import linear_weight
 from hf_lowrank.format.feed_forward import named_feed_forwards
+from hf_lowrank.format.fused_experts import experts_shape
 from hf_lowrank.measuring.batches import num_tokens
 from hf_lowrank.measuring.distributed import ALONE, Processes
 from hf_lowrank.measuring.effects import Cut, Effects, measure_effects
@@ -84,7 +86,7 @@ def check_prices(held_out: Sequence[Batch]) -> None:
 def measure_prices(
     model: nn.Module,
     factors: Mapping[str, Factors],
-    orders: Mapping[str, ChannelOrder],
+    orders: Orders,
     held_out: Sequence[Batch],
     *,
     loss_function: LossFunction | None = None,
@@ -97,7 +99,8 @@ def measure_prices(
     Args:
         model: The dense model.
         factors: Of all layers, by name.
-        orders: Channel order of each feed-forward, keyed by its output layer.
+        orders: Channel order of each feed-forward, keyed by its output layer; those of fused experts
+            keep their prices.
         held_out: Batches that the factors were not made from.
         loss_function: Loss of the run, None for the model's own.
         seed: Seed of the drawn labels.
@@ -108,7 +111,8 @@ def measure_prices(
         NumericalError: A loss is not finite.
     """
     cuts = {name: rank_cut(name, found) for name, found in factors.items()}
-    narrow = {name: channel_cut(model, order) for name, order in orders.items()}
+    blocks = of_feed_forwards(orders)
+    narrow = {name: channel_cut(model, order) for name, order in blocks.items()}
     named = {f"{name}/channels": cut for name, cut in narrow.items() if cut is not None}
     batches = enough(held_out)
     with Progress("measure prices" if progress else None, DRAWS * len(batches)) as bar:
@@ -178,14 +182,14 @@ class Priced:
     """
 
     spectra: dict[str, Spectrum]
-    orders: dict[str, ChannelOrder]
+    orders: dict[str, ChannelOrder | ExpertOrder]
     coherence: dict[str, float]
     parts: list[MeasuredPart]
 
 
 def priced(
     spectra: Mapping[str, Spectrum],
-    orders: Mapping[str, ChannelOrder],
+    orders: Orders,
     found: HeldOutPrices,
     plan: RankPlan,
     parts: Iterable[Sequence[str]],
@@ -194,7 +198,8 @@ def priced(
 
     A layer's curve is taken from the squares by position, which hardly vary from item to item.
     What positions have in common is one factor for each part of the model, `coherence`, at the
-    cuts of a plan: over its layers c^2 varies less.
+    cuts of a plan: over its layers c^2 varies less. Fused experts are not cut in this way; their
+    prices follow the sum of the others'.
 
     Args:
         spectra: With the prices of the calibration text.
@@ -203,13 +208,14 @@ def priced(
         plan: What the prices of the calibration text propose.
         parts: Names of the layers of each part.
     """
-    chosen = found.chosen(plan, orders)
+    blocks = of_feed_forwards(orders)
+    chosen = found.chosen(plan, blocks)
     everywhere = _coherence(chosen.values())
     result = Priced(dict(spectra), dict(orders), {}, [])
     for layers in parts:
         cut = {name: chosen[name] for name in layers if name in chosen}
         coherence = _coherence(cut.values()) if cut else everywhere
-        before = sum(_predicted(spectra, orders, plan, name) for name in cut)
+        before = sum(_predicted(spectra, blocks, plan, name) for name in cut)
         after = sum(coherence * float(found.rise(each.squares[:, at])) for each, at in cut.values())
         if cut and before > 0:
             result.parts.append(MeasuredPart(tuple(layers), before, after, after / before))
@@ -222,7 +228,13 @@ def priced(
                 )
             if name in found.channels:
                 rises = coherence * _falling(found.rise(found.channels[name].squares))
-                result.orders[name] = dataclasses.replace(orders[name], rises=rises)
+                result.orders[name] = dataclasses.replace(blocks[name], rises=rises)
+    before = sum(part.predicted for part in result.parts)
+    after = sum(part.measured for part in result.parts)
+    if before > 0:
+        result.orders.update(
+            {name: each.scaled(after / before) for name, each in of_experts(orders).items()}
+        )
     return result
 
 
@@ -254,11 +266,11 @@ def _predicted(
 def standard_error(
     found: HeldOutPrices,
     coherence: Mapping[str, float],
-    orders: Mapping[str, ChannelOrder],
+    orders: Orders,
     plan: RankPlan,
 ) -> float:
     """Standard error of a plan's predicted rise over the held-out items, nats; NaN of one item."""
-    chosen = found.chosen(plan, orders)
+    chosen = found.chosen(plan, of_feed_forwards(orders))
     if not chosen:
         return 0.0
     total = sum(
@@ -272,9 +284,11 @@ def standard_error(
 
 
 def model_parts(model: nn.Module, names: Iterable[str]) -> list[list[str]]:
-    """Layers in parts: tenths of the depth, feed-forwards apart from the rest; in model order."""
+    """Layers in parts: tenths of the depth, feed-forwards and experts apart from the rest."""
     names = list(names)
-    inside = {n for _, block in named_feed_forwards(model, names) for n in block.names}
+    linear = [name for name in names if experts_shape(model.get_submodule(name)) is None]
+    inside = {n for _, block in named_feed_forwards(model, linear) for n in block.names}
+    inside |= {*names} - {*linear}
     blocks = max((block_number(name) for name in names), default=0) + 1
     depths = min(DEPTHS, blocks)
     parts: dict[tuple[int, bool], list[str]] = {}

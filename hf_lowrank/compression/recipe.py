@@ -68,7 +68,11 @@ def recipe_of(
 
 
 def possible_recipe(
-    model: nn.Module, asked: LowRankConfig, found: LowRankConfig, targets: Iterable[str]
+    model: nn.Module,
+    asked: LowRankConfig,
+    found: LowRankConfig,
+    targets: Iterable[str],
+    experts: Iterable[str] = (),
 ) -> LowRankConfig:
     """A recipe without channels where nobody asked for them and there are none to take out.
 
@@ -77,10 +81,11 @@ def possible_recipe(
         asked: The config as it was given.
         found: What `recipe_of` made of it.
         targets: Names of the layers that can be factorized.
+        experts: Names of the modules of fused experts that can be narrowed.
     """
     if asked.channels is None and found.channels:
         try:
-            find_feed_forwards(model, targets)
+            find_feed_forwards(model, targets, experts)
         except TargetError:
             return found.replace(channels=False)
     return found

@@ -21,6 +21,7 @@ from hf_lowrank.compression.options import (
     run_targets,
     split_texts,
     with_dense_embeddings,
+    with_experts,
 )
 from hf_lowrank.compression.prices import check_prices
 from hf_lowrank.compression.recipe import possible_recipe, recipe_of
@@ -188,7 +189,7 @@ def sweep(
         try:
             yield apply(model, decision, dense, own)
         finally:
-            make_dense_again(model, targets)
+            make_dense_again(model, dense.layers)
 
 
 def _prepare(
@@ -205,7 +206,9 @@ def _prepare(
     split = with_dense_embeddings(model, split, options.loss_function)
     run = Run(split, options, processes=current_processes())
     targets, left_dense = run_targets(model, recipe, run)
-    return possible_recipe(model, config, recipe, targets), run, targets, left_dense
+    run, others = with_experts(model, recipe, run)
+    recipe = possible_recipe(model, config, recipe, targets, run.experts)
+    return recipe, run, targets, left_dense | others
 
 
 def check_run(
@@ -219,9 +222,9 @@ def check_run(
     texts, options = run.texts, run.options
     check_goal(targets, config)
     check_quantizable(targets, config.weights or ("int4" if config.megabytes else None))
-    check_size_goal(model, targets, config)
+    check_size_goal(model, targets, config, run.experts)
     if config.channels:
-        find_feed_forwards(model, targets)
+        find_feed_forwards(model, targets, run.experts)
     if config.measured_prices and config.ranks is None:
         check_prices(texts.held_out or [])
     if recovery_settings(options.recover, options.recover_steps, config.seed):

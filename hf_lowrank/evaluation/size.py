@@ -71,6 +71,7 @@ def report_fields(model: nn.Module, dense: DenseSize, plan: RankPlan) -> dict[st
         "bytes": Sizes(dense.bytes, size),
         "ranks": dict(plan.ranks),
         "narrowed": dict(plan.narrowed),
+        "experts": dict(plan.experts),
         "untouched": dict(dense.untouched),
     }
 

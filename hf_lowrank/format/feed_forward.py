@@ -48,18 +48,25 @@ class FeedForward:
         return (*self.inputs, self.output)
 
 
-def find_feed_forwards(model: nn.Module, targets: Iterable[str]) -> list[FeedForward]:
+def find_feed_forwards(
+    model: nn.Module, targets: Iterable[str], experts: Iterable[str] = ()
+) -> list[FeedForward]:
     """The feed-forwards whose layers are all targeted, in the model's order.
 
     Left out are those whose channels do not act one by one: where gate and value are one layer, and
     where a norm or the like goes over the channels.
 
+    Args:
+        model: The model.
+        targets: Names of its targeted layers.
+        experts: Names of modules of fused experts that can be narrowed, feed-forwards, too.
+
     Raises:
-        TargetError: There is none of a known kind.
+        TargetError: There is none of a known kind, and no experts.
     """
     named = named_feed_forwards(model, targets)
     found = [block for parent, block in named if _acts_by_channel(model, parent, block)]
-    if not found:
+    if not found and not [*experts]:
         known = "; ".join(f"{', '.join(inputs)} and {output}" for inputs, output in _PATTERNS)
         raise TargetError(
             f"{type(model).__name__} has no feed-forward of a known kind among its targeted layers "

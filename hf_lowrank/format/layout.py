@@ -10,8 +10,9 @@ from hf_lowrank.errors import CheckpointError
 
 QUANT_METHOD = "lowrank"
 FORMAT_VERSION = 2
-# Version 1 has no layer in the compact form, and no quantized weight.
-READABLE_VERSIONS = (1, 2)
+EXPERTS_VERSION = 3
+# Version 1 has no layer in the compact form, and no quantized weight; 2 has no smaller experts.
+READABLE_VERSIONS = (1, 2, EXPERTS_VERSION)
 BITS = (4, 8)
 
 
@@ -52,6 +53,41 @@ class Precision:
 
 
 @dataclass(frozen=True)
+class ExpertsLeft:
+    """What is left of the fused experts of a layer.
+
+    Attributes:
+        experts: How many there are.
+        width: Inner channels of each.
+    """
+
+    experts: int
+    width: int
+
+    def __str__(self) -> str:
+        return f"{self.experts} experts of {self.width} channels"
+
+    def to_json(self) -> dict[str, int]:
+        """As it stands in config.json."""
+        return {"experts": self.experts, "width": self.width}
+
+    @classmethod
+    def from_json(cls, name: str, value: object) -> ExpertsLeft:
+        """Reads what config.json says of the experts of a layer.
+
+        Raises:
+            CheckpointError: It is none that a writer would write.
+        """
+        known = value if isinstance(value, dict) else {}
+        count, width = known.get("experts"), known.get("width")
+        if not (_is_count(count) and _is_count(width)) or len(known) != 2:
+            raise CheckpointError(
+                f'experts[{name!r}] must be {{"experts": count, "width": channels}}, got {value!r}.'
+            )
+        return cls(int(str(count)), int(str(width)))
+
+
+@dataclass(frozen=True)
 class Layout:
     """The stored form of every compressed layer.
 
@@ -61,12 +97,14 @@ class Layout:
         form: Name of the stored form of the layers in `ranks`.
         quantized: Name to precision, for the modules whose weight is quantized: factors, narrowed
             layers, and layers that are dense otherwise.
+        experts: Module name to what is left, for fused experts that lost channels or experts.
     """
 
     ranks: Mapping[str, int | None]
     narrowed: Mapping[str, tuple[int, int]] = field(default_factory=dict)
     form: str = "factors"
     quantized: Mapping[str, Precision] = field(default_factory=dict)
+    experts: Mapping[str, ExpertsLeft] = field(default_factory=dict)
 
     @classmethod
     def from_settings(cls, settings: Mapping[str, Any]) -> Layout:
@@ -82,7 +120,7 @@ class Layout:
         if not isinstance(form, str):
             raise CheckpointError(f"form must be the name of a stored form, got {form!r}.")
         ranks, narrowed = settings.get("ranks"), settings.get("narrowed")
-        quantized = settings.get("quantized")
+        quantized, experts = settings.get("quantized"), settings.get("experts")
         if not isinstance(ranks, dict):
             raise CheckpointError(
                 "config.json names quant_method 'lowrank' but holds no ranks; the checkpoint is "
@@ -92,6 +130,8 @@ class Layout:
             raise CheckpointError(f"narrowed must map names to shapes, got {narrowed!r}.")
         if not isinstance(quantized, (dict, type(None))):
             raise CheckpointError(f"quantized must map names to precisions, got {quantized!r}.")
+        if not isinstance(experts, (dict, type(None))):
+            raise CheckpointError(f"experts must map names to what is left, got {experts!r}.")
         for name, rank in ranks.items():
             if rank is not None and not _is_count(rank):
                 raise CheckpointError(f"ranks[{name!r}] must be an integer >= 1, got {rank!r}.")
@@ -100,6 +140,7 @@ class Layout:
             {name: _shape(name, shape, ranks) for name, shape in (narrowed or {}).items()},
             form,
             {name: Precision.from_json(name, each) for name, each in (quantized or {}).items()},
+            {name: ExpertsLeft.from_json(name, each) for name, each in (experts or {}).items()},
         )
 
 
@@ -112,7 +153,7 @@ def check_version(version: object) -> None:
     if isinstance(version, bool) or version not in READABLE_VERSIONS:
         raise CheckpointError(
             f"config.json has format_version {version!r}, this hf_lowrank reads "
-            f"{' and '.join(map(str, READABLE_VERSIONS))}; update hf_lowrank or check the file."
+            f"{', '.join(map(str, READABLE_VERSIONS))}; update hf_lowrank or check the file."
         )
 
 

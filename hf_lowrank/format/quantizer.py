@@ -14,6 +14,7 @@ from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from hf_lowrank.format.forms.compact import CompactLinear
+from hf_lowrank.format.fused_experts import full_experts, small_experts
 from hf_lowrank.format.layout import FORMAT_VERSION, QUANT_METHOD, Layout
 from hf_lowrank.format.marking import mark_as_lowrank, unmark_as_lowrank
 from hf_lowrank.format.rebuild import (
@@ -32,6 +33,7 @@ class LowRankCheckpointConfig(QuantizationConfigMixin):
         form: "compact", "factors" or "usv"; see `LowRankLinear` and `CompactLinear`.
         narrowed: Module name to [out_features, in_features], for layers that lost channels.
         quantized: Name to bits and block, for modules whose weight is quantized.
+        experts: Name to experts and width, for fused experts of which less is left.
         format_version: Version of the checkpoint layout.
         **extra: Fields that only hf_lowrank reads.
     """
@@ -42,6 +44,7 @@ class LowRankCheckpointConfig(QuantizationConfigMixin):
         form: str = "factors",
         narrowed: dict[str, list[int]] | None = None,
         quantized: dict[str, dict[str, Any]] | None = None,
+        experts: dict[str, dict[str, int]] | None = None,
         format_version: int = FORMAT_VERSION,
         **extra: Any,
     ) -> None:
@@ -52,6 +55,7 @@ class LowRankCheckpointConfig(QuantizationConfigMixin):
         self.form = form
         self.narrowed = narrowed
         self.quantized = quantized
+        self.experts = experts
         self.format_version = format_version
 
 
@@ -116,6 +120,8 @@ class LowRankQuantizer(HfQuantizer):
     def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:  # noqa: ANN401
         for name, layer in compressed_layers(model).items():
             model.set_submodule(name, layer.to_dense())
+        for name, module in small_experts(model).items():
+            model.set_submodule(name, full_experts(name, module))
         unmark_as_lowrank(model)
         return model
 

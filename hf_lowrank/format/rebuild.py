@@ -8,6 +8,7 @@ from transformers.pytorch_utils import Conv1D
 from hf_lowrank.format.forms.factors import LowRankLinear
 from hf_lowrank.format.forms.narrowed import NarrowedLinear
 from hf_lowrank.format.forms.stored_form import CompressedLayer, listed_layers
+from hf_lowrank.format.fused_experts import resize_experts_
 from hf_lowrank.format.layout import Layout
 from hf_lowrank.format.torchao_weights import expect_
 
@@ -44,7 +45,7 @@ def compressed_layers(model: nn.Module) -> dict[str, CompressedLayer]:
 
 
 def replace_with_lowrank(model: nn.Module, layout: Layout) -> None:
-    """Replaces the listed layers by empty compressed ones, in place.
+    """Replaces the listed layers by empty compressed ones, and experts by smaller ones, in place.
 
     Quantized weights are left as what a file holds of them, see `assemble_`.
 
@@ -53,8 +54,8 @@ def replace_with_lowrank(model: nn.Module, layout: Layout) -> None:
         layout: What config.json says of the layers.
 
     Raises:
-        ValueError: A name is missing from the model, is not a linear layer, or its entry is
-            outside the layer's limits.
+        ValueError: A name is missing from the model, is not a linear layer or a module of fused
+            experts, or its entry is outside the layer's limits.
     """
     for saved_name, form, entry in listed_layers(layout):
         name = resolve_module_name(model, saved_name)
@@ -73,6 +74,17 @@ def replace_with_lowrank(model: nn.Module, layout: Layout) -> None:
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from None
         model.set_submodule(name, new_layer)
+    for saved_name, left in layout.experts.items():
+        name = resolve_module_name(model, saved_name)
+        if name is None:
+            raise ValueError(
+                f"config.json says what is left of {saved_name}, but {type(model).__name__} has no "
+                "such experts; the config does not belong to this model."
+            )
+        try:
+            resize_experts_(model, name, left)
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from None
     for saved_name, precision in layout.quantized.items():
         name = resolve_module_name(model, saved_name) or saved_name
         try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections import Counter
 from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from hf_lowrank.format.forms.stored_form import (
     stored_form,
     stored_tensors,
 )
+from hf_lowrank.format.fused_experts import small_experts
 from hf_lowrank.format.headers import Checked, check_checkpoint, pinned
 from hf_lowrank.format.layout import Layout
 from hf_lowrank.format.rebuild import narrowed_layers, replace_with_lowrank, resolve_module_name
@@ -188,6 +190,7 @@ def _shapes_in_model(
     prefix, state = skeleton.base_model_prefix, skeleton.state_dict()
     shapes: dict[str, list[int]] = {}
     others: set[str] = set()
+    joined: Counter[str] = Counter()
     for key, shape in stored.items():
         name, converted = rename_source_key(key, renamings, converters, prefix, state)
         if name not in state and key in state:
@@ -198,6 +201,14 @@ def _shapes_in_model(
             shapes[name] = shape
         else:
             others.add(name)
+        joined[name] += math.prod(shape)
+    for module in small_experts(skeleton):
+        for name in (key for key in state if key.rpartition(".")[0] == module):
+            if joined[name] != state[name].numel():
+                raise CheckpointError(
+                    f"{folder}: {name} has {joined[name]:,} numbers, config.json asks for "
+                    f"{state[name].numel():,}, of shape {[*state[name].shape]}."
+                )
     return shapes, others
 
 

@@ -181,6 +181,11 @@ def _odd_layer(layer: nn.Module) -> str | None:
         return f"it holds more than a weight and a bias: {', '.join(sorted(kept))}"
     if any(getattr(layer, hooks, None) for hooks in _HOOKS):
         return "it has hooks, which would be lost"
+    return replaced_forward(layer)
+
+
+def replaced_forward(layer: nn.Module) -> str | None:
+    """A reason against a layer whose forward method is not its class's own."""
     hook = getattr(layer, "_hf_hook", None)
     # Accelerate's hooks on the blocks move inputs to a device as well; offloading ones do more.
     is_placed = isinstance(hook, AlignDevicesHook) and not hook.offload
@@ -227,7 +232,7 @@ def _identity(parameter: nn.Parameter) -> object:
 
 def _watch_batch(model: nn.Module, watch: Watch, batch: Batch, loss: LossFunction | None) -> None:
     """Watches a pass over a batch, with a backward pass where there is a loss."""
-    with _undisturbed(model):
+    with undisturbed(model):
         inputs = prepared(model, batch)
         with watch.installed():
             run_batch(model, inputs, loss, watch.needs_gradient)
@@ -240,12 +245,12 @@ def _watch_made_up_tokens(model: nn.Module, watch: Watch) -> None:
         return
     device = next(model.parameters()).device
     # Models of images or sound do not take tokens; how they use their layers is then not known.
-    with _undisturbed(model), watch.installed(), torch.no_grad(), suppress(Exception):
+    with undisturbed(model), watch.installed(), torch.no_grad(), suppress(Exception):
         model(**{name: value.to(device) for name, value in inputs.items()})
 
 
 @contextmanager
-def _undisturbed(model: nn.Module) -> Iterator[None]:
+def undisturbed(model: nn.Module) -> Iterator[None]:
     """Eval mode without gradients of parameters; afterwards all is as before, buffers included."""
     held = [(module, dict(module._buffers)) for module in model.modules()]
     values = {id(b): b.clone() for _, buffers in held for b in buffers.values() if b is not None}

@@ -40,7 +40,19 @@ class SizeOnDisk:
         """
         left = {**plan.shapes, **plan.narrowed}
         layers = (self.layer(n, left[n], r, plan.form, weights) for n, r in plan.ranks.items())
-        return self.besides(plan.ranks) + sum(layers)
+        return (
+            self.besides(plan.ranks)
+            + sum(layers)
+            + sum(self.experts(name, left) for name, left in plan.experts.items())
+        )
+
+    def experts(self, name: str, left: ExpertsPlan) -> int:
+        """Bytes that smaller experts take more than the dense ones, mostly less than none."""
+        down = self.model.get_submodule(name)._parameters["down_proj"]
+        assert down is not None
+        saved = (left.kept_parameters - left.dense_parameters) * down.element_size()
+        # Many architectures store each expert's matrices apart.
+        return saved + 3 * left.experts * (_ENTRY + len(name) + len(".999.gate_proj.weight"))
 
     def besides(self, names: Iterable[str]) -> int:
         """Bytes of all but the weights of some dense layers."""

@@ -16,8 +16,8 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from hf_lowrank.channels.expert_order import Orders, of_experts, of_feed_forwards
 from hf_lowrank.channels.narrowing import narrowed
-from hf_lowrank.channels.order import ChannelOrder
 from hf_lowrank.decomposition.pivots import compact_columns
 from hf_lowrank.decomposition.spectrum import Factors
 from hf_lowrank.errors import TargetError
@@ -25,6 +25,7 @@ from hf_lowrank.format.dense_linear import linear_shape
 from hf_lowrank.format.forms.compact import CompactLinear
 from hf_lowrank.format.forms.factors import LowRankLinear
 from hf_lowrank.format.forms.stored_form import stored_form
+from hf_lowrank.format.fused_experts import full_experts, small_experts
 from hf_lowrank.format.marking import unmark_as_lowrank
 from hf_lowrank.format.rebuild import compressed_layers
 from hf_lowrank.format.torchao_weights import quantized_modules
@@ -109,7 +110,7 @@ def factorize_(
     model: nn.Module,
     factors: Mapping[str, Factors],
     plan: RankPlan,
-    orders: Mapping[str, ChannelOrder] | None = None,
+    orders: Orders | None = None,
 ) -> dict[str, nn.Module]:
     """Replaces the planned layers by factors, or by narrower layers, in place.
 
@@ -118,7 +119,7 @@ def factorize_(
         factors: Factors of every layer that the plan gives a rank.
         plan: Ranks by layer name; None leaves a layer dense, or narrowed if the plan says so.
         orders: Channel order of each feed-forward that the plan narrows, keyed by its output
-            layer.
+            layer, and order of the experts of which it takes some away, by their name.
 
     Returns:
         The dense layers that were replaced, by name; `restore_` puts them back.
@@ -131,7 +132,7 @@ def factorize_(
     originals = {name: _planned_layer(model, name, plan) for name in {**chosen, **plan.narrowed}}
     for name in chosen.keys() - factors.keys():
         raise TargetError(f"{name}: the plan gives it a rank, but it was not decomposed.")
-    blocks = {name: each for name, each in (orders or {}).items() if name in plan.narrowed}
+    blocks = {n: each for n, each in of_feed_forwards(orders).items() if n in plan.narrowed}
     covered = {name for each in blocks.values() for name in each.block.names}
     for name in plan.narrowed.keys() - covered:
         raise TargetError(f"{name}: the plan narrows it, but its channels were not ordered.")
@@ -142,13 +143,26 @@ def factorize_(
                     f"{name}: the plan gives it shape {plan.narrowed.get(name)}, which does not "
                     f"fit that of {output}."
                 )
-    layers: dict[str, nn.Module] = {}
+    layers = _smaller_experts(model, plan, orders)
+    originals |= {name: model.get_submodule(name) for name in layers}
     for name, each in blocks.items():
         layers |= narrowed(model, each.block, each.narrowing(model, plan.narrowed[name][1]))
     for name, rank in chosen.items():
         layers[name] = lowrank_from_factors(originals[name], factors[name], rank, plan.form)
     restore_(model, layers)
     return originals
+
+
+def _smaller_experts(
+    model: nn.Module, plan: RankPlan, orders: Orders | None
+) -> dict[str, nn.Module]:
+    """Experts that lose channels or whole ones, and their routers, by name."""
+    known, layers = of_experts(orders), dict[str, nn.Module]()
+    for name, left in plan.experts.items():
+        if left.is_cut and name not in known:
+            raise TargetError(f"{name}: the plan takes experts away, but they were not ordered.")
+        layers |= known[name].smaller(model, left) if left.is_cut else {}
+    return layers
 
 
 def restore_(model: nn.Module, originals: Mapping[str, nn.Module]) -> None:
@@ -162,7 +176,7 @@ def factorized(
     model: nn.Module,
     factors: Mapping[str, Factors],
     plan: RankPlan,
-    orders: Mapping[str, ChannelOrder] | None = None,
+    orders: Orders | None = None,
     *,
     form: str = "factors",
 ) -> Iterator[nn.Module]:
@@ -202,15 +216,16 @@ def swapped(model: nn.Module, layers: Mapping[str, nn.Module]) -> Iterator[nn.Mo
 def merge_(model: nn.Module) -> nn.Module:
     """Multiplies all factors out, in place: a plain dense model with the same outputs.
 
-    Feed-forwards that lost channels get their full width back, with zeros in those. Also removes
-    the low-rank entries from the model's config, so that it is saved as a dense model.
+    Feed-forwards and experts that lost channels get their full width back, with zeros in those.
+    Also removes the low-rank entries from the model's config, so that it is saved as a dense model.
 
     Raises:
-        TargetError: The model has no low-rank or narrowed layer, or one has an adapter. Nothing
-            has been edited then.
+        TargetError: The model has no low-rank or narrowed layer, one has an adapter, or experts
+            were dropped. Nothing has been edited then.
     """
     layers = compressed_layers(model)
-    if not layers:
+    whole = {name: full_experts(name, each) for name, each in small_experts(model).items()}
+    if not layers and not whole:
         raise TargetError("The model has no low-rank or narrowed layer to merge.")
     _refuse_adapters(layers)
     for name, layer in layers.items():
@@ -220,6 +235,7 @@ def merge_(model: nn.Module) -> nn.Module:
         for parameter in dense.parameters():
             parameter.requires_grad_(trains)
         replace_layer_(model, name, dense)
+    restore_(model, whole)
     if hasattr(model, "config"):
         unmark_as_lowrank(model)
     return model

@@ -16,6 +16,7 @@ from transformers.pytorch_utils import Conv1D
 from hf_lowrank.config import LowRankConfig
 from hf_lowrank.errors import ConfigError, TargetError
 from hf_lowrank.format.dense_linear import linear_shape
+from hf_lowrank.format.fused_experts import experts_shape, small_experts
 from hf_lowrank.format.layout import QUANT_METHOD
 from hf_lowrank.format.rebuild import compressed_layers
 from hf_lowrank.ranks.plan import break_even_rank, useful_rank
@@ -30,14 +31,15 @@ def find_targets(model: nn.Module, config: LowRankConfig) -> dict[str, nn.Module
 
     Without `target_modules` these are all linear layers inside the transformer blocks, that is
     below an `nn.ModuleList`; never embeddings, output heads or routers, nor layers too narrow to
-    gain from any rank. A model without blocks offers all its linear layers but the last.
+    gain from any rank. A model without blocks offers all its linear layers but the last. Patterns
+    may name fused experts, too; see `qualified_experts`.
 
     Raises:
         TargetError: The model is already compressed, has an adapter, a pattern matches nothing, or
             no layer is left.
         ConfigError: A rank of `rank_pattern` or `rank` exceeds its layer's limit.
     """
-    if compressed_layers(model):
+    if compressed_layers(model) or small_experts(model):
         raise TargetError(
             "The model is already compressed; merge it first (hf_lowrank.merge) or start from "
             "the dense checkpoint."
@@ -48,11 +50,12 @@ def find_targets(model: nn.Module, config: LowRankConfig) -> dict[str, nn.Module
     if method != QUANT_METHOD:
         raise TargetError(f"The model is quantized ({method}); factorizing needs dense weights.")
     linears = {n: m for n, m in model.named_modules() if isinstance(m, (nn.Linear, Conv1D))}
+    named = linears | {n: m for n, m in model.named_modules() if experts_shape(m)}
     if config.target_modules is None:
         chosen = _default_targets(model, linears)
     else:
-        chosen = _select("target_modules", config.target_modules, linears)
-    excluded = _select("exclude_modules", config.exclude_modules or [], linears)
+        chosen = _select("target_modules", config.target_modules, named)
+    excluded = _select("exclude_modules", config.exclude_modules or [], named)
     targets: dict[str, nn.Module] = {
         name: linears[name] for name in linears if name in chosen and name not in excluded
     }

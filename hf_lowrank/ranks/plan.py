@@ -24,8 +24,51 @@ def break_even_rank(out_features: int, in_features: int, form: str = "factors") 
 
 
 @dataclass(frozen=True)
+class ExpertsPlan:
+    """What is left of the fused experts of a layer.
+
+    Attributes:
+        experts: How many are left.
+        width: Inner channels left of each.
+        dense: The same two of the dense layer.
+        channel_cost: Weights of one channel of one expert.
+
+    Raises:
+        ConfigError: More is left than there was, or nothing.
+    """
+
+    experts: int
+    width: int
+    dense: tuple[int, int]
+    channel_cost: int
+
+    def __post_init__(self) -> None:
+        """Checks the limits."""
+        if not _is_within((self.experts, self.width), self.dense):
+            raise ConfigError(
+                f"{self.experts} experts of {self.width} channels can't be left of {self.dense[0]} "
+                f"of {self.dense[1]}."
+            )
+
+    @property
+    def dense_parameters(self) -> int:
+        """Weights before."""
+        return self.dense[0] * self.dense[1] * self.channel_cost
+
+    @property
+    def kept_parameters(self) -> int:
+        """Weights left."""
+        return self.experts * self.width * self.channel_cost
+
+    @property
+    def is_cut(self) -> bool:
+        """Whether anything is lost."""
+        return (self.experts, self.width) != self.dense
+
+
+@dataclass(frozen=True)
 class RankPlan:
-    """Ranks by layer name.
+    """Ranks by layer name, and what is left of fused experts.
 
     Attributes:
         ranks: Rank of each targeted layer, None for dense.
@@ -33,6 +76,7 @@ class RankPlan:
         narrowed: (out_features, in_features) left of the layers that lose channels; their rank is
             None.
         form: Stored form of the layers with a rank.
+        experts: By the name of each targeted module of fused experts.
 
     Raises:
         ConfigError: The names differ, or a rank or shape is outside its layer's limits.
@@ -42,6 +86,7 @@ class RankPlan:
     shapes: Mapping[str, tuple[int, int]]
     narrowed: Mapping[str, tuple[int, int]] = field(default_factory=dict)
     form: str = "factors"
+    experts: Mapping[str, ExpertsPlan] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         """Checks names and limits."""
@@ -69,21 +114,24 @@ class RankPlan:
     @property
     def choices(self) -> tuple[Hashable, ...]:
         """What tells one plan for some layers from another."""
-        return tuple(
+        layers = (
             tuple(self.narrowed[name]) if name in self.narrowed else rank
             for name, rank in self.ranks.items()
         )
+        return (*layers, *((each.experts, each.width) for each in self.experts.values()))
 
     @property
     def dense_parameters(self) -> int:
         """Weights of the targeted layers before compression (biases not counted)."""
-        return sum(rows * columns for rows, columns in self.shapes.values())
+        layers = sum(rows * columns for rows, columns in self.shapes.values())
+        return layers + sum(each.dense_parameters for each in self.experts.values())
 
     @property
     def kept_parameters(self) -> int:
         """Weights of the targeted layers after compression."""
         left = {**self.shapes, **self.narrowed}
-        return sum(layer_cost(left[name], rank, self.form) for name, rank in self.ranks.items())
+        layers = sum(layer_cost(left[name], rank, self.form) for name, rank in self.ranks.items())
+        return layers + sum(each.kept_parameters for each in self.experts.values())
 
     @property
     def param_ratio(self) -> float:

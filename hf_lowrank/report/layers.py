@@ -61,3 +61,19 @@ def channels_left(report: Report) -> dict[str, int]:
             is_out_of_them = shape[0] == report.spectra[name].shape[0]
             found[name] = shape[1] if is_out_of_them else shape[0]
     return found
+
+
+def expert_rows(report: Report) -> list[list[str]]:
+    """What is left of the fused experts, a row for each kind of layer, with a header."""
+    rows = [
+        ["experts", "layers", "each of", "fewest", "mean", "channels of", "fewest", "mean"],
+    ]
+    for kind, names in by_type(report.experts).items():
+        plans = [report.experts[name] for name in names]
+        row = [kind, str(len(plans))]
+        for field in ("experts", "width"):
+            left = [getattr(each, field) for each in plans]
+            dense = max(each.dense[field == "width"] for each in plans)
+            row += [str(dense), str(min(left)), f"{sum(left) / len(left):.1f}"]
+        rows.append(row)
+    return rows

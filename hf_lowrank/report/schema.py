@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
 from hf_lowrank.errors import DataError
+from hf_lowrank.ranks.plan import ExpertsPlan
 from hf_lowrank.ranks.tolerance import LossDifference, Probe
 from hf_lowrank.report.quantization import Quantization, SizeTrial
 from hf_lowrank.report.reading import read_section
@@ -48,6 +49,7 @@ class Report:
         versions: Versions of Python and the libraries.
         ranks: Rank by layer name, None for dense or narrowed.
         narrowed: (out_features, in_features) of the layers that lost channels.
+        experts: What is left of the fused experts that were targeted, by their name.
         evaluation: Quality before and after, or None if there was no evaluation text.
         foreign_evaluation: The same on a second text, of a kind that calibration saw nothing of.
         predicted_loss_difference: Sum of the dropped components' prices, nats, or None where the
@@ -101,6 +103,7 @@ class Report:
     samples: list[Sample] = field(default_factory=list)
     speed: Speed | None = None
     narrowed: dict[str, tuple[int, int]] = field(default_factory=dict)
+    experts: dict[str, ExpertsPlan] = field(default_factory=dict)
     measured_prices: list[MeasuredPart] = field(default_factory=list)
     stages: list[Stage] = field(default_factory=list)
     command: str | None = None

@@ -9,7 +9,7 @@ from hf_lowrank.config import LowRankConfig
 from hf_lowrank.ranks.tolerance import LossDifference
 from hf_lowrank.report.reading import read_section
 
-_NO_SETTINGS = ("ranks", "narrowed", "quantized")  # decisions, which the report has itself
+_NO_SETTINGS = ("ranks", "narrowed", "quantized", "experts")  # decisions, which it has itself
 
 
 @dataclass(frozen=True)

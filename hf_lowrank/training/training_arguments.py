@@ -18,7 +18,7 @@ BREAK_EVEN_CHOICES = ("wait", "dense")
 # Settings of a LowRankConfig: what training reads, and what takes the place of the others.
 _READ = ("target_modules", "exclude_modules", "rank_pattern")
 _READ_FOR_PRICES = ("input_damping", "output_damping")
-_DECISIONS = ("ranks", "narrowed", "form", "format_version", "quant_method")
+_DECISIONS = ("ranks", "narrowed", "experts", "form", "format_version", "quant_method")
 _INSTEAD = {
     "param_ratio": "target_param_ratio in LowRankTrainingArguments",
     "loss_tolerance": "selection_tolerance in LowRankTrainingArguments",

@@ -11,6 +11,7 @@ from benchmarks import system_rows
 from benchmarks import table as task_rows
 from benchmarks.architecture_table import format_page
 from benchmarks.embeddings import format_embeddings
+from benchmarks.experts import format_experts
 from benchmarks.form_speed import format_speeds
 from benchmarks.recipe import format_recipes
 
@@ -299,6 +300,14 @@ def test_an_encoder_has_its_measured_accuracy_in_both_forms():
 def test_stored_forms_have_their_measured_speeds():
     [expected] = tables(format_speeds(result("form_speed")["rows"]) + "\n")
     assert table("docs/results.md", "layer", "size", "tokens") == expected
+
+
+def test_mixtures_have_their_measured_perplexities():
+    found = result("experts")
+    [expected] = tables(format_experts(found) + "\n")
+    assert table("docs/results.md", "experts are made") == expected
+    text = (ROOT / "docs" / "results.md").read_text("utf-8")
+    assert f"dense perplexity {found['dense']:.1f}" in text
 
 
 def test_rounding_of_the_compact_form_is_the_measured_one():

@@ -35,6 +35,7 @@ NOT_ON_THE_COMMAND_LINE = {
     "ranks",
     "narrowed",
     "quantized",
+    "experts",
     "format_version",
     "quant_method",
 }

@@ -15,7 +15,8 @@ package.__path__ = [sys.argv[1]]
 sys.modules["hf_lowrank"] = package
 from hf_lowrank.format.layout import Layout
 settings = {"format_version": 1, "ranks": {"a": 3, "b": None}, "narrowed": {"b": [2, 5]},
-            "quantized": {"b": {"bits": 4, "block": [1, 5]}}}
+            "quantized": {"b": {"bits": 4, "block": [1, 5]}},
+            "experts": {"c": {"experts": 2, "width": 8}}}
 print(Layout.from_settings(settings))
 """
 
@@ -27,6 +28,7 @@ def test_layout_needs_neither_torch_nor_transformers():
     )
     expected = (
         "Layout(ranks={'a': 3, 'b': None}, narrowed={'b': (2, 5)}, form='factors', "
-        "quantized={'b': Precision(bits=4, block=(1, 5))})"
+        "quantized={'b': Precision(bits=4, block=(1, 5))}, "
+        "experts={'c': ExpertsLeft(experts=2, width=8)})"
     )
     assert done.stdout.strip() == expected, done.stderr

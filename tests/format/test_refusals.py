@@ -50,7 +50,7 @@ def test_a_config_that_is_no_text_is_refused(broken):
 @pytest.mark.parametrize(
     ("setting", "value", "message"),
     [
-        ("format_version", 3, "format_version 3, this hf_lowrank reads 1 and 2; update"),
+        ("format_version", 4, "format_version 4, this hf_lowrank reads 1, 2, 3; update"),
         ("format_version", None, "format_version None"),
         ("colour", "red", "unknown low-rank settings colour; it was written by another version"),
         (

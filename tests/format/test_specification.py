@@ -88,6 +88,7 @@ def test_the_page_names_every_form_and_field_that_is_read(saved):
         row.removeprefix("M.") for row in rows
     }
     needed = {"quant_method", "format_version", "ranks", "form", "narrowed", "quantized"}
+    needed.add("experts")
     assert needed <= set(rows)
     assert f"Version {FORMAT_VERSION}." in PAGE
     settings = json.loads((saved.folder / "config.json").read_text())["quantization_config"]

@@ -15,6 +15,7 @@ from hf_lowrank.report.card.card_parts import (
 )
 from hf_lowrank.report.card.embedding_card import embedding_card_parts as embedding_card_parts
 from hf_lowrank.report.card.text_card import card_parts
+from hf_lowrank.report.layers import expert_rows
 from hf_lowrank.report.schema import Report
 from hf_lowrank.report.text.table import rank_rows
 
@@ -31,6 +32,7 @@ def model_card(report: Report, repo_id: str, page: bool = False) -> ModelCard:
     """
     template = resources.files("hf_lowrank.report.card").joinpath("card_template.md")
     parts = card_parts(report)
+    tables = [rank_rows(report), *([expert_rows(report)] if report.experts else [])]
     card: ModelCard = ModelCard.from_template(
         _card_data(report, parts),
         template_str=template.read_text("utf-8"),
@@ -42,7 +44,7 @@ def model_card(report: Report, repo_id: str, page: bool = False) -> ModelCard:
         is_embedder=parts.library == "sentence-transformers",
         sizes=markdown_table([*_size_rows(report), *parts.quality]),
         run=parts.made,
-        ranks=markdown_table(rank_rows(report)),
+        ranks="\n\n".join(map(markdown_table, tables)),
         measured=parts.measured,
         limits=parts.limits,
         page_note="; `report.html` shows it with figures" if page else "",

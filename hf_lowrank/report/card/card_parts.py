@@ -88,14 +88,15 @@ def model_kind(report: Report) -> ModelKind:
 def is_factorized(report: Report) -> bool:
     """Whether any layer is low-rank, narrowed or quantized."""
     ranks = any(rank is not None for rank in report.ranks.values())
-    return ranks or bool(report.narrowed) or report.quantization is not None
+    shapes = bool(report.narrowed) or any(each.is_cut for each in report.experts.values())
+    return ranks or shapes or report.quantization is not None
 
 
 def channel_note(report: Report) -> str:
-    """A sentence for models whose feed-forwards lost channels, with a space before it, or ""."""
-    if not report.narrowed:
-        return ""
-    return " Some feed-forwards have fewer channels in place of factors."
+    """Sentences for models that lost channels or experts, with a space before each, or ""."""
+    note = " Some feed-forwards have fewer channels in place of factors." if report.narrowed else ""
+    cut = [each for each in report.experts.values() if each.is_cut]
+    return note + (" Some experts have fewer channels, or are gone." if cut else "")
 
 
 def kept_share(report: Report) -> float:

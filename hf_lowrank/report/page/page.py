@@ -12,7 +12,7 @@ from typing import Any
 import jinja2
 
 from hf_lowrank.report.card.card_parts import sentences, without_folders
-from hf_lowrank.report.layers import kept_shares, short_block_names, split_name
+from hf_lowrank.report.layers import expert_rows, kept_shares, short_block_names, split_name
 from hf_lowrank.report.page.plots import (
     MAX_LINES,
     probes_figure,
@@ -175,6 +175,7 @@ def _ranks(report: Report) -> list[Part]:
     if report.narrowed:
         caption += " Where two numbers stand, the layer has no rank, but fewer outputs x inputs."
     tables = [_table(rows, kind="heat"), _table(rank_rows(report))]
+    tables += [_table(expert_rows(report))] if report.experts else []
     return [("group", {"kind": "pair", "parts": tables}), _text(caption)]
 
 

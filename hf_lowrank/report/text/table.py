@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 
-from hf_lowrank.report.layers import channels_left
+from hf_lowrank.report.layers import channels_left, expert_rows
 from hf_lowrank.report.schema import Report
 from hf_lowrank.report.sections import Evaluation, Recovery, Settings, Training
 from hf_lowrank.report.text.embedding_lines import embedding_notes, embedding_rows
@@ -71,7 +71,9 @@ def format_report(report: Report) -> str:
         )
     rows += speed_rows(report) + embedding_rows(report)
     lines += speed_notes(report) + embedding_notes(report)
-    parts = [align(rows), *lines, *_search_lines(report), "", align(rank_rows(report)), ""]
+    experts = [align(expert_rows(report)), ""] if report.experts else []
+    layers = [align(rank_rows(report)), "", *experts]
+    parts = [align(rows), *lines, *_search_lines(report), "", *layers]
     parts.append(
         "seconds: " + ", ".join(f"{name} {value:.1f}" for name, value in report.seconds.items())
     )
