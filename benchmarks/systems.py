@@ -23,7 +23,7 @@ from hf_lowrank.compression.held_out import HeldOutLoss
 from hf_lowrank.compression.joint.disjoint import check_disjoint
 from hf_lowrank.compression.joint.system import compress_jointly
 from hf_lowrank.compression.options import Run, Texts
-from hf_lowrank.compression.prices import measure_prices, model_parts
+from hf_lowrank.compression.prices import enough, measure_prices, model_parts
 from hf_lowrank.config import LowRankConfig
 from hf_lowrank.errors import LowRankError
 from hf_lowrank.evaluation.perplexity import LossMeasurement, measure_loss
@@ -196,7 +196,7 @@ class _Bench:
             self.model,
             analysis.factors,
             analysis.orders,
-            self.texts.held_out,
+            enough(self.texts.held_out),
             seed=self.options.seed,
         )
         plan = analysis.plan_for_ratio(param_ratio)

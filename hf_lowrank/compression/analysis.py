@@ -19,7 +19,13 @@ from hf_lowrank.compression.expert_analysis import analyze_experts
 from hf_lowrank.compression.gradients import Gradients, metric_settings, take_gradients
 from hf_lowrank.compression.groups import Group, moment_groups
 from hf_lowrank.compression.options import Run
-from hf_lowrank.compression.prices import HeldOutPrices, measure_prices, priced, standard_error
+from hf_lowrank.compression.prices import (
+    HeldOutPrices,
+    enough,
+    measure_prices,
+    priced,
+    standard_error,
+)
 from hf_lowrank.config import LowRankConfig
 from hf_lowrank.decomposition.metrics import METRICS
 from hf_lowrank.decomposition.moments import Moments
@@ -169,7 +175,7 @@ def analyze(
                 model,
                 found.factors,
                 found.orders,
-                run.texts.held_out or [],
+                enough(run.texts.held_out or []),
                 loss_function=run.options.loss_function,
                 seed=config.seed,
                 processes=run.processes,

@@ -14,6 +14,7 @@ from torch import nn
 
 from hf_lowrank.channels.expert_order import ExpertOrder
 from hf_lowrank.channels.order import ChannelOrder
+from hf_lowrank.compression.prices import HeldOutPrices
 from hf_lowrank.config import LowRankConfig
 from hf_lowrank.decomposition.moments import Moments, SecondMoment
 from hf_lowrank.decomposition.spectrum import Factors, Spectrum
@@ -21,6 +22,7 @@ from hf_lowrank.errors import StorageError
 from hf_lowrank.files import atomic_file
 from hf_lowrank.format.feed_forward import FeedForward
 from hf_lowrank.inputs.digest import update_digest
+from hf_lowrank.measuring.effects import Effects
 from hf_lowrank.measuring.items import Batch, LossFunction
 
 _VERSION = 2  # of what the results mean
@@ -30,7 +32,17 @@ _SPECTRA = (*_MOMENTS, "metric", "input_damping", "output_damping", "activation_
 _SETTINGS = {"moments": _MOMENTS, "spectra": _SPECTRA, "channels": _SPECTRA, "experts": _SPECTRA}
 # Plain data: what a file may hold beside tensors, numbers and text; all else is refused on reading.
 torch.serialization.add_safe_globals(
-    [ChannelOrder, ExpertOrder, Factors, FeedForward, Moments, SecondMoment, Spectrum]
+    [
+        ChannelOrder,
+        Effects,
+        HeldOutPrices,
+        ExpertOrder,
+        Factors,
+        FeedForward,
+        Moments,
+        SecondMoment,
+        Spectrum,
+    ]
 )
 
 

@@ -68,6 +68,17 @@ class HeldOutPrices:
                 found[name] = (effects, sum(c <= count for c in orders[name].counts) - 1)
         return found
 
+    def joined(self, other: HeldOutPrices | None) -> HeldOutPrices:
+        """These and those of other layers on the same items."""
+        if other is None:
+            return self
+        return HeldOutPrices(
+            {**other.ranks, **self.ranks},
+            {**other.channels, **self.channels},
+            self.scored,
+            self.draws,
+        )
+
     def rise(self, squares: torch.Tensor) -> torch.Tensor:
         """Rise of the mean loss, nats: of squared changes, summed over their first dimension."""
         return squares.double().sum(dim=0) / (2 * self.scored)
@@ -87,21 +98,23 @@ def measure_prices(
     model: nn.Module,
     factors: Mapping[str, Factors],
     orders: Orders,
-    held_out: Sequence[Batch],
+    batches: Sequence[Batch],
     *,
+    draws: int = DRAWS,
     loss_function: LossFunction | None = None,
     seed: int = 0,
     processes: Processes = ALONE,
     progress: bool = True,
 ) -> HeldOutPrices:
-    """Effects of all cuts on the first few thousand tokens of held-out text.
+    """Effects of all cuts on held-out text.
 
     Args:
         model: The dense model.
         factors: Of all layers, by name.
-        orders: Channel order of each feed-forward, keyed by its output layer; those of fused experts
-            keep their prices.
-        held_out: Batches that the factors were not made from.
+        orders: Channel order of each feed-forward, keyed by its output layer; fused experts are
+            not measured.
+        batches: Text that the factors were not made from; see `enough`.
+        draws: How many times labels are drawn for each batch.
         loss_function: Loss of the run, None for the model's own.
         seed: Seed of the drawn labels.
         processes: Those that share the work.
@@ -114,21 +127,20 @@ def measure_prices(
     blocks = of_feed_forwards(orders)
     narrow = {name: channel_cut(model, order) for name, order in blocks.items()}
     named = {f"{name}/channels": cut for name, cut in narrow.items() if cut is not None}
-    batches = enough(held_out)
-    with Progress("measure prices" if progress else None, DRAWS * len(batches)) as bar:
+    with Progress("measure prices" if progress else None, draws * len(batches)) as bar:
         effects, scored = measure_effects(
             model,
             {name: model.get_submodule(name) for name in factors},
             cuts | named,
             batches,
-            draws=DRAWS,
+            draws=draws,
             loss_function=loss_function,
             seed=seed,
             on_batch=lambda: bar.update(processes.count),
             processes=processes,
         )
     channels = {name: effects[f"{name}/channels"] for name in narrow if f"{name}/channels" in named}
-    return HeldOutPrices({name: effects[name] for name in factors}, channels, scored)
+    return HeldOutPrices({name: effects[name] for name in factors}, channels, scored, draws)
 
 
 def enough(batches: Sequence[Batch]) -> list[Batch]:

@@ -108,7 +108,7 @@ def measure_effects(
                 torch.manual_seed(seed + 1 + draw * len(batches) + index)
                 inputs = prepared(model, without_labels(batch) if is_embedding else batch)
                 watcher.start_batch(len(next(iter(inputs.values()))))
-                losses[draw, index] = run_batch(model, inputs, compute)
+                losses[draw, index] = run_batch(model, inputs, compute, True)
                 found[draw, index] = watcher.end_batch()
                 if on_batch is not None:
                     on_batch()

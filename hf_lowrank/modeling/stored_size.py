@@ -11,7 +11,7 @@ from hf_lowrank.format.dense_linear import linear_weight
 from hf_lowrank.format.forms.stored_form import stored_form
 from hf_lowrank.format.torchao_weights import num_bytes
 from hf_lowrank.modeling.weight_precision import Weights, bits_of, matrix_bytes
-from hf_lowrank.ranks.plan import RankPlan
+from hf_lowrank.ranks.plan import ExpertsPlan, RankPlan
 
 _ENTRY = 110  # bytes of a tensor's entry in the header of a safetensors file, without its name
 _INT32 = 4  # what a form holds beside its matrices are orders

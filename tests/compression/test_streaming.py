@@ -114,7 +114,7 @@ def test_the_model_is_the_one_made_in_memory(
     model = AutoModelForCausalLM.from_pretrained(folders[name])
     report = compress(model, config, **roles, progress=False)
     assert streamed.ranks == report.ranks
-    assert any(streamed.ranks.values())
+    assert any(streamed.ranks.values()) or streamed.narrowed
     assert streamed.narrowed == report.narrowed
     assert streamed.parameters == report.parameters
     assert streamed.untouched == report.untouched

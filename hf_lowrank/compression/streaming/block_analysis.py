@@ -21,6 +21,7 @@ from hf_lowrank.channels.order import ChannelOrder
 from hf_lowrank.compression.analysis import Analysis, analyze
 from hf_lowrank.compression.cache import write_stored
 from hf_lowrank.compression.options import Run, Texts
+from hf_lowrank.compression.prices import DRAWS, enough, measure_prices
 from hf_lowrank.compression.streaming.block_stream import BlockStream
 from hf_lowrank.compression.streaming.states import States, needed
 from hf_lowrank.config import LowRankConfig
@@ -148,6 +149,9 @@ class BlockAnalyst:
         texts = (run.texts.calibration, run.texts.held_out, run.texts.evaluation)
         some = next((list(batches) for batches in texts if batches), [])
         self.batches = some if self.needs_data else some[:1]
+        # Each draw of labels is a batch of its own: it has a gradient of its own.
+        priced = enough(run.texts.held_out or []) if config.measured_prices else []
+        self.priced = list(priced) * DRAWS
         self.aimed = [
             index
             for index in range(len(stream))
@@ -161,7 +165,7 @@ class BlockAnalyst:
             order = range(len(self.stream) - 1, self.aimed[0] - 1, -1)
         todo = [index for index in order if not self._results(index).exists()]
         if todo:
-            states = self.stream.states(self.batches)
+            states = self.stream.states([*self.batches, *self.priced])
             with self.run.stopwatch.phase("statistics"):
                 if self.needs_gradient and not self._has_gradients(todo[0] + 1):
                     self.stream.forward(states, "forward" if self.run.progress else None)
@@ -182,16 +186,19 @@ class BlockAnalyst:
         return self.folder / f"{index:04}-factors.pt"
 
     def _has_gradients(self, level: int) -> bool:
-        numbers = range(len(self.batches))
+        numbers = range(len(self.batches) + len(self.priced))
         return all(gradient_file(self.gradients, level, each).exists() for each in numbers)
 
     def _output_gradients(self, states: States) -> None:
         """The gradient of the loss at the last block's output, by the model's own end."""
         stream, level, model = self.stream, len(self.stream), self.stream.model
-        loss = partial(item_losses, label_source=self.config.label_source)
+        sources = [self.config.label_source] * len(self.batches) + ["model"] * len(self.priced)
+        # The same draws as in memory: see `collect_moments` and `measure_effects`.
+        seeds = [*range(len(self.batches)), *range(1, 1 + len(self.priced))]
         with stream.ends(), frozen(model), torch.random.fork_rng():
-            for number, batch in enumerate(self.batches):
-                torch.manual_seed(self.config.seed + number)  # the same draws as in memory
+            for number, batch in enumerate([*self.batches, *self.priced]):
+                torch.manual_seed(self.config.seed + seeds[number])
+                loss = partial(item_losses, label_source=sources[number])
                 last = states.read(level, number, stream.tensors.device).requires_grad_()
                 with stream.replayed(last):
                     losses = run_batch(model, prepared(model, batch), loss, True)
@@ -203,7 +210,7 @@ class BlockAnalyst:
         stream, model, prefix = self.stream, self.stream.model, self.stream.prefix(index)
         numbered = [
             {**batch, _NUMBER: torch.full((len(next(iter(batch.values()))),), number)}
-            for number, batch in enumerate(self.batches)
+            for number, batch in enumerate([*self.batches, *self.priced])
         ]
         names = [name for name in self.targets if name.startswith(prefix)]
         with stream.block(index) as block:
@@ -228,7 +235,7 @@ class BlockAnalyst:
                         run_batch(model, stream.on_device(batch), loss, self.needs_gradient)
         moments = {name: order.moment for name, order in found.orders.items()}
         write_stored(self._factors(index), {"factors": found.factors, "moments": moments})
-        kept = (found.spectra, found.failures, _light(found.orders), reasons)
+        kept = (found.spectra, found.failures, _light(found.orders), reasons, found.held_out)
         write_stored(self._results(index), kept)
 
     def _analysis(
@@ -244,8 +251,22 @@ class BlockAnalyst:
         options = dataclasses.replace(
             self.run.options, loss_function=loss, cache_dir=None, progress=False
         )
-        texts = Texts(calibration=numbered if self.needs_data else None)
-        return analyze(model, layers, config, Run(texts, options, self.run.stopwatch))
+        count = len(self.batches)
+        texts = Texts(calibration=numbered[:count] if self.needs_data else None)
+        plain = config.replace(measured_prices=False)
+        found = analyze(model, layers, plain, Run(texts, options, self.run.stopwatch))
+        if self.priced:
+            with self.run.stopwatch.phase("prices"):
+                found.held_out = measure_prices(
+                    model,
+                    found.factors,
+                    found.orders,
+                    numbered[count:],
+                    draws=1,
+                    loss_function=loss,
+                    progress=False,
+                )
+        return found
 
     def _drop(self, index: int, states: States) -> None:
         """Removes what no block needs any more."""
@@ -265,14 +286,18 @@ class BlockAnalyst:
         files: dict[str, Path] = {}
         for index in self.aimed:
             kept: Any = needed(self._results(index))
-            spectra, failures, orders, reasons = kept
+            spectra, failures, orders, reasons, held_out = kept
             found.spectra |= spectra
             found.failures |= failures
             found.orders |= orders
             left_dense |= reasons
+            if held_out is not None:
+                found.held_out = held_out.joined(found.held_out)
             files |= dict.fromkeys(spectra, self._factors(index))
         fit = {name: layer for name, layer in self.targets.items() if name not in left_dense}
         found.shapes = {name: linear_shape(layer) for name, layer in fit.items()}
+        if found.held_out is not None:
+            found.held_out = dataclasses.replace(found.held_out, draws=DRAWS)
         found.factors = StoredFactors(files)
         found.fixed = fixed_ranks(fit, self.config) | dict.fromkeys(found.failures)
         found.tokens = sum(num_tokens(batch) for batch in self.run.texts.calibration or [])

@@ -212,6 +212,7 @@ def _digest(stream: BlockStream, config: LowRankConfig, run: Run, more: tuple[st
     versions = (__version__, torch.__version__, transformers.__version__)
     digest.update(json.dumps([settings, more, versions], sort_keys=True, default=str).encode())
     add_batches(digest, run.texts.calibration or [])
+    add_batches(digest, (run.texts.held_out or []) if config.measured_prices else [])
     return digest.hexdigest()
 
 

@@ -10,6 +10,7 @@ from typing import Any
 from torch import nn
 
 from hf_lowrank.compression.options import Run
+from hf_lowrank.compression.prices import DRAWS
 from hf_lowrank.compression.streaming.block_stream import BlockStream
 from hf_lowrank.errors import StorageError
 from hf_lowrank.evaluation.size import model_sizes
@@ -36,7 +37,7 @@ def disk_bytes(stream: BlockStream, named: Mapping[str, nn.Module], run: Run) ->
     tokens = {role: _tokens(getattr(run.texts, role)) for role in ("calibration", "held_out")}
     tokens["judged"] = _tokens(run.texts.evaluation) + _tokens(run.texts.foreign)
     states = tokens["calibration"] * (levels + 2) + tokens["judged"] * 4
-    states += tokens["held_out"] * (2 * levels + _PROBES)
+    states += tokens["held_out"] * ((2 + DRAWS) * levels + _PROBES)
     written = model_sizes(model)[1]
     return _FP32 * (factors + channels) + states * width * element + written
 
