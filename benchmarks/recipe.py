@@ -128,7 +128,7 @@ def read_windows(
     role: str,
     own_text: OwnText,
     part: tuple[float, float] = (0.0, 1.0),
-) -> list[Batch]:
+) -> Sequence[Batch]:
     """Batches of a role from a part of a text."""
     return token_batches(
         source,
@@ -180,7 +180,11 @@ def _row(
     decision = decide(model, analysis.with_config(config), Run())
     plan, priced = decision.plan, decision.analysis
     seconds, size_of = time.perf_counter() - started, SizeOnDisk(model)
-    found = {"seconds": seconds, "kept": plan.param_ratio, "narrowed": len(plan.narrowed)}
+    found: dict[str, Any] = {
+        "seconds": seconds,
+        "kept": plan.param_ratio,
+        "narrowed": len(plan.narrowed),
+    }
     found["predicted"] = [priced.predicted_rise(plan), priced.standard_error(plan)]
     types = {}
     for each in (None, *weights):

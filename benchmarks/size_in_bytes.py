@@ -46,7 +46,7 @@ def compare_types(args: SizeInBytesArguments) -> None:
     [source] = args.calibration or ["demo"]
     own_text = OwnText(model, tokenizer)
     texts, judges = texts_of(args, source, own_text), judges_of(args, own_text)
-    judges = dataclasses.replace(judges, texts={"held out": texts.held_out or []} | judges.texts)
+    judges = dataclasses.replace(judges, texts={"held out": texts.held_out or [], **judges.texts})
     run = Run(texts, RunOptions(cache_dir=args.cache_dir))
     dense, analysis, folder = judges.measure(model)[0], None, Path(args.output_dir)
     for megabytes in args.megabytes or [200.0]:

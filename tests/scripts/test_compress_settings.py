@@ -224,6 +224,15 @@ def test_a_size_in_megabytes(compress_llm: InProcess, inputs: Inputs, tmp_path: 
     assert (output / "model.safetensors").stat().st_size <= 40_000
     report = read_report(output)
     assert report["config"]["megabytes"] == 0.04
-    assert len(report["size_trials"]) > 1
-    assert done.out.count("on held-out text") == len(report["size_trials"])
+    assert report["quantization"]["weights"] == "mixed"
+    assert " int8, " in done.out
     assert "at most 0.04 MB" in (output / "README.md").read_text("utf-8")
+
+
+def test_a_size_out_of_reach_is_refused_before_texts_are_read(
+    compress_llm: InProcess, inputs: Inputs
+):
+    compress_llm.monkeypatch.setattr(compress_llm.module, "batches_by_role", pytest.fail)
+    done = compress_llm(*inputs.arguments(megabytes=0.001))
+    assert done.code == 2
+    assert "megabytes=0.001 is too small: with the smallest ranks in int4 the model" in done.err
