@@ -30,7 +30,7 @@ def result(tmp_path_factory: Any) -> dict[str, Any]:
         evaluation_sequences=4,
         sequence_length=16,
         vocab_size=270,
-        num_experts=6,
+        num_experts=8,
         model_dir=str(folder / "model"),
         output=str(folder / "experts.json"),
     )
@@ -50,7 +50,7 @@ def test_every_way_stays_within_the_budget(result: dict[str, Any]):
     assert {row["method"] for row in result["rows"]} == set(METHODS)
     for row in result["rows"]:
         assert 0.7 * row["param_ratio"] < row["share"] <= row["param_ratio"]
-        narrower, fewer = set(row["widths"]) != {32}, set(row["experts"]) != {6}
+        narrower, fewer = set(row["widths"]) != {32}, set(row["experts"]) != {8}
         if row["method"] == "fewer by use" or row["method"] == "fewer":
             assert (narrower, fewer) == (False, True)
         elif row["method"].startswith("narrower"):
