@@ -81,8 +81,9 @@ def compress_in_stages(model: nn.Module, config: LowRankConfig, dense: Dense, ru
         for stage in [*earlier, report]
     ]
     # What was predicted is for the last cut alone.
-    nothing = {"predicted_loss_difference": None, "predicted_standard_error": None}
-    return dataclasses.replace(report, stages=stages, **nothing)
+    return dataclasses.replace(
+        report, stages=stages, predicted_loss_difference=None, predicted_standard_error=None
+    )
 
 
 def earlier_stages(model: nn.Module, config: LowRankConfig, dense: Dense, run: Run) -> list[Report]:
