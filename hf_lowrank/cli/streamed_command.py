@@ -17,9 +17,11 @@ from hf_lowrank.compression.streaming.space import IN_MEMORY
 from hf_lowrank.errors import ConfigError
 from hf_lowrank.evaluation.size import model_sizes
 from hf_lowrank.inputs.on_disk import open_causal_lm
+from hf_lowrank.inputs.own_text import GENERATED
 from hf_lowrank.inputs.processor import processor_files
 from hf_lowrank.inputs.sources import DEMO, check_windows, demo_folder, load_tokenizer
 from hf_lowrank.inputs.start_token import start_text
+from hf_lowrank.inputs.text import shares
 from hf_lowrank.report.schema import Report
 from hf_lowrank.report.text.table import format_report
 
@@ -65,6 +67,7 @@ def compress_streamed(args: CompressionArguments, publishing: PublishingArgument
         "stages": args.stages > 1,
         "several param_ratios": len(args.param_ratio or []) > 1,
         "sample_prompt": bool(args.sample_prompt) and args.prompts() != [],
+        f"the text {GENERATED}": GENERATED in shares(args.text_source("calibration")),
     }
     if asked := [name for name, is_asked in needs_memory.items() if is_asked]:
         raise ConfigError(f"stream has one block in memory at a time; leave out {asked[0]}.")
@@ -75,7 +78,7 @@ def compress_streamed(args: CompressionArguments, publishing: PublishingArgument
     source = str(demo_folder()) if args.model == DEMO else args.model
     model, _ = open_causal_lm(source, args.dtype, args.trust_remote_code)
     tokenizer = load_tokenizer(source, args.trust_remote_code)
-    texts = batches_by_role(args, tokenizer)
+    texts = batches_by_role(args, model, tokenizer)
     for role, batches in texts.items():
         check_windows(model, batches, args.text_source(role))
     used: dict[str, Any] = {r: args.text_source(r) for r in texts if r != "held_out"}

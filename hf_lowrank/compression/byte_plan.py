@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from hf_lowrank.channels.budget import Curve, cheapest
+from hf_lowrank.channels.expert_order import of_feed_forwards
 from hf_lowrank.channels.order import ChannelOrder
 from hf_lowrank.compression.analysis import Analysis
 from hf_lowrank.compression.rounding_prices import BITS, Rounding
@@ -79,7 +80,7 @@ def mixed_plan(
     size_of = SizeOnDisk(model)
     free = {
         order.block.names: order
-        for order in analysis.orders.values()
+        for order in of_feed_forwards(analysis.orders).values()
         if analysis.config.channels
         and all(name in prices and name not in analysis.fixed for name in order.block.names)
     }

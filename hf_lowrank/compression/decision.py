@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from hf_lowrank.channels.expert_order import of_experts
 from hf_lowrank.compression.analysis import Analysis
 from hf_lowrank.compression.byte_budget import best_fit, fits
 from hf_lowrank.compression.goals import likely_ratio, plan_for_goal, smallest_share
@@ -61,7 +62,7 @@ def decide(model: nn.Module, analysis: Analysis, run: Run) -> Decision:
     config = analysis.config
     if analysis.held_out is not None:
         with run.stopwatch.phase("prices"):
-            plan = _likely_plan(model, analysis)
+            plan = _likely_plan(model, analysis, run)
             analysis, parts = analysis.priced(
                 plan, model_parts(model, [*plan.ranks, *plan.experts])
             )
@@ -77,18 +78,20 @@ def decide(model: nn.Module, analysis: Analysis, run: Run) -> Decision:
     return Decision(analysis, plan, probes, difference, parts)
 
 
-def _likely_plan(model: nn.Module, analysis: Analysis) -> RankPlan:
+def _likely_plan(model: nn.Module, analysis: Analysis, run: Run) -> RankPlan:
     """About what will be chosen; of several types for a size in megabytes the middle one's."""
     if analysis.config.megabytes is None:
         return analysis.plan_for_ratio(likely_ratio(analysis))
-    found = fits(model, analysis, _rounding_prices(model, analysis))
+    found = fits(model, analysis, _rounding_prices(model, analysis, run))
     return found[len(found) // 2].plan
 
 
-def _rounding_prices(model: nn.Module, analysis: Analysis) -> dict[str, Rounding]:
+def _rounding_prices(model: nn.Module, analysis: Analysis, run: Run) -> dict[str, Rounding]:
     """Prices of rounding where types may be mixed: they are left open, and there are prices."""
     config = analysis.config
     if config.weights is not None or config.effective_rule != "price":
+        return {}
+    if of_experts(analysis.orders) and run.texts.held_out:  # whole types alone know of these
         return {}
     return rounding_prices(model, analysis)
 
@@ -98,7 +101,7 @@ def _within_size(
 ) -> Decision:
     """The plan and the types of the weights that do best within `megabytes`."""
     with run.stopwatch.phase("ranks"):
-        found = fits(model, analysis, _rounding_prices(model, analysis))
+        found = fits(model, analysis, _rounding_prices(model, analysis, run))
     with run.stopwatch.phase("search"):
         chosen = best_fit(model, analysis, found, held_out_loss(model, run))
         fit, trials = run.processes.decide(chosen)

@@ -233,7 +233,7 @@ def collect_expert_moments(
                 torch.manual_seed(seed + index)
                 inputs = prepared(model, batch)
                 hooks.masks = BatchMasks.of(inputs, is_encoder_decoder(model))
-                losses += run_batch(model, inputs, loss)
+                losses += run_batch(model, inputs, loss, True)
                 if on_batch is not None:
                     on_batch()
     for moments in hooks.moments.values():

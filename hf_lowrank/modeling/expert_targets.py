@@ -62,7 +62,7 @@ def qualified_experts(
         inputs = prepared(model, batch)
         with trial.installed():
             default = partial(item_losses, label_source=config.label_source)
-            run_batch(model, inputs, loss_function or default)
+            run_batch(model, inputs, loss_function or default, True)
         reasons |= trial.reasons()
         routers = {
             name: _router(model, name, trial.seen[name]) for name in named if name not in reasons

@@ -13,10 +13,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_model, save_model
 from torch import nn
 
-from hf_lowrank.compression.cache import update_digest
 from hf_lowrank.config import LowRankConfig
 from hf_lowrank.errors import CheckpointError
 from hf_lowrank.files import atomic_folder
+from hf_lowrank.inputs.digest import update_digest
 from hf_lowrank.modeling.marks import attach_config
 from hf_lowrank.modeling.surgery import empty_lowrank, replace_layer_
 

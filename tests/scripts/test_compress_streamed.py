@@ -54,6 +54,7 @@ def test_max_memory_decides(
     ("settings", "message"),
     [
         ({"recover_steps": 4}, "stream has one block in memory at a time; leave out recover_steps"),
+        ({"calibration": "generated"}, "block in memory at a time; leave out the text generated."),
         ({"joint": True}, "stream has one block in memory at a time; leave out joint."),
         ({"sample_prompt": "Hello"}, "one block in memory at a time; leave out sample_prompt."),
         ({"output_dir": None}, "stream goes from disk to disk; give --output_dir."),

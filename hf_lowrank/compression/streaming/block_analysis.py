@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from hf_lowrank.channels.expert_order import of_feed_forwards
 from hf_lowrank.channels.order import ChannelOrder
 from hf_lowrank.compression.analysis import Analysis, analyze
 from hf_lowrank.compression.cache import write_stored
@@ -235,7 +236,13 @@ class BlockAnalyst:
                         run_batch(model, stream.on_device(batch), loss, self.needs_gradient)
         moments = {name: order.moment for name, order in found.orders.items()}
         write_stored(self._factors(index), {"factors": found.factors, "moments": moments})
-        kept = (found.spectra, found.failures, _light(found.orders), reasons, found.held_out)
+        kept = (
+            found.spectra,
+            found.failures,
+            _light(of_feed_forwards(found.orders)),
+            reasons,
+            found.held_out,
+        )
         write_stored(self._results(index), kept)
 
     def _analysis(

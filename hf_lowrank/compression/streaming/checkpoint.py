@@ -13,6 +13,7 @@ import torch
 import transformers
 from torch import nn
 
+from hf_lowrank.channels.expert_order import of_feed_forwards
 from hf_lowrank.compression.application import (
     Dense,
     decided_config,
@@ -175,7 +176,7 @@ def _compress(
             stream,
             decision.analysis.factors,
             decision.plan,
-            decision.analysis.orders,
+            of_feed_forwards(decision.analysis.orders),
             decided,
             place,
             run.progress,

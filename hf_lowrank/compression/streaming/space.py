@@ -19,7 +19,7 @@ from hf_lowrank.measuring.batches import token_shape
 from hf_lowrank.measuring.items import Batch
 from hf_lowrank.measuring.progress import announce
 
-# Measured peak of `compress` over the bytes of the weights, see docs/performance.md.
+# Measured peak of `compress` over the bytes of the weights, see docs/LOG.md.
 IN_MEMORY = 4.8
 _FP32 = 4
 _PROBES = 30  # last hidden states that searches and prices leave behind
