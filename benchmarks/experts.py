@@ -210,6 +210,6 @@ def format_experts(result: Mapping[str, Any]) -> str:
     lines = ["| experts are made | " + " | ".join(f"{each:g}" for each in ratios) + " |"]
     lines.append("|---" * (len(ratios) + 1) + "|")
     for method in METHODS:
-        cells = " | ".join(f"{found[method, ratio]:.1f}" for ratio in ratios)
+        cells = " | ".join(f"{found[method, ratio]:.2f}" for ratio in ratios)
         lines.append(f"| {method} | {cells} |")
     return "\n".join(lines)

@@ -307,7 +307,7 @@ def test_mixtures_have_their_measured_perplexities():
     [expected] = tables(format_experts(found) + "\n")
     assert table("docs/results.md", "experts are made") == expected
     text = (ROOT / "docs" / "results.md").read_text("utf-8")
-    assert f"dense perplexity {found['dense']:.1f}" in text
+    assert f"dense perplexity {found['dense']:.2f}" in text
 
 
 def test_rounding_of_the_compact_form_is_the_measured_one():
