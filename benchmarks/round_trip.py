@@ -17,6 +17,7 @@ from benchmarks.tiny_batches import TASKS, predictions, random_batches, three_to
 from benchmarks.tiny_configs import tiny_config, tiny_model
 from hf_lowrank.config import LowRankConfig
 from hf_lowrank.errors import LowRankError
+from hf_lowrank.format.fused_experts import small_experts
 from hf_lowrank.format.rebuild import compressed_layers
 
 # Largest difference, as a share of the largest logit, that is rounding and nothing else.
@@ -132,7 +133,7 @@ def _travel(case: Case, recipe: str, folder: Path, trip: Trip) -> None:
         if not torch.equal(predictions(model, batch), dense):
             trip.outcome, trip.detail = "differs", f"changed by a refusal: {trip.detail}"
         return
-    trip.layers = len(compressed_layers(model))
+    trip.layers = len(compressed_layers(model)) + len(small_experts(model))
     compressed = predictions(model, batch)
     if torch.equal(compressed, dense):
         trip.outcome, trip.detail = "differs", "the compressed model predicts what the dense does"

@@ -51,7 +51,7 @@ class StreamingArguments:
     hidden_size: int = option(2048, "Width of the hidden states.")
     intermediate_size: int = option(5632, "Channels of the feed-forwards.")
     heads: int = option(32, "Attention heads; an eighth as many keys and values.")
-    vocabulary: int = option(32000, "Tokens.")
+    vocabulary: int = option(32000, "Tokens that the model knows.")
     dtype: str = option("auto", "What is computed in; the checkpoint is in bfloat16.")
     sequences: int = option(8, "Token windows for calibration.")
     sequence_length: int = option(256, "Tokens in each.")

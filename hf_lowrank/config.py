@@ -113,7 +113,7 @@ class LowRankConfig(QuantizationConfigMixin):
         None,
         "Take the prices of cuts from held-out text: what they do to the loss there by a few "
         "backward passes. Needs metric kfac and rule price, and is then the default on causal "
-        "language models and embedding models.",
+        "language models.",
     )
     target_modules: list[str] | None = option(
         None,

@@ -20,7 +20,7 @@ from hf_lowrank.measuring.items import LossFunction, is_causal_lm
 
 RECIPES = {
     "causal language model": {"channels": True, "measured_prices": True},
-    "embedding model": {"channels": True, "measured_prices": True},
+    "embedding model": {"channels": True, "measured_prices": False},
     "other": {"channels": False, "measured_prices": False},
 }
 

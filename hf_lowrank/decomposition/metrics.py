@@ -126,7 +126,9 @@ def _kfac(moments: Moments, settings: MetricSettings) -> QuadraticForm:
     """
     output, inputs = _required(moments.output), _required(moments.input)
     share = 1.0 / moments.tokens
-    if moments.strength is not None and moments.strength > 0:
+    if moments.strength == 0:  # the loss does not depend on this layer
+        return QuadraticForm(price_scale=0.0)
+    if moments.strength is not None:
         share = moments.strength / (output.squares * inputs.squares)
     return QuadraticForm(
         output=Side(None, output, settings.output_damping),

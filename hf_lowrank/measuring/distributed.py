@@ -100,9 +100,10 @@ def sum_moments(
         counts = torch.tensor([mine.tokens, mine.losses], dtype=torch.int64, device=device)
         dist.all_reduce(counts)
         result = Moments(tokens=int(counts[0]), losses=int(counts[1]))
-        strength = torch.tensor([mine.strength or 0.0], dtype=torch.float64, device=device)
+        sums = [mine.strength or 0.0, float(mine.strength is not None)]
+        strength = torch.tensor(sums, dtype=torch.float64, device=device)
         dist.all_reduce(strength)
-        result.strength = float(strength) or None
+        result.strength = float(strength[0]) if bool(strength[1]) else None
         for part, (shape, size) in parts.items():
             setattr(result, part, _sum_part(getattr(mine, part), shape, size, device))
         summed[name] = result

@@ -157,7 +157,6 @@ def layer_spectra(
         second_factors,
         batches,
         kfac.needs,
-        even=kfac.even,
         label_source=settings.label_source,
         seed=settings.seed,
     )

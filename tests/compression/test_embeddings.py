@@ -85,9 +85,9 @@ def test_a_recovery_brings_the_embeddings_nearer():
 
 
 @pytest.mark.default_recipe
-def test_channels_and_held_out_prices_are_the_default_for_embeddings():
+def test_channels_are_the_default_for_embeddings_alone():
     found = recipe_of(tiny_bert(), SIZE, Texts(BATCHES), None)
-    assert (found.channels, found.measured_prices) == (True, True)
+    assert (found.channels, found.measured_prices) == (True, False)
     found = recipe_of(tiny_bert_classifier(), SIZE, Texts(BATCHES), EmbeddingLoss("cls"))
     assert found.channels is True
     report = compress(tiny_bert(), LowRankConfig(param_ratio=0.3), BATCHES)

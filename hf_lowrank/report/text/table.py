@@ -49,11 +49,9 @@ def format_report(report: Report) -> str:
     if report.predicted_loss_difference is not None:
         lines.append(f"predicted by the prices: {predicted(report)}")
     if report.measured_prices:
-        factors = [part.factor for part in report.measured_prices]
-        lines.append(
-            f"prices of {len(factors)} parts on held-out text over those on calibration text: "
-            f"{min(factors):.2f} to {max(factors):.2f}"
-        )
+        factors = sorted(part.factor for part in report.measured_prices)
+        said = f"prices of {len(factors)} parts on held-out text over those on calibration text"
+        lines.append(f"{said}: {factors[0]:.2f} to {factors[-1]:.2f}")
     for place, recovery in _recoveries(report):
         by = " by LoRA" if recovery.kind == "lora" else ""
         lines.append(
@@ -197,10 +195,9 @@ def format_comparison(reports: Mapping[str, Report]) -> str:
 
 
 def predicted(report: Report) -> str:
-    """The predicted rise of the loss, with its standard error where that is known."""
-    error = report.predicted_standard_error
-    said = number(report.predicted_loss_difference, "+.4f")
-    return said if error is None else f"{said} +- {error:.4f}"
+    """The predicted rise of the loss, and its standard error where that is known."""
+    error, said = report.predicted_standard_error, report.predicted_loss_difference
+    return number(said, "+.4f") + (f" +- {error:.4f}" if error is not None else "")
 
 
 def describe_run(report: Report) -> str:

@@ -70,8 +70,15 @@ class LowRankVllmConfig(QuantizationConfig):  # type: ignore[misc]
 
         Raises:
             CheckpointError: The version or a value is none that is read, or the form is usv.
+            ConfigError: Fused experts are smaller.
         """
-        return cls(Layout.from_settings(config))
+        layout = Layout.from_settings(config)
+        if layout.experts:
+            raise ConfigError(
+                f"{next(iter(layout.experts))}: has lost experts or channels, which vLLM's kernels "
+                "are not told of; compress with channels=False to serve the model."
+            )
+        return cls(layout)
 
     def maybe_update_config(
         self,

@@ -79,8 +79,8 @@ def test_the_training_form_is_refused(vllm_config):
 
 
 def test_a_newer_version_is_refused(vllm_config):
-    with pytest.raises(CheckpointError, match=r"format_version 3, this hf_lowrank reads 1 and 2"):
-        stubs.REGISTERED["lowrank"].from_config({**SETTINGS, "format_version": 3})
+    with pytest.raises(CheckpointError, match=r"format_version 4, this hf_lowrank reads 1, 2, 3"):
+        stubs.REGISTERED["lowrank"].from_config({**SETTINGS, "format_version": 4})
 
 
 def test_adapters_are_refused(config):
@@ -116,3 +116,9 @@ def test_a_layer_that_vllm_does_not_ask_for_is_refused(config):
     stubs.RUN.parallel_config.pipeline_parallel_size = 2
     config.get_quant_method(layer(), "model.layers.0.attn.qkv_proj")
     config._check_claims()  # the layer may be on another machine
+
+
+def test_smaller_experts_are_refused(vllm_config):
+    left = {"model.layers.0.mlp.experts": {"experts": 4, "width": 8}}
+    with pytest.raises(ConfigError, match=r"mlp\.experts: has lost experts or channels"):
+        stubs.REGISTERED["lowrank"].from_config({**SETTINGS, "format_version": 3, "experts": left})
