@@ -2,8 +2,8 @@
 
 The experts alone are cut, all else stays, so that every way leaves the same number of their
 weights: narrower, fewer, or both, chosen by price; narrower by the size of weights, and fewer by
-how often they are used, the same in every layer. The last way is `compress` as it is by default,
-which cuts attention from the same budget.
+how often they are used, the same in every layer. The last two ways are `compress`, by default and
+without measured prices, which cuts attention from the same budget.
 """
 
 from __future__ import annotations
@@ -37,7 +37,9 @@ from hf_lowrank.ranks.plan import ExpertsPlan, RankPlan
 from hf_lowrank.report.provenance import write_result
 
 Plans = dict[str, ExpertsPlan]
-METHODS = ("narrower", "fewer", "both", "narrower by magnitude", "fewer by use", "compress")
+# How `compress` may price, by the name of its line.
+RECIPES = {"compress": True, "compress, no measured prices": False}
+METHODS = ("narrower", "fewer", "both", "narrower by magnitude", "fewer by use", *RECIPES)
 
 
 @dataclass
@@ -83,13 +85,14 @@ def compare_experts(args: ExpertsArguments) -> None:
             with factorized(model, {}, plan, used):
                 found = measure_loss(model, evaluation).perplexity
             rows.append(_row(method, ratio, plans, found, plan.param_ratio))
-    config = LowRankConfig(channels=True, measured_prices=True)  # the default on such a model
-    reports = sweep(model, config, ratios, calibration, evaluation, progress=False)
-    for ratio, report in zip(ratios, reports, strict=True):
-        assert report.evaluation is not None
-        share = report.parameters.targeted_share
-        found = report.evaluation.perplexity_after
-        rows.append(_row("compress", ratio, report.experts, found, share))
+    for method, measured in RECIPES.items():
+        config = LowRankConfig(channels=True, measured_prices=measured)
+        reports = sweep(model, config, ratios, calibration, evaluation, progress=False)
+        for ratio, report in zip(ratios, reports, strict=True):
+            assert report.evaluation is not None
+            share = report.parameters.targeted_share
+            found = report.evaluation.perplexity_after
+            rows.append(_row(method, ratio, report.experts, found, share))
     result = {"arguments": vars(args), "training": training, "dense": dense, "rows": rows}
     print(format_experts(result))
     write_result(Path(args.output), result)

@@ -14,9 +14,10 @@ import scipy.linalg
 import torch
 
 from hf_lowrank.channels.narrowing import ChannelWeights, Narrowing, refit
-from hf_lowrank.channels.order import damped_moment
 from hf_lowrank.config import LowRankConfig
+from hf_lowrank.decomposition.metrics import Side
 from hf_lowrank.decomposition.moments import SecondMoment
+from hf_lowrank.decomposition.spectrum import damped
 
 
 def principal_channels(moment: torch.Tensor, count: int) -> torch.Tensor:
@@ -46,5 +47,5 @@ def principal_narrowing(weights: ChannelWeights, moment: SecondMoment, count: in
             as in the `whitened` metric.
         count: How many channels to keep.
     """
-    whole = damped_moment(moment, LowRankConfig.input_damping)
+    whole = damped(moment.matrix.double(), Side(moment=moment, damping=LowRankConfig.input_damping))
     return refit(principal_channels(whole, count), weights, whole)

@@ -7,7 +7,6 @@ truncation does (docs/methods.md, section 1), with C the channels' second moment
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,7 +15,7 @@ import torch
 from torch import nn
 
 from hf_lowrank.channels.narrowing import Narrowing, channel_weights, refit
-from hf_lowrank.decomposition.metrics import QuadraticForm, Side
+from hf_lowrank.decomposition.metrics import QuadraticForm
 from hf_lowrank.decomposition.moments import SecondMoment
 from hf_lowrank.decomposition.spectrum import damped
 from hf_lowrank.errors import NumericalError
@@ -58,10 +57,6 @@ class ChannelOrder:
         steps = sum(each <= count for each in self.counts)
         return float(self.rises[steps - 1]) if steps else math.nan
 
-    def scaled(self, factor: float) -> ChannelOrder:
-        """With all prices multiplied."""
-        return dataclasses.replace(self, rises=self.rises * factor)
-
     def narrowing(self, model: nn.Module, count: int) -> Narrowing:
         """The first channels of a dense model's block, and an output weight fitted to them."""
         weights = channel_weights(model, self.block)
@@ -79,11 +74,6 @@ class ChannelOrder:
         """
         found = {name: (count, dense[name][1]) for name in self.block.inputs}
         return found | {self.block.output: (dense[self.block.output][0], count)}
-
-
-def damped_moment(moment: SecondMoment, damping: float) -> torch.Tensor:
-    """The moment, fp64, with a small share of its mean diagonal added, as in the metrics."""
-    return damped(moment.matrix.double(), Side(moment=moment, damping=damping))
 
 
 def order_channels(
@@ -110,14 +100,14 @@ def order_channels(
     gradients = damped(side.moment.matrix.double(), side)
     damping = form.input.damping
     order, counts, rises = channel_order(
-        _damped_single(whole, damping), _weighted(whole, damping, weight, scale * gradients)
+        _damped(whole, damping), _weighted(whole, damping, weight, scale * gradients)
     )
-    kept = _damped_single(whole, REFIT * damping).cpu()
+    kept = _damped(whole, REFIT * damping).cpu()
     return ChannelOrder(block, order.cpu(), counts, rises, kept)
 
 
-def _damped_single(moment: SecondMoment, damping: float) -> torch.Tensor:
-    """`damped_moment` in fp32, with no n x n matrix in fp64 on the way: they are a block's largest.
+def _damped(moment: SecondMoment, damping: float) -> torch.Tensor:
+    """A moment damped as in the metrics, in fp32: n x n numbers in fp64 would be a block's largest.
 
     Raises:
         NumericalError: It holds NaN or infinity.

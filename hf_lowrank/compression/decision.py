@@ -13,10 +13,12 @@ from hf_lowrank.compression.byte_budget import best_fit, fits
 from hf_lowrank.compression.goals import likely_ratio, plan_for_goal, smallest_share
 from hf_lowrank.compression.held_out import HeldOutLoss, check_fixed_ranks
 from hf_lowrank.compression.options import Run
-from hf_lowrank.compression.prices import model_parts
+from hf_lowrank.compression.prices import enough, model_parts
 from hf_lowrank.compression.rounding_prices import Rounding, rounding_prices
+from hf_lowrank.evaluation.perplexity import measure_loss
+from hf_lowrank.modeling.surgery import factorized
 from hf_lowrank.ranks.plan import RankPlan
-from hf_lowrank.ranks.tolerance import LossDifference, Probe, search_tolerance
+from hf_lowrank.ranks.tolerance import LossDifference, Probe, paired_difference, search_tolerance
 from hf_lowrank.report.quantization import SizeTrial
 from hf_lowrank.report.sections import Joint, MeasuredPart
 
@@ -59,7 +61,7 @@ def decide(model: nn.Module, analysis: Analysis, run: Run) -> Decision:
         NumericalError: A loss is NaN or infinite.
     """
     parts: Sequence[MeasuredPart] = ()
-    config = analysis.config
+    config, before = analysis.config, analysis
     if analysis.held_out is not None:
         with run.stopwatch.phase("prices"):
             plan = _likely_plan(model, analysis, run)
@@ -69,6 +71,9 @@ def decide(model: nn.Module, analysis: Analysis, run: Run) -> Decision:
     with run.stopwatch.phase("ranks"):
         chosen = plan_for_goal(analysis)
     if chosen is not None:
+        other = None if before is analysis else plan_for_goal(before)
+        if other is not None and _is_better(model, other, chosen, analysis, run):
+            return Decision(before, other)
         return Decision(analysis, chosen, parts=parts)
     if config.megabytes is not None:
         return _within_size(model, analysis, run, parts)
@@ -76,6 +81,32 @@ def decide(model: nn.Module, analysis: Analysis, run: Run) -> Decision:
         searched = _within_tolerance(model, analysis, run)
         plan, probes, difference = run.processes.decide(searched)
     return Decision(analysis, plan, probes, difference, parts)
+
+
+def _is_better(
+    model: nn.Module, other: RankPlan, chosen: RankPlan, analysis: Analysis, run: Run
+) -> bool:
+    """Whether the plan by the prices of the calibration text does clearly better on held-out text.
+
+    Prices from held-out text are of second order: they see nothing of a cut whose first small step
+    changes nothing, such as of queries where attention has settled on one position.
+    """
+    if other.choices == chosen.choices:
+        return False
+    found = []
+    with run.stopwatch.phase("prices"):
+        for plan in (other, chosen):
+            with factorized(model, analysis.factors, plan, analysis.orders):
+                found.append(
+                    measure_loss(
+                        model,
+                        enough(run.texts.held_out or []),
+                        loss_function=run.options.loss_function,
+                        progress="held-out data, a plan" if run.progress else None,
+                    )
+                )
+    rise = paired_difference(found[0].items, found[1].items)
+    return run.processes.decide(rise.mean > 2 * rise.standard_error)
 
 
 def _likely_plan(model: nn.Module, analysis: Analysis, run: Run) -> RankPlan:

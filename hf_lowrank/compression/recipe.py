@@ -1,8 +1,9 @@
 """What a config leaves open: channels and measured prices, by what is best for a kind of model.
 
 Chosen by docs/results: on causal language models both together are the best at 0.8 and 0.6, on text
-of the calibration's kind and of another kind. On embedding models channels are, and on encoders
-with a task's labels they did not help; prices can't be measured on either.
+of the calibration's kind and of another kind. On embedding models channels are, and prices from
+held-out text chose worse; on encoders with a task's labels channels did not help, and such prices
+were not tried.
 """
 
 from __future__ import annotations
@@ -57,7 +58,7 @@ def recipe_of(
         model: The dense model.
         config: What to do.
         texts: As given; held-out text is taken off the calibration text where there is none.
-        loss_function: A loss of one's own, or None; prices are measured for next tokens only.
+        loss_function: A loss of one's own, or None; its labels can't be drawn.
     """
     has_held_out = bool(texts.held_out) or len(texts.calibration or []) > 1
     if embedding_loss(model, loss_function) is not None:

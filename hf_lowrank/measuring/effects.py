@@ -15,8 +15,8 @@ A cut drops the last components of `W = left right`, so one pass gives c for all
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
 
@@ -27,7 +27,7 @@ from torch import nn
 from hf_lowrank.measuring.collection import frozen, prepared, run_batch
 from hf_lowrank.measuring.distributed import ALONE, Processes
 from hf_lowrank.measuring.embeddings import embedding_loss
-from hf_lowrank.measuring.hooks import watched
+from hf_lowrank.measuring.hooks import forward_hooks, watched
 from hf_lowrank.measuring.items import Batch, LossFunction, without_labels
 from hf_lowrank.measuring.losses import item_losses
 from hf_lowrank.measuring.token_sums import sequences_of
@@ -135,18 +135,9 @@ class _Watcher:
         self.found: dict[str, Effects] = {}
         self.items = 0
 
-    @contextmanager
-    def installed(self) -> Iterator[None]:
+    def installed(self) -> AbstractContextManager[None]:
         """Keeps the hooks on the layers for the time of the block."""
-        handles = [
-            layer.register_forward_hook(partial(self._on_forward, name))
-            for name, layer in self.layers.items()
-        ]
-        try:
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
+        return forward_hooks(self.layers, self._on_forward)
 
     def start_batch(self, items: int) -> None:
         """Begins with no effect of any cut."""

@@ -11,8 +11,8 @@ its channels on tokens of the whole layer, and by the gradients of all experts o
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
 
@@ -22,7 +22,7 @@ from torch import nn
 
 from hf_lowrank.measuring.collection import frozen, prepared, run_batch
 from hf_lowrank.measuring.distributed import ALONE, Processes
-from hf_lowrank.measuring.hooks import watched
+from hf_lowrank.measuring.hooks import forward_hooks, watched
 from hf_lowrank.measuring.items import Batch, LossFunction, is_encoder_decoder
 from hf_lowrank.measuring.masks import BatchMasks
 from hf_lowrank.measuring.routing import Experts, Routed
@@ -163,17 +163,11 @@ class _Hooks:
         self.moments = {name: ExpertMoments.zeros(each) for name, each in layers.items()}
         self.masks = BatchMasks()
 
-    @contextmanager
-    def installed(self) -> Iterator[None]:
-        handles = [
-            each.module.register_forward_hook(partial(self._on_forward, name), with_kwargs=True)
-            for name, each in self.layers.items()
-        ]
-        try:
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
+    def installed(self) -> AbstractContextManager[None]:
+        """Keeps the hooks on the layers for the time of the block."""
+        return forward_hooks(
+            {n: each.module for n, each in self.layers.items()}, self._on_forward, with_kwargs=True
+        )
 
     def _on_forward(
         self,

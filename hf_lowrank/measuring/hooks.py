@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 
 import torch
@@ -41,6 +41,22 @@ def watched(output: torch.Tensor) -> torch.Tensor | None:
     return output.clone() if output.is_leaf or output._is_view() else output
 
 
+@contextmanager
+def forward_hooks(
+    layers: Mapping[str, nn.Module], hook: Callable[..., object], *, with_kwargs: bool = False
+) -> Iterator[None]:
+    """Has a function called after each layer, with the layer's name first, within the block."""
+    handles = [
+        layer.register_forward_hook(partial(hook, name), with_kwargs=with_kwargs)
+        for name, layer in layers.items()
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
 class Collector:
     """Hooks that add up this process's moments; symmetric ones in their lower blocks only.
 
@@ -67,18 +83,9 @@ class Collector:
         self.masks = BatchMasks()
         self.active = False
 
-    @contextmanager
-    def installed(self) -> Iterator[None]:
+    def installed(self) -> AbstractContextManager[None]:
         """Keeps the hooks on the layers for the time of the block."""
-        handles = [
-            layer.register_forward_hook(partial(self._on_forward, name))
-            for name, layer in self.targets.items()
-        ]
-        try:
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
+        return forward_hooks(self.targets, self._on_forward)
 
     def start_batch(self, batch: Batch, has_decoder: bool) -> None:
         """Forgets the last batch's tensors and notes the masks of this one."""

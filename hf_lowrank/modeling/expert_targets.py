@@ -6,8 +6,8 @@ batch each layer is computed again, expert by expert, and has to come out the sa
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -18,7 +18,7 @@ from hf_lowrank.config import LowRankConfig
 from hf_lowrank.format.fused_experts import experts_shape, find_router
 from hf_lowrank.measuring.collection import prepared, run_batch
 from hf_lowrank.measuring.distributed import ALONE, Processes
-from hf_lowrank.measuring.hooks import watched
+from hf_lowrank.measuring.hooks import forward_hooks, watched
 from hf_lowrank.measuring.items import Batch, LossFunction
 from hf_lowrank.measuring.losses import item_losses
 from hf_lowrank.measuring.routing import Experts, Routed, route
@@ -106,18 +106,11 @@ class _Trial:
         self.bad: dict[str, str] = {}
         self.reached: set[str] = set()
 
-    @contextmanager
-    def installed(self) -> Iterator[None]:
+    def installed(self) -> AbstractContextManager[None]:
         """Watches for the time of the block."""
-        handles = [
-            each.module.register_forward_hook(partial(self._on_forward, name), with_kwargs=True)
-            for name, each in self.layers.items()
-        ]
-        try:
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
+        return forward_hooks(
+            {n: each.module for n, each in self.layers.items()}, self._on_forward, with_kwargs=True
+        )
 
     def _on_forward(
         self,

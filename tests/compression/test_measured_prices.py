@@ -8,7 +8,10 @@ import torch
 import torch.nn.functional as F
 
 from hf_lowrank import LowRankConfig, compress
+from hf_lowrank.channels.expert_order import ExpertOrder
 from hf_lowrank.cli.arguments import CompressionArguments
+from hf_lowrank.compression.analysis import analyze
+from hf_lowrank.compression.decision import decide
 from hf_lowrank.compression.prices import (
     HeldOutPrices,
     channel_cut,
@@ -20,10 +23,11 @@ from hf_lowrank.compression.prices import (
 )
 from hf_lowrank.errors import ConfigError, DataError
 from hf_lowrank.measuring.effects import Effects
+from hf_lowrank.modeling.targets import find_targets
 from hf_lowrank.ranks.plan import RankPlan
 from hf_lowrank.report.text.table import comparison_rows, describe_run, format_report
 from tests.compression import mean_loss
-from tests.compression.analyzed import analyzed
+from tests.compression.analyzed import analyzed, quiet_run
 from tests.tiny_models import (
     equal_states,
     logits,
@@ -185,7 +189,8 @@ def test_parts_are_depths_and_kinds():
 
 def test_a_run_reports_what_its_prices_are(text):
     model, held_out = tiny_llama(), text[6:]
-    report = compress(model, CONFIG, text[:6], text[8:], held_out=held_out, progress=False)
+    config = CONFIG.replace(param_ratio=0.8)
+    report = compress(model, config, text[:6], text[8:], held_out=held_out, progress=False)
     assert report.measured_prices
     assert report.predicted_standard_error > 0
     said = format_report(report)
@@ -255,3 +260,56 @@ def test_prices_without_held_out_text_are_refused_before_any_work(text, monkeypa
     monkeypatch.setattr("hf_lowrank.compression.application.analyze", no_work)
     with pytest.raises(DataError, match=r"measured_prices needs held-out text; pass held_out\."):
         compress(tiny_llama(), CONFIG, text[:4], held_out=[], progress=False)
+
+
+def test_the_better_plan_is_taken_where_second_order_sees_nothing(text, monkeypatch):
+    """Effects made blind to one kind of layer, whose cut then looks free and is not."""
+    model = tiny_llama()
+    config = CONFIG.replace(param_ratio=0.85, channels=False)
+    targets = find_targets(model, config)
+    run = quiet_run(text[:6], text[6:])
+    analysis = analyze(model, targets, config, run)
+    held_out = analysis.held_out
+    blind = {
+        name: Effects(1e-4 * each.items, 1e-8 * each.squares) if "up_proj" in name else each
+        for name, each in held_out.ranks.items()
+    }
+    analysis.held_out = dataclasses.replace(held_out, ranks=blind)
+    priced_plan = analysis.priced(
+        analysis.plan_for_ratio(0.85), model_parts(model, analysis.shapes)
+    )[0].plan_for_ratio(0.85)
+    kept = {n: r or 32 for n, r in priced_plan.ranks.items()}
+    assert all(
+        kept[n] < 0.7 * r
+        for n, r in analysis.plan_for_ratio(0.85).ranks.items()
+        if r and "up_proj" in n
+    )
+    found = decide(model, analysis, run)
+    assert found.plan.choices == analysis.plan_for_ratio(0.85).choices
+    assert not found.parts
+    assert found.analysis.standard_error(found.plan) is None
+    analysis.held_out = held_out
+    sound = decide(model, analysis, run)
+    assert sound.parts or sound.plan.choices == analysis.plan_for_ratio(0.85).choices
+    assert num_lowrank(model) == 0
+
+
+def test_prices_of_experts_follow_the_others(text, analysis):
+    experts = ExpertOrder(
+        "experts",
+        None,
+        1,
+        8,
+        torch.arange(4).repeat(2, 1),
+        [2, 4],
+        torch.tensor([[0.5, 0.0], [0.25, 0.0]], dtype=torch.float64),
+        torch.tensor([1.0, 2.0], dtype=torch.float64),
+        torch.eye(4).repeat(2, 1, 1),
+    )
+    plan = analysis.plan_for_ratio(0.5)
+    both = dataclasses.replace(analysis, orders={**analysis.orders, "experts": experts})
+    found, parts = both.priced(plan, model_parts(tiny_llama(), plan.ranks))
+    factor = sum(part.measured for part in parts) / sum(part.predicted for part in parts)
+    assert factor != pytest.approx(1.0, abs=0.01)
+    assert torch.allclose(found.orders["experts"].narrower, factor * experts.narrower)
+    assert torch.allclose(found.orders["experts"].drops, factor * experts.drops)

@@ -144,3 +144,22 @@ def test_a_cache_folder_that_is_a_file(refused: Refusal, tmp_path: Path):
     (tmp_path / "cache").write_text("keep")
     assert str(tmp_path / "cache") in refused(cache_dir=tmp_path / "cache")
     assert (tmp_path / "cache").read_text() == "keep"
+
+
+def test_a_model_may_write_its_own_calibration_text(
+    compress_llm: InProcess, inputs: Inputs, tmp_path: Path
+):
+    cache, outputs = tmp_path / "cache", [tmp_path / "first", tmp_path / "second"]
+    for output in outputs:
+        changes = {"calibration": f"{inputs.calibration} + generated:0.5", "cache_dir": cache}
+        done = compress_llm(*inputs.arguments(param_ratio=0.6, output_dir=output, **changes))
+        assert done.code == 0
+    reports = [read_report(output) for output in outputs]
+    assert reports[0]["data"]["calibration"] == f"{inputs.calibration} + generated:0.5"
+    assert reports[0]["ranks"] == reports[1]["ranks"]
+    assert len(list(cache.glob("text-*.pt"))) == 1  # read, the second time
+
+
+def test_a_model_is_not_judged_on_its_own_text(refused: Refusal):
+    error = refused(evaluation="generated")
+    assert "'generated' is calibration text, written by the model itself" in error

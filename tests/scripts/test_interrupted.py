@@ -2,6 +2,7 @@
 
 import errno
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import pytest
 from transformers import AutoModelForCausalLM
 
 import hf_lowrank
+from hf_lowrank.format.bundle import loading_code
 from tests.scripts import ROOT, Finished, InProcess, Inputs, Refusal, run_python
 
 SAVE_STEPS = [
@@ -126,17 +128,21 @@ def test_sizes_finished_before_a_failure_stay_whole(
 
 
 def test_a_process_that_may_not_write_large_files(inputs: Inputs, tmp_path: Path):
-    """The loading code or the weights, some 70 kB each, break off half-way."""
+    """The weights, some 140 kB in double precision, break off half-way; all other files fit."""
     resource = pytest.importorskip("resource")
-    limit = 60_000
+    limit = 100_000
+    assert len(loading_code().encode()) < limit
+    model = Path(shutil.copytree(inputs.model, tmp_path / "dense"))
+    AutoModelForCausalLM.from_pretrained(model).double().save_pretrained(model)
     done = in_new_process(
         inputs,
         tmp_path / "output",
         f"import resource\nresource.setrlimit({resource.RLIMIT_FSIZE}, ({limit}, {limit}))",
+        model=model,
     )
     assert done.error.startswith(f"{tmp_path / 'output'}: could not be written (")
     assert "File too large" in done.error
-    assert list(tmp_path.iterdir()) == []
+    assert list(tmp_path.iterdir()) == [model]
 
 
 @pytest.mark.parametrize(

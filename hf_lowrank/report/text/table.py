@@ -206,7 +206,7 @@ def describe_run(report: Report) -> str:
         return f"{_describe_training(report.training)}; seed {report.seed}."
     config = report.config
     how = f"metric {config.metric}" + (f", rule {config.rule}" if config.rule else "")
-    how += ", prices from held-out text" if config.measured_prices else ""
+    how += ", prices from held-out text" if report.measured_prices else ""
     what = "Ranks, and channels of feed-forwards," if config.channels else "Ranks"
     stages = f", in {len(report.stages)} stages" if report.stages else ""
     said = f"Goal: {_goal(config, report.LOSS_UNIT)}{stages}. {what} by {how}; seed {report.seed}."
