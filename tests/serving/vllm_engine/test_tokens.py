@@ -67,7 +67,7 @@ def refused(write, checkpoints, tmp_path_factory):
     lost = next(name for name in tensors if name.endswith("lowrank_B.weight"))
     del tensors[lost]
     save_file(tensors, file, {"format": "pt"})
-    for name, changes in {"usv": {"form": "usv"}, "newer": {"format_version": 3}}.items():
+    for name, changes in {"usv": {"form": "usv"}, "newer": {"format_version": 4}}.items():
         path = broken(name) / "config.json"
         config = json.loads(path.read_text())
         config["quantization_config"] |= changes
@@ -80,4 +80,4 @@ def test_broken_checkpoints_are_refused(refused):
     assert f"{refused['lost']} has rank" in refused["missing"]
     assert "but no factors" in refused["missing"]
     assert "form 'usv' is that of layers in training" in refused["usv"]
-    assert "format_version 3, this hf_lowrank reads 1 and 2" in refused["newer"]
+    assert "format_version 4, this hf_lowrank reads 1, 2, 3" in refused["newer"]
