@@ -107,16 +107,16 @@ def compare_recipes(args: RecipeArguments) -> None:
             for ratio in args.param_ratio or [0.9, 0.8]
             for recipe in args.recipes or RECIPES
         }
+        run = Run(texts, RunOptions(cache_dir=args.cache_dir))
         analysis = None
         for (recipe, ratio), path in paths.items():
             if path.exists():
                 continue
             if analysis is None:
-                run = Run(texts, RunOptions(cache_dir=args.cache_dir))
                 analysis = analysis_of(model, run)
                 common["analysis_seconds"] = run.stopwatch.seconds
             row = {"recipe": recipe, "param_ratio": ratio, "calibration": calibration}
-            row |= _row(model, analysis, row, judges, dense, args.weights or [])
+            row |= _row(model, analysis, run, row, judges, dense, args.weights or [])
             write_result(path, common | row)
     rows = [json.loads(path.read_text("utf-8")) for path in sorted(folder.glob("*-*.json"))]
     print(format_recipes(rows))
@@ -167,6 +167,7 @@ def analysis_of(model: nn.Module, run: Run) -> Analysis:
 def _row(
     model: nn.Module,
     analysis: Analysis,
+    run: Run,
     row: Mapping[str, Any],
     judges: Judges,
     dense: tuple[Mapping[str, LossMeasurement], Mapping[str, Sequence[bool]]],
@@ -177,7 +178,7 @@ def _row(
     config = analysis.config.replace(param_ratio=ratio, **RECIPES[row["recipe"]])
     if not config.measured_prices:
         analysis = dataclasses.replace(analysis, held_out=None)
-    decision = decide(model, analysis.with_config(config), Run())
+    decision = decide(model, analysis.with_config(config), run)
     plan, priced = decision.plan, decision.analysis
     seconds, size_of = time.perf_counter() - started, SizeOnDisk(model)
     found: dict[str, Any] = {

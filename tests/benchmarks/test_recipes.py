@@ -7,7 +7,7 @@ import pytest
 from benchmarks.recipe import RecipeArguments, compare_recipes
 from tests.scripts import WORDS, make_inputs
 
-NAMES = ["ranks, factors", "ranks, compact"]
+NAMES = ["ranks, factors", "ranks, compact", "ranks+measured, compact"]
 
 
 @pytest.fixture(scope="module")
