@@ -21,6 +21,7 @@ from hf_lowrank import LowRankConfig, compress, compress_checkpoint, load
 from hf_lowrank.compression import cache
 from hf_lowrank.compression.streaming import block_analysis, space, states
 from hf_lowrank.compression.streaming.block_stream import BlockStream
+from hf_lowrank.compression.streaming.freed_memory import give_back_freed
 from hf_lowrank.compression.streaming.tensors import CheckpointTensors
 from hf_lowrank.errors import CheckpointError, ConfigError, DataError, StorageError, TargetError
 from tests.tiny_models import (
@@ -326,3 +327,21 @@ def test_files_that_are_missing_or_of_another_kind_are_refused(
     )
     with pytest.raises(CheckpointError, match=r"has no model.safetensors"):
         compress_checkpoint(tmp_path / "empty", tmp_path / "out")
+
+
+def anonymous_bytes() -> int:
+    lines = Path("/proc/self/status").read_text("ascii").splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("RssAnon:")) * 1024
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="Linux tells the memory")
+def test_freed_memory_goes_back_to_the_system_though_pieces_of_it_are_held():
+    blocks, held = [], []
+    for _ in range(500):
+        blocks.append(torch.ones(16_000))  # below what the C library maps apart
+        held.append(torch.ones(8))
+    blocks.clear()
+    before = anonymous_bytes()
+    give_back_freed()
+    assert anonymous_bytes() < before - 16_000_000
+    assert len(held) == 500

@@ -18,6 +18,7 @@ from torch import nn
 from hf_lowrank.channels.order import ChannelOrder
 from hf_lowrank.compression.cache import add_batches
 from hf_lowrank.compression.streaming.calls import AllCaught, CallRecorder
+from hf_lowrank.compression.streaming.freed_memory import give_back_freed
 from hf_lowrank.compression.streaming.states import DENSE, States
 from hf_lowrank.compression.streaming.tensors import CheckpointTensors
 from hf_lowrank.decomposition.spectrum import Factors
@@ -107,6 +108,7 @@ class BlockStream(Stream):
     @contextmanager
     def block(self, index: int) -> Iterator[nn.Module]:
         """A block in memory and in its place in the model, with the plan in force."""
+        give_back_freed()
         before, block = self.list[index], copy.deepcopy(self.templates[index])
         self.list[index] = block
         try:
