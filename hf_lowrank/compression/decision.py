@@ -168,6 +168,7 @@ def _within_tolerance(
         measure,
         tolerance,
         smallest=smallest_share(analysis),
+        standard_error=analysis.standard_error,
     )
     dense = LossDifference(0.0, 0.0, len(held_out.dense.items), True)
     return plan, probes, measured.get(plan.choices, dense)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from hf_lowrank.errors import NumericalError
 from hf_lowrank.ranks.plan import RankPlan
@@ -61,6 +62,7 @@ def search_tolerance(
     *,
     smallest: float,
     precision: float = 0.005,
+    standard_error: Callable[[RankPlan], float | None] = lambda plan: None,
 ) -> tuple[RankPlan, list[Probe]]:
     """Finds the smallest plan that is measured to be within the tolerance.
 
@@ -72,6 +74,9 @@ def search_tolerance(
         tolerance: Largest allowed rise, nats per token.
         smallest: Smallest `param_ratio` that `plan_at` accepts.
         precision: The search ends when the bracket of `param_ratio` is this narrow.
+        standard_error: That of a predicted rise, None if unknown. The first probe is one such
+            below the prediction: where it fails, it fails early, and the next, which knows by how
+            much the prediction is off, lies just above.
 
     Returns:
         The last feasible plan (the dense one if no smaller one is feasible) and all probes.
@@ -82,7 +87,8 @@ def search_tolerance(
     known = {best.choices: True}
     bias = 1.0
     while feasible - infeasible > precision:
-        ratio = _next_ratio(plan_at, predict, tolerance / bias, infeasible, feasible, len(probes))
+        expect = predict if probes else partial(_optimistic, predict, standard_error)
+        ratio = _next_ratio(plan_at, expect, tolerance / bias, infeasible, feasible, len(probes))
         plan = plan_at(ratio)
         key = plan.choices
         if key in known:  # another ratio, but the same plan
@@ -107,6 +113,15 @@ def search_tolerance(
         else:
             infeasible = ratio
     return best, probes
+
+
+def _optimistic(
+    predict: Callable[[RankPlan], float],
+    standard_error: Callable[[RankPlan], float | None],
+    plan: RankPlan,
+) -> float:
+    """The prediction less its standard error, where that is known."""
+    return predict(plan) - (standard_error(plan) or 0.0)
 
 
 def _next_ratio(

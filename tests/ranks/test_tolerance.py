@@ -195,6 +195,13 @@ def test_the_first_probe_is_where_the_prediction_meets_the_tolerance():
     assert measure.ratios[0] == pytest.approx(0.7, abs=2e-3)
 
 
+def test_the_first_probe_is_a_standard_error_below_the_prediction():
+    measure = Measure(line)
+    search(measure, predict=lambda plan: line(plan.param_ratio), standard_error=lambda plan: 0.01)
+    assert measure.ratios[0] == pytest.approx(0.56, abs=2e-3)  # where line is 0.05 + 0.01
+    assert measure.ratios[1] == pytest.approx(0.6, abs=3e-3)  # without it
+
+
 @pytest.mark.parametrize("factor", [0.25, 0.5, 2.0])
 def test_a_biased_prediction_is_corrected_by_what_was_measured(factor):
     measure = Measure(true_rise)
