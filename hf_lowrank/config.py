@@ -31,6 +31,7 @@ METRIC_NAMES = (
     "sparsity-whitened",
 )
 RULE_NAMES = ("uniform", "relative", "energy", "energy-share", "stable-rank", "price")
+OBJECTIVES = (None, "parameters", "latency")
 LABEL_SOURCES = ("data", "model")
 WEIGHT_TYPES = (None, "int8", "int4")
 DEFAULT_LOSS_TOLERANCE = 0.05
@@ -45,6 +46,7 @@ READERS: dict[str, tuple[str, tuple[str, ...]]] = {
     "min_rank": ("goal", _TRADING_GOALS),
     "channels": ("goal", _TRADING_GOALS),
     "measured_prices": ("goal", _TRADING_GOALS),
+    "objective": ("goal", ("param_ratio", "loss_tolerance")),
     "input_damping": ("metric", ("whitened", "pooled", "kfac", "sparsity-whitened")),
     "output_damping": ("metric", ("kfac",)),
     "activation_alpha": ("metric", ("activation-scale",)),
@@ -115,6 +117,13 @@ class LowRankConfig(QuantizationConfigMixin):
         "backward passes. Needs metric kfac and rule price, and is then the default on causal "
         "language models.",
     )
+    objective: str | None = option(
+        None,
+        "What param_ratio is a share of, and a loss_tolerance makes small: 'parameters', or "
+        "'latency', the targeted layers' time, as their shapes are timed on this machine, one "
+        "token after another and 256 at once counting alike. Needs rule price. Default: "
+        "parameters.",
+    )
     target_modules: list[str] | None = option(
         None,
         "Layers to factorize: module names, trailing parts of names (q_proj), or patterns with * "
@@ -179,6 +188,7 @@ class LowRankConfig(QuantizationConfigMixin):
         check_choice("label_source", self.label_source, LABEL_SOURCES)
         check_choice("form", self.form, (None, *form_names()))
         check_choice("weights", self.weights, WEIGHT_TYPES)
+        check_choice("objective", self.objective, OBJECTIVES)
         if self.rule is not None:
             if self.ranks is None:  # a record may name one that is no more
                 check_choice("rule", self.rule, RULE_NAMES)
@@ -189,6 +199,11 @@ class LowRankConfig(QuantizationConfigMixin):
                 )
         for name in ("channels", "measured_prices"):
             self._check_prices(name)
+        if self.objective == "latency" and (self.effective_rule != "price" or self.weights):
+            raise ConfigError(
+                "objective 'latency' weighs times by prices: it needs metric 'kfac' and rule "
+                "'price', and weights of the model's own type."
+            )
         for name in ("input_damping", "output_damping"):
             value = getattr(self, name)
             if not (is_number(value) and 0 <= value < math.inf):

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +24,8 @@ from hf_lowrank.ranks.plan import RankPlan, break_even_rank, layer_cost
 from hf_lowrank.ranks.threshold import Shapes, plan_for_budget, predicted_rise
 
 _BISECTIONS = 80
+# What a layer of some shape costs at a rank, None for dense, in a stored form.
+Cost = Callable[[tuple[int, int], int | None, str], float]
 
 
 @dataclass(frozen=True)
@@ -31,7 +33,7 @@ class Curve:
     """Ways to shrink one thing.
 
     Attributes:
-        costs: Parameters left, shape (steps,), fp64.
+        costs: Parameters left, or another cost, shape (steps,), fp64.
         rises: Predicted rise of the mean loss, nats, shape (steps,), fp64.
     """
 
@@ -81,21 +83,12 @@ def plan_with_channels(
     if param_ratio >= 1:  # nothing has to be cut, so keep every channel, even a worthless one
         plan = plan_for_budget(shapes, spectra, "price", 1.0, fixed=fixed, **limits)
         return dataclasses.replace(plan, experts=whole)
-    free = [
-        each
-        for each in of_feed_forwards(orders).values()
-        if all(name in spectra and name not in fixed for name in each.block.names)
-    ]
-    inside = {name for each in free for name in each.block.names}
-    ranks = {n: rank_curve(s, min_rank, form) for n, s in spectra.items() if n not in fixed}
     dense = sum(layer_cost(shape, None) for shape in shapes.values())
     dense += sum(each.dense_parameters for each in whole.values())
     budget = int(param_ratio * dense + 1e-6)
     spent = sum(layer_cost(shapes[name], rank, form) for name, rank in fixed.items())
-    parts: list[Part] = [[[curve]] for name, curve in ranks.items() if name not in inside]
-    others = len(parts)
-    for each in free:
-        parts.append([[ranks[n] for n in each.block.names], [channel_curve(each, shapes)]])
+    alone, free, parts = layer_parts(shapes, spectra, orders, fixed, **limits)
+    others = len(alone)
     parts += [[[experts_curve(each)]] for each in experts.values()]
     choice = cheapest(parts, budget - spent)
     small: dict[str, tuple[int, int]] = {}
@@ -117,6 +110,36 @@ def plan_with_channels(
     return RankPlan(plan.ranks, dict(shapes), shrunk, form, left_of)
 
 
+def layer_parts(
+    shapes: Shapes,
+    spectra: Mapping[str, Spectrum],
+    orders: Orders,
+    fixed: Mapping[str, int | None],
+    *,
+    min_rank: int = 1,
+    form: str = "factors",
+    cost: Cost = layer_cost,
+) -> tuple[list[str], list[ChannelOrder], list[Part]]:
+    """The parts of a model that can be shrunk: layers alone, then whole feed-forwards.
+
+    Returns:
+        The names of the former, the orders of the latter, and the parts in this order.
+    """
+    free = [
+        each
+        for each in of_feed_forwards(orders).values()
+        if all(name in spectra and name not in fixed for name in each.block.names)
+    ]
+    inside = {name for each in free for name in each.block.names}
+    ranks = {n: rank_curve(s, min_rank, form, cost) for n, s in spectra.items() if n not in fixed}
+    alone = [name for name in ranks if name not in inside]
+    parts: list[Part] = [[[ranks[name]]] for name in alone]
+    for each in free:
+        channels = channel_curve(each, shapes, cost)
+        parts.append([[ranks[name] for name in each.block.names], [channels]])
+    return alone, free, parts
+
+
 def predicted_rise_with_channels(
     spectra: Mapping[str, Spectrum], orders: Orders, plan: RankPlan
 ) -> float:
@@ -134,27 +157,30 @@ def predicted_rise_with_channels(
     return predicted_rise(spectra, plan) + channels + experts
 
 
-def rank_curve(spectrum: Spectrum, min_rank: int = 1, form: str = "factors") -> Curve:
+def rank_curve(
+    spectrum: Spectrum, min_rank: int = 1, form: str = "factors", cost: Cost = layer_cost
+) -> Curve:
     """Ranks from the smallest to break-even, and dense as the last step.
 
     Args:
         spectrum: With prices.
         min_rank: The smallest rank.
         form: Stored form of the layer with a rank.
+        cost: What counts.
     """
     assert spectrum.price is not None  # only the kfac metric gets here
     last = min(break_even_rank(*spectrum.shape, form) - 1, len(spectrum.price))
     ranks = range(min_rank, last + 1)
-    costs = [layer_cost(spectrum.shape, rank, form) for rank in ranks]
+    costs = [cost(spectrum.shape, rank, form) for rank in ranks]
     rises = tail_sums(spectrum.price)[min_rank : last + 1].tolist()
-    dense = layer_cost(spectrum.shape, None)
+    dense = cost(spectrum.shape, None, form)
     return Curve(*(torch.tensor(v, dtype=torch.float64) for v in ([*costs, dense], [*rises, 0.0])))
 
 
-def channel_curve(order: ChannelOrder, shapes: Shapes) -> Curve:
-    """Parameters and rise at each step of a feed-forward's channels."""
+def channel_curve(order: ChannelOrder, shapes: Shapes, cost: Cost = layer_cost) -> Curve:
+    """Cost and rise at each step of a feed-forward's channels."""
     costs = [
-        sum(layer_cost(shape, None) for shape in order.shapes(shapes, count).values())
+        sum(cost(shape, None, "") for shape in order.shapes(shapes, count).values())
         for count in order.counts
     ]
     return Curve(torch.tensor(costs, dtype=torch.float64), order.rises)
@@ -166,7 +192,7 @@ def experts_curve(order: ExpertOrder) -> Curve:
     return Curve(torch.tensor(costs, dtype=torch.float64), order.rises)
 
 
-def cheapest(parts: Sequence[Part], budget: int) -> list[tuple[int, list[int]]]:
+def cheapest(parts: Sequence[Part], budget: float) -> list[tuple[int, list[int]]]:
     """For each part its way and the steps of that way's curves, the best within a budget.
 
     Bisection of one price per parameter (a Lagrange multiplier): at the price, each part takes what
@@ -176,11 +202,11 @@ def cheapest(parts: Sequence[Part], budget: int) -> list[tuple[int, list[int]]]:
     Raises:
         ConfigError: Even the smallest steps exceed the budget.
     """
-    smallest = sum(min(sum(int(c.costs.min()) for c in way) for way in part) for part in parts)
+    smallest = sum(min(sum(float(c.costs.min()) for c in way) for way in part) for part in parts)
     if smallest > budget:
         raise ConfigError(
-            f"The budget is {budget} parameters, but the smallest channels and ranks need "
-            f"{smallest}; raise param_ratio."
+            f"The budget is {budget:.6g}, but the smallest channels and ranks need "
+            f"{smallest:.6g}; raise param_ratio."
         )
     low, high = 1e-30, 1e6  # nats per parameter; the higher, the smaller the model
     choice = _at_price(parts, high)

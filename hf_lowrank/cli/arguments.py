@@ -158,6 +158,7 @@ class CompressionArguments(JobArguments):
     megabytes: float | None = config_option("megabytes")
     channels: bool | None = config_option("channels")
     measured_prices: bool | None = config_option("measured_prices")
+    objective: str | None = config_option("objective")
     label_source: str = config_option("label_source")
     calibration: str | None = option(
         None,
@@ -237,6 +238,8 @@ class CompressionArguments(JobArguments):
             raise ConfigError("joint works on one param_ratio at a time.")
         if self.joint and (self.channels or self.measured_prices):
             raise ConfigError("joint takes neither channels nor measured_prices.")
+        if self.joint and self.objective == "latency":
+            raise ConfigError("joint counts parameters; give no objective.")
         if self.joint and self.recover_steps > 0:
             raise ConfigError("joint trains no factors; give no recover_steps.")
         if self.stages > 1 and len(ratios) > 1:

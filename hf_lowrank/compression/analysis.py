@@ -13,6 +13,7 @@ from torch import nn
 
 from hf_lowrank.channels.budget import plan_with_channels, predicted_rise_with_channels
 from hf_lowrank.channels.expert_order import Orders
+from hf_lowrank.channels.latency import plan_for_latency
 from hf_lowrank.channels.order import ChannelOrder, order_channels
 from hf_lowrank.compression.cache import RunCache
 from hf_lowrank.compression.expert_analysis import analyze_experts
@@ -36,6 +37,7 @@ from hf_lowrank.format.feed_forward import FeedForward, find_feed_forwards
 from hf_lowrank.measuring.batches import num_tokens
 from hf_lowrank.measuring.collection import collect_moments
 from hf_lowrank.measuring.progress import Progress, track
+from hf_lowrank.measuring.shape_times import ShapeTimes, shape_times
 from hf_lowrank.modeling.targets import fixed_ranks
 from hf_lowrank.ranks.plan import RankPlan
 from hf_lowrank.ranks.threshold import plan_for_budget, uniform_plan
@@ -58,6 +60,7 @@ class Analysis:
             layer's fused experts; empty unless `channels`.
         gradients: What the joint system reads, where it was asked for.
         held_out: What cuts do to held-out text, with `measured_prices`.
+        times: What shapes take to run, with objective "latency".
         coherence: By layer name, once the prices are those of held-out text; see `priced`.
     """
 
@@ -71,6 +74,7 @@ class Analysis:
     orders: Orders = field(default_factory=dict)
     gradients: Gradients = field(default_factory=Gradients)
     held_out: HeldOutPrices | None = None
+    times: ShapeTimes | None = None
     coherence: dict[str, float] = field(default_factory=dict)
 
     def with_config(self, config: LowRankConfig) -> Analysis:
@@ -80,6 +84,9 @@ class Analysis:
     def plan_for_ratio(self, param_ratio: float) -> RankPlan:
         """Plan within a budget by the config's rule; see `plan_for_budget`."""
         shapes, spectra, config = self.shapes, self.spectra, self.config
+        if self.times is not None:
+            orders, times = self.orders, self.times
+            return plan_for_latency(shapes, spectra, orders, param_ratio, times, **self.limits)
         if config.channels:
             return plan_with_channels(shapes, spectra, self.orders, param_ratio, **self.limits)
         return plan_for_budget(shapes, spectra, config.effective_rule, param_ratio, **self.limits)
@@ -169,6 +176,8 @@ def analyze(
     found.fixed = fixed_ranks(targets, config)
     found.fixed |= dict.fromkeys(found.failures.keys() & found.shapes.keys())
     found.tokens = sum(num_tokens(batch) for batch in calibration or [])
+    if config.objective == "latency":
+        found.times = run.processes.decide(shape_times(targets, config.inference_form))
     if config.measured_prices and config.ranks is None:
         with run.stopwatch.phase("prices"):
             found.held_out = measure_prices(

@@ -166,6 +166,7 @@ def report_on(
         seed=decided.seed,
         predicted_loss_difference=None if math.isnan(predicted) else predicted,
         predicted_standard_error=analysis.standard_error(plan),
+        predicted_time=analysis.times.of_plan(plan) if analysis.times is not None else {},
         seconds=dict(run.stopwatch.seconds),
         probes=list(decision.probes),
         held_out=decision.held_out,

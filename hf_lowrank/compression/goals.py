@@ -12,6 +12,7 @@ from hf_lowrank.compression.analysis import Analysis
 from hf_lowrank.config import LowRankConfig
 from hf_lowrank.errors import ConfigError
 from hf_lowrank.format.dense_linear import linear_shape
+from hf_lowrank.measuring.shape_times import shape_times
 from hf_lowrank.modeling.targets import fixed_ranks
 from hf_lowrank.ranks.plan import RankPlan, layer_cost
 from hf_lowrank.ranks.threshold import check_budget, smallest_ratio
@@ -26,11 +27,23 @@ def check_goal(targets: Mapping[str, nn.Module], config: LowRankConfig) -> None:
     """
     if (config.narrowed or config.experts) and not config.channels:
         raise ConfigError("To make the narrowed layers of a config again, set channels=True.")
-    if config.param_ratio is not None:
+    if config.objective == "latency":
+        _check_time(targets, config)
+    elif config.param_ratio is not None:
         shapes = {name: linear_shape(layer) for name, layer in targets.items()}
         fixed = fixed_ranks(targets, config)
         limits: dict[str, Any] = {"min_rank": config.min_rank, "form": config.inference_form}
         check_budget(shapes, config.param_ratio, fixed=fixed, **limits)
+
+
+def _check_time(targets: Mapping[str, nn.Module], config: LowRankConfig) -> None:
+    times = shape_times(targets, config.inference_form)
+    least = sum(times.smallest(linear_shape(layer)) for layer in targets.values())
+    if config.param_ratio is not None and config.param_ratio < least:
+        raise ConfigError(
+            f"param_ratio {config.param_ratio:g} with objective 'latency': here even the smallest "
+            f"ranks and widths take {least:.2f} of the dense layers' time; raise param_ratio."
+        )
 
 
 def plan_for_goal(analysis: Analysis) -> RankPlan | None:
@@ -65,6 +78,12 @@ def plan_for_goal(analysis: Analysis) -> RankPlan | None:
 
 def smallest_share(analysis: Analysis) -> float:
     """Smallest `param_ratio` that the smallest ranks, and the smallest experts, allow."""
+    if (times := analysis.times) is not None:
+        fixed = analysis.fixed
+        return sum(
+            times(shape, fixed[name]) if name in fixed else min(times(shape, 1), times(shape, None))
+            for name, shape in analysis.shapes.items()
+        )
     share = smallest_ratio(analysis.shapes, **analysis.limits)
     kept = share * (dense := sum(layer_cost(each, None) for each in analysis.shapes.values()))
     for order in of_experts(analysis.orders).values():

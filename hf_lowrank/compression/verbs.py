@@ -28,6 +28,7 @@ from hf_lowrank.compression.recipe import possible_recipe, recipe_of
 from hf_lowrank.compression.recovery import check_recoverable, recovery_settings
 from hf_lowrank.compression.stages import check_stages, compress_in_stages
 from hf_lowrank.config import LowRankConfig
+from hf_lowrank.errors import ConfigError
 from hf_lowrank.format.feed_forward import find_feed_forwards
 from hf_lowrank.measuring.distributed import current_processes
 from hf_lowrank.measuring.embeddings import embedding_loss
@@ -221,6 +222,8 @@ def check_run(
     """
     texts, options = run.texts, run.options
     check_goal(targets, config)
+    if config.objective == "latency" and run.experts:
+        raise ConfigError("objective 'latency' does not know what fused experts take to run.")
     check_quantizable(targets, config.weights or ("int4" if config.megabytes else None))
     check_size_goal(model, targets, config, run.experts)
     if config.channels:

@@ -56,6 +56,8 @@ class Report:
             metric predicts nothing.
         predicted_standard_error: That of the prediction over held-out items, nats; None where the
             prices are not those of held-out text.
+        predicted_time: Time of the targeted layers over that of the dense ones, as their shapes
+            were timed, by phase; with objective "latency".
         seconds: Wall time by phase.
         probes: Steps of the search for a loss tolerance.
         held_out: The accepted loss difference on the search's own held-out text, or None.
@@ -86,6 +88,7 @@ class Report:
     foreign_evaluation: Evaluation | None = None
     predicted_loss_difference: float | None = None
     predicted_standard_error: float | None = None
+    predicted_time: dict[str, float] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
     probes: list[Probe] = field(default_factory=list)
     held_out: LossDifference | None = None

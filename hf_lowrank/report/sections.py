@@ -17,7 +17,7 @@ class Settings:
     """The settings of a run as they were recorded; None where they were not.
 
     Attributes:
-        metric: See `LowRankConfig`, as the next seven.
+        metric: See `LowRankConfig`, as the next eight.
         rule: By name.
         param_ratio: Kept share of the targeted parameters, the goal.
         loss_tolerance: Rise of the mean loss, nats; the goal.
@@ -25,6 +25,7 @@ class Settings:
         rank: Rank everywhere, the goal.
         channels: Whether feed-forwards may lose channels.
         measured_prices: Whether the prices were corrected by measurement.
+        objective: What the size is a share of.
         others: All other settings, also of other versions, by name.
     """
 
@@ -36,6 +37,7 @@ class Settings:
     rank: int | None = None
     channels: bool | None = None
     measured_prices: bool | None = None
+    objective: str | None = None
     others: dict[str, object] = field(default_factory=dict)
 
     @classmethod

@@ -281,7 +281,7 @@ def test_needs_and_progress_are_said(
 
 def test_goals_that_need_the_whole_model_are_refused(folders: dict[str, Path], tmp_path: Path):
     config = LowRankConfig(param_ratio=0.6, weights="int8")
-    with pytest.raises(ConfigError, match="weights and megabytes are not done block by block"):
+    with pytest.raises(ConfigError, match=r"and objective .latency. are not done block"):
         compress_checkpoint(folders["llama"], tmp_path / "out", config)
 
 

@@ -101,10 +101,10 @@ def compress_checkpoint(
     """
     config, out = config or LowRankConfig(), Path(out)
     source = str(demo_folder()) if folder == DEMO else str(folder)
-    if config.weights is not None or config.megabytes is not None:
+    if config.weights is not None or config.megabytes or config.objective == "latency":
         raise ConfigError(
-            "weights and megabytes are not done block by block; leave them out, or compress in "
-            "memory."
+            "weights, megabytes and objective 'latency' are not done block by block; leave them "
+            "out, or compress in memory."
         )
     check_output_folder(out, overwrite, source=Path(source))
     work = Path(work_dir) if work_dir else out.with_name(f".{out.name}.stream")
