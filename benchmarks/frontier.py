@@ -1,0 +1,120 @@
+r"""The frontier at equal bytes: one row for each file that a user could download.
+
+Every row is made, written, read again and judged as it was read: bytes of the file and in memory,
+perplexity of texts that nothing is tuned on, KL to the dense model by token, speed in turn with the
+dense model on one thread, minutes to make. Rows are files of their own, so that a killed run goes
+on.
+
+The demo model's weights were read from a file of 4 bits (Q4_1: 16 levels, a scale and a minimum for
+each 32 numbers, 5 bits in all). They hold no more than that, so its dense rows are larger than they
+need be: that file itself would be a row of 5 bits without any loss. A quantizer of 4 bits whose
+groups meet these finds weights that lie on 16 levels already, which is easier than weights as they
+were trained. And part of what low rank cannot drop is the rounding of that file, which is white.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from benchmarks.divergence import measure_divergence, summary
+from benchmarks.frontier_rows import (
+    Artefact,
+    Workshop,
+    chosen_rows,
+    file_bytes,
+    load_dense,
+    resident_bytes,
+)
+from benchmarks.frontier_table import draw_frontier, format_frontier
+from benchmarks.recipe import RecipeArguments, judges_of, texts_of
+from hf_lowrank.compression.options import Run, RunOptions
+from hf_lowrank.config import option
+from hf_lowrank.evaluation.size import compare, model_sizes
+from hf_lowrank.evaluation.speed import SpeedSettings, measure_speed
+from hf_lowrank.inputs.own_text import OwnText
+from hf_lowrank.inputs.start_token import start_text
+from hf_lowrank.measuring.items import Batch
+from hf_lowrank.report.provenance import write_result
+
+
+@dataclass
+class FrontierArguments(RecipeArguments):
+    """Arguments of the frontier at equal bytes."""
+
+    rows: list[str] | None = option(None, "Rows to measure; default all. See frontier_rows.py.")
+    prompt_tokens: int = option(128, "Tokens that are read at once when speed is measured.")
+    new_tokens: int = option(16, "Tokens that are read one by one then.")
+    repeats: int = option(5, "Rounds of that; each times both models.")
+    picture: str | None = option(None, "SVG file for a picture of all rows.")
+    output_dir: str = option("outputs/frontier", "Folder of rows; those in it are not run again.")
+
+
+def measure_frontier(args: FrontierArguments) -> None:
+    """Every row that is not there yet, a file for each; then the table of all that are."""
+    wanted, folder = chosen_rows(args.rows), Path(args.output_dir)
+    torch.set_num_threads(1)
+    paths = {name: folder / f"{name}.json" for name in wanted}
+    if not all(path.exists() for path in paths.values()):
+        model, tokenizer = load_dense(args.model, args.dtype)
+        own_text = OwnText(model, tokenizer)
+        texts = texts_of(args, (args.calibration or ["demo"])[0], own_text)
+        judges = judges_of(args, own_text).texts
+        run = Run(texts, RunOptions(cache_dir=args.cache_dir or str(folder / "cache")))
+        shop = Workshop(model, tokenizer, run, folder / "seconds")
+        common = {"arguments": vars(args), "start_token": start_text(tokenizer)}
+        for name, path in paths.items():
+            if not path.exists():
+                found = _measure(shop, wanted[name], judges, args)
+                write_result(path, {**common, "row": name, **found})
+    rows = [json.loads(path.read_text("utf-8")) for path in folder.glob("*.json")]
+    print(format_frontier(rows))
+    if args.picture:
+        draw_frontier(rows, Path(args.picture))
+
+
+def _measure(
+    shop: Workshop, row: Artefact, judges: Mapping[str, Sequence[Batch]], args: FrontierArguments
+) -> dict[str, Any]:
+    """Makes a row and judges what was written."""
+    parameters = model_sizes(shop.model)[0]
+    with tempfile.TemporaryDirectory() as place:
+        seconds = shop.make(row, Path(place))
+        size = file_bytes(Path(place))
+        model = shop.load(row, Path(place), args.dtype)
+    texts, divergences = {}, []
+    for text, batches in judges.items():
+        found = measure_divergence(shop.model, model, batches, f"evaluate, {text}")
+        texts[text] = asdict(compare(found.before, found.after)) | {"kl": summary(found.kl)}
+        divergences.append(found.kl)
+    return {
+        "family": row.family,
+        "bytes": size,
+        "resident_bytes": resident_bytes(model),
+        "parameters": parameters,
+        "bits": 8 * size / parameters,
+        "texts": texts,
+        "kl": summary(torch.cat(divergences)),
+        "speed": _speed(shop.model, model, args),
+        "seconds": seconds,
+    }
+
+
+def _speed(dense: nn.Module, model: nn.Module, args: FrontierArguments) -> dict[str, Any]:
+    """Tokens per second of both in turn, and their ratios."""
+    settings = SpeedSettings(1, args.prompt_tokens, args.new_tokens, args.repeats)
+    found = measure_speed({"dense": dense, "row": model}, settings)
+    before, after = found["dense"], found["row"]
+    ratios = {
+        phase: getattr(before, f"{phase}_seconds") / getattr(after, f"{phase}_seconds")
+        for phase in ("prefill", "decode")
+    }
+    threads = {"threads": torch.get_num_threads()}
+    return {"dense": asdict(before), "row": asdict(after), "ratios": ratios} | threads

@@ -1,0 +1,168 @@
+"""`benchmark.py frontier` on a tiny model: rows of every kind, their bytes, and the table."""
+
+import json
+import xml.etree.ElementTree as ET
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from benchmarks.frontier import FrontierArguments, measure_frontier
+from benchmarks.frontier_rows import ROWS, Workshop, chosen_rows, file_bytes, resident_bytes
+from benchmarks.frontier_table import draw_frontier, format_frontier, pareto
+from hf_lowrank.compression.options import Run
+from hf_lowrank.errors import ConfigError
+from tests.scripts import make_inputs, word_tokenizer
+from tests.tiny_models import tiny_llama
+
+pytest.importorskip("torchao.quantization")
+
+NAMES = ["dense-fp32", "dense-bf16", "int8", "int4", "hqq3", "hqq2+0.1"]
+CUT = ["0.8", "0.8-int8", "0.6-int4", "0.6-recovered"]
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory: pytest.TempPathFactory):
+    folder = tmp_path_factory.mktemp("frontier")
+    inputs = make_inputs(folder)
+    args = FrontierArguments(
+        model=str(inputs.model),
+        calibration=[str(inputs.calibration)],
+        calibration_sequences=16,
+        held_out_sequences=4,
+        evaluation=[str(inputs.evaluation)],
+        evaluation_sequences=8,
+        sequence_length=32,
+        rows=[*NAMES, *CUT],
+        prompt_tokens=16,
+        new_tokens=2,
+        repeats=1,
+        picture=str(folder / "picture.svg"),
+        output_dir=str(folder / "rows"),
+    )
+    threads = torch.get_num_threads()
+    measure_frontier(args)
+    torch.set_num_threads(threads)
+    return args, {
+        name: json.loads((folder / "rows" / f"{name}.json").read_text("utf-8"))
+        for name in (*NAMES, *CUT)
+    }
+
+
+def text_of(row):
+    return row["texts"]["evaluation.txt"]
+
+
+def test_every_kind_of_row_is_made_read_again_and_measured(measured):
+    _, rows = measured
+    for name, row in rows.items():
+        assert row["row"] == name
+        assert row["seconds"] > 0
+        assert row["speed"]["threads"] == 1
+        assert row["speed"]["ratios"]["prefill"] > 0
+        assert row["bits"] == pytest.approx(8 * row["bytes"] / row["parameters"])
+        assert text_of(row)["loss_before"] == text_of(rows["dense-fp32"])["loss_before"]
+
+
+def test_the_dense_row_is_the_dense_model_and_bf16_the_noise_floor(measured):
+    _, rows = measured
+    assert rows["dense-fp32"]["kl"] == {"mean": 0, "median": 0, "p99": 0}
+    assert text_of(rows["dense-fp32"])["loss_difference"] == 0
+    floor = rows["dense-bf16"]["kl"]["mean"]
+    assert 0 < floor < 1e-3
+    assert all(rows[name]["kl"]["mean"] > 3 * floor for name in (*NAMES[3:], *CUT))
+
+
+def test_fewer_bits_take_less_and_are_further_from_the_dense_model(measured):
+    _, rows = measured
+    for names in (["dense-fp32", "dense-bf16", "int8", "int4"], ["0.8", "0.8-int8"]):
+        sizes = [rows[name]["bytes"] for name in names]
+        assert sizes == sorted(sizes, reverse=True)
+    assert rows["int8"]["kl"]["mean"] < rows["int4"]["kl"]["mean"] < rows["hqq2+0.1"]["kl"]["mean"]
+
+
+def test_rows_that_are_there_are_not_run_again(measured, monkeypatch, capsys):
+    args, rows = measured
+    monkeypatch.setattr("benchmarks.frontier.load_dense", None)
+    measure_frontier(args)
+    table = capsys.readouterr().out.splitlines()
+    assert len(table) == 2 + len(rows)
+
+
+@pytest.mark.parametrize("name", ["dense-bf16", "int4", "hqq3"])
+def test_bytes_are_those_of_the_file_and_of_what_is_in_it(name, tmp_path):
+    model = tiny_llama()
+    shop = Workshop(model, word_tokenizer(), Run(), tmp_path / "seconds")
+    shop.make(ROWS[name], tmp_path / "file")
+    [path] = (tmp_path / "file").glob("*.safetensors")
+    size = file_bytes(tmp_path / "file")
+    assert size == len(path.read_bytes())
+    inside = sum(each.numel() * each.element_size() for each in load_file(path).values())
+    assert 0 < size - inside < 0.5 * size  # the header
+    linear = 2 * (32 * 32 * 2 + 16 * 32 * 2 + 3 * 32 * 64)  # weights of the layers
+    others = sum(each.numel() for each in model.parameters()) - linear
+    of_layers = {
+        "dense-bf16": 2 * linear,
+        "int4": linear // 2 + 2 * linear // 32,
+        # Rows of 32 numbers are a group of 32, rows of 64 one of 64.
+        "hqq3": 3 * linear // 8 + 2 * 2 * 2 * (32 + 16 + 16 + 32 + 64 + 64 + 32),
+    }
+    assert inside == 2 * others + of_layers[name]
+    in_memory = resident_bytes(shop.load(ROWS[name], tmp_path / "file", "float32"))
+    if name == "dense-bf16":
+        assert in_memory == pytest.approx(inside, rel=0.01)  # and the angles of positions
+    else:  # a byte for each number, the rest in fp32
+        assert linear + 4 * others < in_memory < 1.3 * linear + 4 * others
+
+
+def row(name, size, perplexity):
+    return {"row": name, "bytes": size, "texts": {"text": {"perplexity_after": perplexity}}}
+
+
+def test_pareto_rows_are_those_that_none_beats():
+    rows = [
+        row("large and good", 100, 10.0),
+        row("as good and larger", 110, 10.0),
+        row("small", 50, 20.0),
+        row("as small and worse", 50, 21.0),
+        row("between and worse than small", 60, 30.0),
+        row("its twin", 50, 20.0),
+    ]
+    assert pareto(rows, "text") == {"large and good", "small", "its twin"}
+
+
+def test_the_table_is_sorted_by_bytes_marks_the_front_and_prints_losers(measured):
+    _, rows = measured
+    lines = format_frontier(list(rows.values())).splitlines()
+    header = [cell.strip() for cell in lines[0].split("|")[1:-1]]
+    assert [header[0], header[4], header[-1]] == ["row", "evaluation.txt", "Pareto"]
+    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines[2:]]
+    assert {cell[0].strip("*") for cell in cells} == set(rows)
+    front = pareto(list(rows.values()), "evaluation.txt")
+    for cell in cells:
+        assert cell[0].startswith("**") == (cell[-1] == "evaluation.txt")
+        assert (cell[0].strip("*") in front) == (cell[-1] == "evaluation.txt")
+    sizes = [rows[cell[0].strip("*")]["bytes"] for cell in cells]
+    assert sizes == sorted(sizes, reverse=True)
+
+
+def test_the_picture_names_every_family(measured):
+    args, rows = measured
+    text = "".join(ET.parse(args.picture).getroot().itertext())
+    assert all(row["family"] in text for row in rows.values())
+
+
+def test_nothing_to_draw_is_refused(tmp_path):
+    with pytest.raises(ConfigError, match="no row of the frontier"):
+        draw_frontier([], tmp_path / "picture.svg")
+
+
+def test_unknown_rows_are_refused_with_those_that_are_there():
+    with pytest.raises(ConfigError, match="rows: there is no 'hqq5'; choose of dense-fp32, "):
+        chosen_rows(["int8", "hqq5"])
+
+
+def test_a_type_that_is_left_open_is_refused(tmp_path):
+    args = FrontierArguments(dtype="auto", output_dir=str(tmp_path))
+    with pytest.raises(ConfigError, match="dtype must be one of float32, bfloat16, float16 here"):
+        measure_frontier(args)
