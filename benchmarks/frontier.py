@@ -15,7 +15,6 @@ were trained. And part of what low rank cannot drop is the rounding of that file
 from __future__ import annotations
 
 import json
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -25,24 +24,21 @@ import torch
 from torch import nn
 
 from benchmarks.divergence import measure_divergence, summary
-from benchmarks.frontier_rows import (
-    Artefact,
-    Workshop,
-    chosen_rows,
-    file_bytes,
-    load_dense,
-    resident_bytes,
-)
+from benchmarks.frontier_rows import Workshop, missing_rows
 from benchmarks.frontier_table import draw_frontier, format_frontier
 from benchmarks.recipe import RecipeArguments, judges_of, texts_of
 from hf_lowrank.compression.options import Run, RunOptions
 from hf_lowrank.config import option
-from hf_lowrank.evaluation.size import compare, model_sizes
+from hf_lowrank.errors import ConfigError
+from hf_lowrank.evaluation.size import compare
 from hf_lowrank.evaluation.speed import SpeedSettings, measure_speed
 from hf_lowrank.inputs.own_text import OwnText
+from hf_lowrank.inputs.sources import load_causal_lm
 from hf_lowrank.inputs.start_token import start_text
 from hf_lowrank.measuring.items import Batch
 from hf_lowrank.report.provenance import write_result
+
+SPEED_SECONDS = 120.0  # after which no further round begins
 
 
 @dataclass
@@ -58,58 +54,56 @@ class FrontierArguments(RecipeArguments):
 
 
 def measure_frontier(args: FrontierArguments) -> None:
-    """Every row that is not there yet, a file for each; then the table of all that are."""
-    wanted, folder = chosen_rows(args.rows), Path(args.output_dir)
+    """Every row that is not there yet, a file for each; then the table of all that are.
+
+    Raises:
+        ConfigError: There is no such row, or the data type is left open.
+    """
+    folder = Path(args.output_dir)
+    if args.dtype == "auto":
+        raise ConfigError("dtype must be named here: rows are stored in one and computed in it.")
     torch.set_num_threads(1)
-    paths = {name: folder / f"{name}.json" for name in wanted}
-    if not all(path.exists() for path in paths.values()):
-        model, tokenizer = load_dense(args.model, args.dtype)
+    if missing := missing_rows(args.rows, folder):
+        model, tokenizer = load_causal_lm(args.model, args.dtype)
         own_text = OwnText(model, tokenizer)
         texts = texts_of(args, (args.calibration or ["demo"])[0], own_text)
         judges = judges_of(args, own_text).texts
         run = Run(texts, RunOptions(cache_dir=args.cache_dir or str(folder / "cache")))
         shop = Workshop(model, tokenizer, run, folder / "seconds")
         common = {"arguments": vars(args), "start_token": start_text(tokenizer)}
-        for name, path in paths.items():
-            if not path.exists():
-                found = _measure(shop, wanted[name], judges, args)
-                write_result(path, {**common, "row": name, **found})
+        for name, row in missing.items():
+            found = shop.measure(row, args.dtype, lambda made: _judge(model, made, judges, args))
+            write_result(folder / f"{name}.json", {**common, "row": name, **found})
     rows = [json.loads(path.read_text("utf-8")) for path in folder.glob("*.json")]
     print(format_frontier(rows))
     if args.picture:
         draw_frontier(rows, Path(args.picture))
 
 
-def _measure(
-    shop: Workshop, row: Artefact, judges: Mapping[str, Sequence[Batch]], args: FrontierArguments
+def _judge(
+    dense: nn.Module,
+    model: nn.Module,
+    judges: Mapping[str, Sequence[Batch]],
+    args: FrontierArguments,
 ) -> dict[str, Any]:
-    """Makes a row and judges what was written."""
-    parameters = model_sizes(shop.model)[0]
-    with tempfile.TemporaryDirectory() as place:
-        seconds = shop.make(row, Path(place))
-        size = file_bytes(Path(place))
-        model = shop.load(row, Path(place), args.dtype)
+    """Perplexities, distances to the dense model, and speeds of a row."""
     texts, divergences = {}, []
     for text, batches in judges.items():
-        found = measure_divergence(shop.model, model, batches, f"evaluate, {text}")
+        found = measure_divergence(dense, model, batches, f"evaluate, {text}")
         texts[text] = asdict(compare(found.before, found.after)) | {"kl": summary(found.kl)}
         divergences.append(found.kl)
-    return {
-        "family": row.family,
-        "bytes": size,
-        "resident_bytes": resident_bytes(model),
-        "parameters": parameters,
-        "bits": 8 * size / parameters,
-        "texts": texts,
-        "kl": summary(torch.cat(divergences)),
-        "speed": _speed(shop.model, model, args),
-        "seconds": seconds,
-    }
+    kl = summary(torch.cat(divergences))
+    return {"texts": texts, "kl": kl, "speed": _speed(dense, model, args)}
 
 
 def _speed(dense: nn.Module, model: nn.Module, args: FrontierArguments) -> dict[str, Any]:
     """Tokens per second of both in turn, and their ratios."""
-    settings = SpeedSettings(1, args.prompt_tokens, args.new_tokens, args.repeats)
+    settings = SpeedSettings(
+        prompt_tokens=args.prompt_tokens,
+        new_tokens=args.new_tokens,
+        repeats=args.repeats,
+        max_seconds=SPEED_SECONDS,
+    )
     found = measure_speed({"dense": dense, "row": model}, settings)
     before, after = found["dense"], found["row"]
     ratios = {

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import copy
 import json
+import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,10 +28,12 @@ from hf_lowrank.compression.options import Run
 from hf_lowrank.compression.recovery import RecoverySettings, recover_
 from hf_lowrank.config import LowRankConfig
 from hf_lowrank.errors import ConfigError
+from hf_lowrank.evaluation.size import model_sizes
 from hf_lowrank.files import write_text
 from hf_lowrank.format.dense_linear import linear_shape
 from hf_lowrank.format.torchao_weights import assemble_
-from hf_lowrank.inputs.sources import DTYPES, load_any_causal_lm
+from hf_lowrank.inputs.sources import load_any_causal_lm
+from hf_lowrank.measuring.embeddings import embedding_loss
 from hf_lowrank.modeling.marks import attach_config
 from hf_lowrank.modeling.surgery import factorize_, replace_layer_, restore_
 from hf_lowrank.modeling.targets import find_targets
@@ -88,8 +91,8 @@ ROWS: dict[str, Artefact] = {
 }
 
 
-def chosen_rows(names: list[str] | None) -> dict[str, Artefact]:
-    """The rows of these names, all without names.
+def missing_rows(names: list[str] | None, folder: Path) -> dict[str, Artefact]:
+    """The rows of these names, of all without names, that have no file in the folder yet.
 
     Raises:
         ConfigError: There is no such row.
@@ -97,7 +100,12 @@ def chosen_rows(names: list[str] | None) -> dict[str, Artefact]:
     for name in names or []:
         if name not in ROWS:
             raise ConfigError(f"rows: there is no {name!r}; choose of {', '.join(ROWS)}.")
-    return {name: ROWS[name] for name in names or ROWS}
+    return {name: ROWS[name] for name in names or ROWS if not (folder / f"{name}.json").exists()}
+
+
+def load_language_model(source: str, dtype: str) -> nn.Module:
+    """A causal language model from a folder, dense or compressed."""
+    return load_any_causal_lm(source, dtype)[0]
 
 
 @dataclass
@@ -109,6 +117,8 @@ class Workshop:
         tokenizer: Its tokenizer.
         run: Calibration and held-out text, and the `cache_dir`.
         notes: Folder of the seconds that shared work took when it was first done.
+        loader: Reads a dense or a compressed model of its kind from a folder, in a type.
+        analyzer: Makes what cuts are made from.
         analyses: What rows are cut from, by its name.
     """
 
@@ -116,7 +126,28 @@ class Workshop:
     tokenizer: Any
     run: Run
     notes: Path
+    loader: Callable[[str, str], nn.Module] = load_language_model
+    analyzer: Callable[[nn.Module, Run], Analysis] = analysis_of
     analyses: dict[str, Analysis] = field(default_factory=dict)
+
+    def measure(
+        self, row: Artefact, dtype: str, judge: Callable[[nn.Module], dict[str, Any]]
+    ) -> dict[str, Any]:
+        """Makes a row, and what the judge says of what was written."""
+        parameters = model_sizes(self.model)[0]
+        with tempfile.TemporaryDirectory() as place:
+            seconds = self.make(row, Path(place))
+            size = file_bytes(Path(place))
+            model = self.load(row, Path(place), dtype)
+        found = {
+            "family": row.family,
+            "bytes": size,
+            "resident_bytes": resident_bytes(model),
+            "parameters": parameters,
+            "bits": 8 * size / parameters,
+            "seconds": seconds,
+        }
+        return found | judge(model)
 
     def make(self, row: Artefact, folder: Path) -> float:
         """Writes a row's file into a folder; returns the seconds it took from the dense model."""
@@ -136,7 +167,7 @@ class Workshop:
         """The model of a row's file, as it runs; the dense bf16 row computes in bf16."""
         if row.bits is None:
             is_floor = row.family == "dense" and row.dtype == STORED
-            return load_any_causal_lm(str(folder), "bfloat16" if is_floor else dtype)[0]
+            return self.loader(str(folder), "bfloat16" if is_floor else dtype)
         settings = json.loads((folder / _SETTINGS).read_text("utf-8"))
         model = copy.deepcopy(self.model)
         for name, rank in settings["ranks"].items():
@@ -159,7 +190,7 @@ class Workshop:
         started, note = time.perf_counter(), self.notes / f"{name}.json"
         if name not in self.analyses:
             if row.bits is None:
-                self.analyses[name] = analysis_of(self.model, self.run)
+                self.analyses[name] = self.analyzer(self.model, self.run)
             else:
                 targets = find_targets(self.model, LowRankConfig())
                 self.analyses[name] = analyze_lost(self.model, targets, row.bits, STORED, self.run)
@@ -197,7 +228,8 @@ class Workshop:
                 texts = self.run.texts
                 settings = RecoverySettings(row.steps)
                 calibration, held_out = texts.calibration or [], texts.held_out or []
-                recover_(self.model, targets, calibration, held_out, settings)
+                loss = embedding_loss(self.model, self.run.options.loss_function)
+                recover_(self.model, targets, calibration, held_out, settings, embedding=loss)
             yield decision.plan
         finally:
             restore_(self.model, targets)
@@ -235,15 +267,3 @@ def _bytes_in_memory(tensor: torch.Tensor) -> int:
     if parts is None:
         return tensor.numel() * tensor.element_size()
     return sum(_bytes_in_memory(getattr(tensor, name)) for name in parts()[0])
-
-
-def load_dense(source: str, dtype: str) -> tuple[nn.Module, Any]:
-    """The dense model and its tokenizer.
-
-    Raises:
-        ConfigError: Its type is not named: rows are stored in one and computed in another.
-    """
-    if dtype not in DTYPES or dtype == "auto":
-        names = ", ".join(name for name in DTYPES if name != "auto")
-        raise ConfigError(f"dtype must be one of {names} here; got {dtype!r}.")
-    return load_any_causal_lm(source, dtype)

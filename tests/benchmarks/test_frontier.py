@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file
 
 from benchmarks.frontier import FrontierArguments, measure_frontier
-from benchmarks.frontier_rows import ROWS, Workshop, chosen_rows, file_bytes, resident_bytes
+from benchmarks.frontier_rows import ROWS, Workshop, file_bytes, missing_rows, resident_bytes
 from benchmarks.frontier_table import draw_frontier, format_frontier, pareto
 from hf_lowrank.compression.options import Run
 from hf_lowrank.errors import ConfigError
@@ -83,7 +83,7 @@ def test_fewer_bits_take_less_and_are_further_from_the_dense_model(measured):
 
 def test_rows_that_are_there_are_not_run_again(measured, monkeypatch, capsys):
     args, rows = measured
-    monkeypatch.setattr("benchmarks.frontier.load_dense", None)
+    monkeypatch.setattr("benchmarks.frontier.load_causal_lm", None)
     measure_frontier(args)
     table = capsys.readouterr().out.splitlines()
     assert len(table) == 2 + len(rows)
@@ -157,12 +157,18 @@ def test_nothing_to_draw_is_refused(tmp_path):
         draw_frontier([], tmp_path / "picture.svg")
 
 
-def test_unknown_rows_are_refused_with_those_that_are_there():
+def test_unknown_rows_are_refused_with_those_that_are_there(tmp_path):
     with pytest.raises(ConfigError, match="rows: there is no 'hqq5'; choose of dense-fp32, "):
-        chosen_rows(["int8", "hqq5"])
+        missing_rows(["int8", "hqq5"], tmp_path)
+
+
+def test_rows_without_a_file_are_missing_all_where_none_is_named(tmp_path):
+    (tmp_path / "int8.json").touch()
+    assert list(missing_rows(None, tmp_path)) == [name for name in ROWS if name != "int8"]
+    assert list(missing_rows(["int8", "hqq2"], tmp_path)) == ["hqq2"]
 
 
 def test_a_type_that_is_left_open_is_refused(tmp_path):
     args = FrontierArguments(dtype="auto", output_dir=str(tmp_path))
-    with pytest.raises(ConfigError, match="dtype must be one of float32, bfloat16, float16 here"):
+    with pytest.raises(ConfigError, match="dtype must be named here"):
         measure_frontier(args)
