@@ -24,7 +24,7 @@ import torch
 from torch import nn
 
 from benchmarks.divergence import measure_divergence, summary
-from benchmarks.frontier_rows import Workshop, missing_rows
+from benchmarks.frontier_rows import Workshop, in_turn_speed, missing_rows
 from benchmarks.frontier_table import draw_frontier, format_frontier
 from benchmarks.recipe import RecipeArguments, judges_of, texts_of
 from hf_lowrank.compression.options import Run, RunOptions
@@ -97,7 +97,7 @@ def _judge(
 
 
 def _speed(dense: nn.Module, model: nn.Module, args: FrontierArguments) -> dict[str, Any]:
-    """Tokens per second of both in turn, and their ratios."""
+    """Tokens per second of a row by phase, and how many times the dense model's that is."""
     settings = SpeedSettings(
         prompt_tokens=args.prompt_tokens,
         new_tokens=args.new_tokens,
@@ -105,10 +105,8 @@ def _speed(dense: nn.Module, model: nn.Module, args: FrontierArguments) -> dict[
         max_seconds=SPEED_SECONDS,
     )
     found = measure_speed({"dense": dense, "row": model}, settings)
-    before, after = found["dense"], found["row"]
-    ratios = {
-        phase: getattr(before, f"{phase}_seconds") / getattr(after, f"{phase}_seconds")
-        for phase in ("prefill", "decode")
+    tokens = {"prefill": args.prompt_tokens, "decode": args.new_tokens}
+    return {
+        phase: in_turn_speed(*(getattr(each, phase) for each in found.values()), count)
+        for phase, count in tokens.items()
     }
-    threads = {"threads": torch.get_num_threads()}
-    return {"dense": asdict(before), "row": asdict(after), "ratios": ratios} | threads

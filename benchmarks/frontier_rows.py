@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import copy
 import json
+import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -146,6 +147,7 @@ class Workshop:
             "parameters": parameters,
             "bits": 8 * size / parameters,
             "seconds": seconds,
+            "threads": torch.get_num_threads(),
         }
         return found | judge(model)
 
@@ -255,6 +257,22 @@ class Workshop:
 def file_bytes(folder: Path) -> int:
     """Bytes of the weights' files in a folder."""
     return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+
+
+def in_turn_speed(dense: Sequence[float], row: Sequence[float], count: int) -> dict[str, Any]:
+    """What a row does in a second by its median time, and how many times the dense model's.
+
+    Args:
+        dense: Seconds of the dense model in each round.
+        row: Seconds of the row in the same rounds.
+        count: What is done in this time.
+    """
+    middle = statistics.median(row)
+    return {
+        "per_second": count / middle,
+        "ratio": statistics.median(dense) / middle,
+        "seconds": {"dense": list(dense), "row": list(row)},
+    }
 
 
 def resident_bytes(model: nn.Module) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,51 +12,61 @@ from benchmarks.recipe import rise
 from hf_lowrank.errors import ConfigError
 
 Row = Mapping[str, Any]
+Error = Callable[[Row], float]
 _OWN = "low rank"
-_HEADER = ("row", "MB", "MB in memory", "bits")
-_MEASURES = ("KL mean / median / 99 %", "prefill", "decode", "minutes", "Pareto")
+_SMALLEST = 1e-6  # error that is drawn
+_RING = {"marker": "o", "markersize": 10, "markerfacecolor": "none", "color": "0.3"}
 
 
-def pareto(rows: Sequence[Row], text: str) -> set[str]:
-    """Names of the rows that no other is as good as in bytes and perplexity, and better in one."""
+def errors_of(rows: Sequence[Row]) -> dict[str, Error]:
+    """What is to be small beside the bytes: perplexity of each text; or what scores lack of 1."""
+    texts = dict.fromkeys(text for row in rows for text in row.get("texts", {}))
+    if texts:
+        return {text: lambda row, t=text: row["texts"][t]["perplexity_after"] for text in texts}
+    scores = dict.fromkeys(score for row in rows for score in row["scores"])
+    return {score: lambda row, s=score: 1 - row["scores"][s] for score in scores}
 
-    def place(row: Row) -> tuple[float, float]:
-        return row["bytes"], row["texts"][text]["perplexity_after"]
 
-    best = set()
-    for row in rows:
-        size, loss = place(row)
-        others = (place(other) for other in rows)
-        if not any(s <= size and p <= loss and (s, p) != (size, loss) for s, p in others):
-            best.add(row["row"])
-    return best
+def pareto(rows: Sequence[Row], error: Error) -> set[str]:
+    """Names of the rows that no other is as good as in bytes and error, and better in one."""
+    places = [(row["bytes"], error(row)) for row in rows]
+    return {
+        row["row"]
+        for row, (size, own) in zip(rows, places, strict=True)
+        if not any(s <= size and e <= own and (s, e) != (size, own) for s, e in places)
+    }
 
 
 def format_frontier(rows: Sequence[Row]) -> str:
-    """A row for each file, the largest first; those on a text's frontier name it."""
-    texts = list(dict.fromkeys(text for row in rows for text in row["texts"]))
-    fronts = {text: pareto(rows, text) for text in texts}
-    lines = [[*_HEADER, *texts, *_MEASURES]]
+    """A row for each file, the largest first; those on a frontier say on which."""
+    errors = errors_of(rows)
+    fronts = {name: pareto(rows, error) for name, error in errors.items()}
+    has_kl = any("kl" in row for row in rows)
+    phases = list(dict.fromkeys(phase for row in rows for phase in row["speed"]))
+    kl = ["KL mean / median / 99 %"] * has_kl
+    lines = [["row", "MB", "MB in memory", "bits", *errors, *kl, *phases, "minutes", "Pareto"]]
     lines.append(["---"] + ["---:"] * (len(lines[0]) - 2) + ["---"])
     for row in sorted(rows, key=lambda each: (-each["bytes"], each["row"])):
-        name, on = row["row"], [text for text in texts if row["row"] in fronts[text]]
+        name, on = row["row"], [each for each in errors if row["row"] in fronts[each]]
         cells = [f"**{name}**" if on else name]
         cells += [f"{row[key] / 1e6:.1f}" for key in ("bytes", "resident_bytes")]
-        cells += [f"{row['bits']:.2f}", *(rise(row["texts"][text]) for text in texts)]
-        cells.append(" / ".join(f"{row['kl'][key]:.2g}" for key in ("mean", "median", "p99")))
-        cells += [_speed(row["speed"], phase) for phase in ("prefill", "decode")]
+        cells += [f"{row['bits']:.2f}", *(_quality(row, each) for each in errors)]
+        if has_kl:
+            cells.append(" / ".join(f"{row['kl'][key]:.2g}" for key in ("mean", "median", "p99")))
+        found = (row["speed"][phase] for phase in phases)
+        cells += [f"{each['per_second']:.1f} ({each['ratio']:.2f}x)" for each in found]
         cells += [f"{row['seconds'] / 60:.1f}", ", ".join(on)]
         lines.append(cells)
     return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
 
 
 def draw_frontier(rows: Sequence[Row], path: Path) -> None:
-    """Perplexity by megabytes as an SVG file: a panel for each text, a line for each family.
+    """Error by megabytes as an SVG file: a panel for each error, a line for each family.
 
     Low rank alone or in torchao's types is thick and black. A ring is around rows on the frontier.
 
     Args:
-        rows: Of `measure_frontier`.
+        rows: Of `measure_frontier` or `measure_embedding_frontier`.
         path: Where the picture goes.
 
     Raises:
@@ -64,29 +74,27 @@ def draw_frontier(rows: Sequence[Row], path: Path) -> None:
     """
     if not rows:
         raise ConfigError("There is no row of the frontier to draw.")
-    texts = list(rows[0]["texts"])
+    errors = errors_of(rows)
     families = sorted({row["family"] for row in rows})
     styles = line_styles({name: ("-", name.startswith(_OWN)) for name in families})
-    height = 1.1 + LINE_INCHES * max(20, len(families))
-    figure, panels = panels_of(len(texts), (6.6, height))
-    for axes, text in zip(panels, texts, strict=True):
+    names = LINE_INCHES * max(20, len(families))
+    figure, panels = panels_of(len(errors), (6.6, 1.1 + names))
+    for axes, (title, error) in zip(panels, errors.items(), strict=True):
         axes.set_yscale("log")
-        front, ends = pareto(rows, text), {}
+        front, ends = pareto(rows, error), {}
         for family in families:
-            points = sorted(
-                (row["bytes"] / 1e6, row["texts"][text]["perplexity_after"], row["row"] in front)
-                for row in rows
-                if row["family"] == family
-            )
-            axes.plot([x for x, _, _ in points], [y for _, y, _ in points], **styles[family])
-            ringed = [(x, y) for x, y, is_best in points if is_best]
-            ring = {"marker": "o", "markersize": 10, "markerfacecolor": "none", "color": "0.3"}
-            axes.plot([x for x, _ in ringed], [y for _, y in ringed], linestyle="", **ring)
-            ends[family] = points[-1][:2]
-        _name(axes, ends, styles, height)
-        axes.set_title(text, loc="left", fontsize=10)
+            own = sorted((row for row in rows if row["family"] == family), key=lambda r: r["bytes"])
+            points = [(row["bytes"] / 1e6, max(_SMALLEST, error(row))) for row in own]
+            axes.plot(*zip(*points, strict=True), **styles[family])
+            for (x, y), row in zip(points, own, strict=True):
+                if row["row"] in front:
+                    axes.plot([x], [y], **_RING)
+            ends[family] = points[-1]
+        _name(axes, ends, styles, names)
+        axes.set_title(title, loc="left", fontsize=10)
         axes.set_xlabel("MB of the file (rings: the frontier)", fontsize=8)
-        axes.set_ylabel("perplexity (log scale)", fontsize=8)
+        label = "perplexity" if "texts" in rows[0] else "1 - score"
+        axes.set_ylabel(f"{label} (log scale)", fontsize=8)
         plain_frame(axes)
     save_figure(figure, path)
 
@@ -105,6 +113,6 @@ def _name(
     name_lines(axes, places, styles, LINE_INCHES / height)
 
 
-def _speed(speed: Mapping[str, Any], phase: str) -> str:
-    """Tokens per second, and how many times the dense model's in the same run."""
-    return f"{speed['row'][f'{phase}_tokens_per_second']:.1f} ({speed['ratios'][phase]:.2f}x)"
+def _quality(row: Row, name: str) -> str:
+    """Perplexity and its rise, or a score."""
+    return rise(row["texts"][name]) if "texts" in row else f"{row['scores'][name]:.4f}"
