@@ -105,8 +105,8 @@ def _speed(dense: nn.Module, model: nn.Module, args: FrontierArguments) -> dict[
         max_seconds=SPEED_SECONDS,
     )
     found = measure_speed({"dense": dense, "row": model}, settings)
-    tokens = {"prefill": args.prompt_tokens, "decode": args.new_tokens}
+    before, after = found["dense"], found["row"]
     return {
-        phase: in_turn_speed(*(getattr(each, phase) for each in found.values()), count)
-        for phase, count in tokens.items()
+        "prefill": in_turn_speed(before.prefill, after.prefill, args.prompt_tokens),
+        "decode": in_turn_speed(before.decode, after.decode, args.new_tokens),
     }

@@ -86,7 +86,7 @@ ROWS: dict[str, Artefact] = {
     },
     **{
         f"hqq{bits}+{extra:g}": Artefact(f"HQQ {bits} bit, corrected", bits=bits, extra=extra)
-        for bits in (3, 2)
+        for bits in (4, 3, 2)
         for extra in (0.05, 0.1)
     },
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +23,9 @@ def errors_of(rows: Sequence[Row]) -> dict[str, Error]:
     """What is to be small beside the bytes: perplexity of each text; or what scores lack of 1."""
     texts = dict.fromkeys(text for row in rows for text in row.get("texts", {}))
     if texts:
-        return {text: lambda row, t=text: row["texts"][t]["perplexity_after"] for text in texts}
+        return {text: partial(_perplexity, text) for text in texts}
     scores = dict.fromkeys(score for row in rows for score in row["scores"])
-    return {score: lambda row, s=score: 1 - row["scores"][s] for score in scores}
+    return {score: partial(_lack, score) for score in scores}
 
 
 def pareto(rows: Sequence[Row], error: Error) -> set[str]:
@@ -111,6 +112,14 @@ def _name(
     to_panel = axes.transData + axes.transAxes.inverted()
     places = {name: tuple(to_panel.transform(end)) for name, end in ends.items()}
     name_lines(axes, places, styles, LINE_INCHES / height)
+
+
+def _perplexity(text: str, row: Row) -> float:
+    return float(row["texts"][text]["perplexity_after"])
+
+
+def _lack(score: str, row: Row) -> float:
+    return 1 - float(row["scores"][score])
 
 
 def _quality(row: Row, name: str) -> str:

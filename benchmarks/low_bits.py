@@ -88,7 +88,7 @@ class LowBitLinear(nn.Module):
     def rounded(self) -> torch.Tensor:
         """Q, shape (m, n), in the dtype of the scales."""
         numbers, scale = self.get_buffer("numbers"), self.get_buffer("scale")
-        values = numbers.to(scale.dtype).unflatten(1, (scale.shape[1], -1))
+        values: torch.Tensor = numbers.to(scale.dtype).unflatten(1, (scale.shape[1], -1))
         values.sub_(self.get_buffer("zero")[..., None]).mul_(scale[..., None])
         return values.flatten(1)
 
