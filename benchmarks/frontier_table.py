@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from benchmarks.figures import panels_of, save_figure
-from benchmarks.named_lines import LINE_INCHES, line_styles, name_lines, plain_frame
+from benchmarks.named_lines import LINE_INCHES, line_styles, log_ticks, name_lines
 from benchmarks.recipe import rise
 from hf_lowrank.errors import ConfigError
 
@@ -16,6 +17,7 @@ Row = Mapping[str, Any]
 Error = Callable[[Row], float]
 _OWN = "low rank"
 _SMALLEST = 1e-6  # error that is drawn
+_FAR = 3.0  # times the median
 _RING = {"marker": "o", "markersize": 10, "markerfacecolor": "none", "color": "0.3"}
 
 
@@ -65,6 +67,7 @@ def draw_frontier(rows: Sequence[Row], path: Path) -> None:
     """Error by megabytes as an SVG file: a panel for each error, a line for each family.
 
     Low rank alone or in torchao's types is thick and black. A ring is around rows on the frontier.
+    Rows with more than three times the median bytes or error are named below the panel instead.
 
     Args:
         rows: Of `measure_frontier` or `measure_embedding_frontier`.
@@ -76,28 +79,54 @@ def draw_frontier(rows: Sequence[Row], path: Path) -> None:
     if not rows:
         raise ConfigError("There is no row of the frontier to draw.")
     errors = errors_of(rows)
-    families = sorted({row["family"] for row in rows})
-    styles = line_styles({name: ("-", name.startswith(_OWN)) for name in families})
+    families = {row["family"]: ("-", row["family"].startswith(_OWN)) for row in rows}
+    styles = line_styles(dict(sorted(families.items())))
     names = LINE_INCHES * max(20, len(families))
-    figure, panels = panels_of(len(errors), (6.6, 1.1 + names))
+    figure, panels = panels_of(len(errors), (6.6, 1.3 + names))
+    label = "perplexity" if "texts" in rows[0] else "1 - score"
     for axes, (title, error) in zip(panels, errors.items(), strict=True):
-        axes.set_yscale("log")
-        front, ends = pareto(rows, error), {}
-        for family in families:
-            own = sorted((row for row in rows if row["family"] == family), key=lambda r: r["bytes"])
-            points = [(row["bytes"] / 1e6, max(_SMALLEST, error(row))) for row in own]
-            axes.plot(*zip(*points, strict=True), **styles[family])
-            for (x, y), row in zip(points, own, strict=True):
-                if row["row"] in front:
-                    axes.plot([x], [y], **_RING)
-            ends[family] = points[-1]
-        _name(axes, ends, styles, names)
+        near = _near(rows, error)
+        _draw_lines(axes, near, error, pareto(rows, error), styles, names)
         axes.set_title(title, loc="left", fontsize=10)
-        axes.set_xlabel("MB of the file (rings: the frontier)", fontsize=8)
-        label = "perplexity" if "texts" in rows[0] else "1 - score"
+        left_out = [row["row"] for row in rows if row not in near]
+        lines = ["MB of the file (rings: the frontier)"]
+        lines += [f"far off: {', '.join(left_out)}"] * bool(left_out)
+        axes.set_xlabel("\n".join(lines), fontsize=8)
         axes.set_ylabel(f"{label} (log scale)", fontsize=8)
-        plain_frame(axes)
+        log_ticks(axes)
     save_figure(figure, path)
+
+
+def _near(rows: Sequence[Row], error: Error) -> list[Row]:
+    """Rows without those so large or so bad that all others would be drawn as one point."""
+    size, bad = (statistics.median(map(of, rows)) for of in (_size, error))
+    return [row for row in rows if _size(row) <= _FAR * size and error(row) <= _FAR * bad]
+
+
+def _size(row: Row) -> float:
+    return float(row["bytes"])
+
+
+def _draw_lines(
+    axes: Any,  # noqa: ANN401
+    rows: Sequence[Row],
+    error: Error,
+    front: set[str],
+    styles: Mapping[str, Mapping[str, Any]],
+    height: float,
+) -> None:
+    axes.set_yscale("log")
+    ends = {}
+    for family in styles:
+        own = sorted((row for row in rows if row["family"] == family), key=_size)
+        points = [(row["bytes"] / 1e6, max(_SMALLEST, error(row))) for row in own]
+        for (x, y), row in zip(points, own, strict=True):
+            if row["row"] in front:
+                axes.plot([x], [y], **_RING)
+        if points:
+            axes.plot(*zip(*points, strict=True), **styles[family])
+            ends[family] = points[-1]
+    _name(axes, ends, styles, height)
 
 
 def _name(

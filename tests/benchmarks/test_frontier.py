@@ -160,6 +160,24 @@ def test_the_picture_names_every_family(measured):
     assert all(row["family"] in text for row in rows.values())
 
 
+def test_rows_that_are_far_off_are_named_below_the_picture_and_not_drawn(tmp_path):
+    rows = [
+        {**row(name, size, perplexity), "family": family}
+        for name, family, size, perplexity in (
+            ("a", "near", 1e7, 20.0),
+            ("b", "near", 2e7, 21.0),
+            ("c", "near", 3e7, 22.0),
+            ("bad", "lost", 2e7, 900.0),
+            ("huge", "lost", 9e7, 20.0),
+        )
+    ]
+    draw_frontier(rows, tmp_path / "picture.svg")
+    text = "".join(ET.parse(tmp_path / "picture.svg").getroot().itertext())
+    assert "far off: bad, huge" in text
+    assert "near" in text
+    assert "lost" not in text
+
+
 def test_nothing_to_draw_is_refused(tmp_path):
     with pytest.raises(ConfigError, match="no row of the frontier"):
         draw_frontier([], tmp_path / "picture.svg")
