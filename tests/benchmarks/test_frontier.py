@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 from benchmarks.frontier import FrontierArguments, measure_frontier
 from benchmarks.frontier_rows import ROWS, Workshop, file_bytes, missing_rows, resident_bytes
 from benchmarks.frontier_table import draw_frontier, format_frontier, pareto
+from hf_lowrank import config
 from hf_lowrank.compression.options import Run
 from hf_lowrank.errors import ConfigError
 from tests.scripts import make_inputs, word_tokenizer
@@ -41,7 +42,9 @@ def measured(tmp_path_factory: pytest.TempPathFactory):
         output_dir=str(folder / "rows"),
     )
     threads = torch.get_num_threads()
-    measure_frontier(args)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(config, "DEFAULT_FORM", "compact")
+        measure_frontier(args)
     torch.set_num_threads(threads)
     return args, {
         name: json.loads((folder / "rows" / f"{name}.json").read_text("utf-8"))
