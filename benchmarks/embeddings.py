@@ -108,7 +108,7 @@ class Sentences(NamedTuple):
 def compare_embeddings(args: EmbeddingsArguments) -> None:
     """Every method at every size, a file for each."""
     encoder = load_encoder(args.model, dtype="float32")
-    judge, sets = _judge(args, encoder), _sentences(args, encoder)
+    judge, sets = judge_of(args, encoder), sentences_of(args, encoder)
     folder = Path(args.output_dir)
     common = {
         "arguments": vars(args),
@@ -218,7 +218,8 @@ def _fewer_layers(model: Any, count: int) -> Iterator[Changed]:  # noqa: ANN401
         model.encoder.layer = dense
 
 
-def _judge(args: EmbeddingsArguments, encoder: Encoder) -> Judge:
+def judge_of(args: EmbeddingsArguments, encoder: Encoder) -> Judge:
+    """The development pairs, and the dense model's embeddings of their sentences."""
     first, second, scores = read_pairs(Path(args.pairs))
     numbers = {text: i for i, text in enumerate(sorted({*first, *second}, key=len))}
     batches = tokenized(list(numbers), encoder.tokenizer, args.max_length, args.batch_size)
@@ -226,7 +227,7 @@ def _judge(args: EmbeddingsArguments, encoder: Encoder) -> Judge:
     return Judge(batches, pairs, scores, embeddings(encoder.model, batches, encoder.loss))
 
 
-def _sentences(args: EmbeddingsArguments, encoder: Encoder) -> Sentences:
+def sentences_of(args: EmbeddingsArguments, encoder: Encoder) -> Sentences:
     """Shuffled sentences that the development pairs do not have, in three disjoint sets."""
     unseen = read_pairs(Path(args.pairs))
     lines: list[str] = []

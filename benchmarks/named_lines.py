@@ -108,3 +108,13 @@ def plain_frame(axes: Any) -> None:  # noqa: ANN401
     axes.set_axisbelow(True)
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
+
+
+def log_ticks(axes: Any) -> None:  # noqa: ANN401
+    """Plain numbers at 1, 2 and 5 on a log scale of errors, in a plain frame."""
+    from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
+
+    axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    axes.yaxis.set_minor_formatter(NullFormatter())
+    plain_frame(axes)

@@ -15,8 +15,8 @@ from benchmarks.named_lines import (
     LINE_INCHES,
     Point,
     line_styles,
+    log_ticks,
     name_lines,
-    plain_frame,
 )
 from benchmarks.system_rows import all_texts
 from hf_lowrank.errors import ConfigError
@@ -60,7 +60,7 @@ def draw_systems(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
     for axes, text in zip(panels, texts, strict=True):
         ends = _draw_lines(axes, text, rows, styles)
         name_lines(axes, ends, styles, LINE_INCHES / names)
-        _ticks(axes)
+        log_ticks(axes)
         axes.set_title(text, loc="left", fontsize=10, pad=10)
         axes.set_xlabel(captions[text], fontsize=8)
         axes.set_ylabel("rise of the loss over dense (nats, log scale)", fontsize=8)
@@ -107,15 +107,6 @@ def _draw_lines(
         height = math.log(inside / low) / math.log(high / low)
         ends[name] = ((share - left) / (right - left), height)
     return ends
-
-
-def _ticks(axes: Any) -> None:  # noqa: ANN401
-    from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
-
-    axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
-    axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
-    axes.yaxis.set_minor_formatter(NullFormatter())
-    plain_frame(axes)
 
 
 def _caption(rows: Sequence[Mapping[str, Any]], text: str) -> str:

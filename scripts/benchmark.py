@@ -6,6 +6,8 @@ python scripts/benchmark.py show --rows rows --picture systems.svg
 python scripts/benchmark.py recipe --calibration FILE "FILE + OTHER:0.25" --evaluation FILE OTHER \
     --questions arc_easy.jsonl piqa.jsonl --output_dir rows
 python scripts/benchmark.py bytes --calibration FILE --evaluation FILE OTHER --megabytes 200
+python scripts/benchmark.py frontier --calibration FILE --evaluation FILE OTHER --rows int8 0.8
+python scripts/benchmark.py frontier-embeddings --model FOLDER --pairs dev.tsv --texts FILE
 python scripts/benchmark.py embeddings --model FOLDER --pairs dev.tsv --train_pairs train.tsv \
     --texts FILE --recover_steps 300 --output_dir rows
 python scripts/benchmark.py perturbation --calibration FILE --held_out_sequences 8 \
@@ -42,6 +44,11 @@ from benchmarks.embeddings import EmbeddingsArguments, compare_embeddings
 from benchmarks.experts import ExpertsArguments, compare_experts
 from benchmarks.form_numerics import FormNumericsArguments, measure_numerics
 from benchmarks.form_speed import FormSpeedArguments, compare_speeds
+from benchmarks.frontier import FrontierArguments, measure_frontier
+from benchmarks.frontier_embeddings import (
+    EmbeddingFrontierArguments,
+    measure_embedding_frontier,
+)
 from benchmarks.glue import GlueTableArguments, fill_glue_table
 from benchmarks.glue_size import GlueSizeArguments, find_smallest_sizes
 from benchmarks.kills import KillsArguments, kill_runs
@@ -66,6 +73,8 @@ from hf_lowrank.cli.arguments import parse_arguments, user_errors
 COMMANDS = {
     "embeddings": (EmbeddingsArguments, compare_embeddings),
     "bytes": (SizeInBytesArguments, compare_types),
+    "frontier": (FrontierArguments, measure_frontier),
+    "frontier-embeddings": (EmbeddingFrontierArguments, measure_embedding_frontier),
     "recipe": (RecipeArguments, compare_recipes),
     "recovery": (RecoveryArguments, measure_recoveries),
     "metrics": (MetricsArguments, compare_all_metrics),
