@@ -29,7 +29,7 @@ from hf_lowrank.inputs.sources import (
 from hf_lowrank.measuring.progress import announce
 from hf_lowrank.serving.gguf_file import check_llama, check_plain_layers, write_gguf
 from hf_lowrank.serving.onnx_decoder import write_onnx_decoder
-from hf_lowrank.serving.openvino_files import forget_origin, write_openvino
+from hf_lowrank.serving.openvino_files import write_openvino
 from hf_lowrank.serving.packages import check_packages
 from hf_lowrank.value_checks import check_choice
 
@@ -145,6 +145,8 @@ def _write(
     encoder: Encoder | None,
     folder: Path,
 ) -> None:
+    for name in ("quantization_config", "auto_map"):  # about the checkpoint's weights alone
+        vars(model.config).pop(name, None)
     if to == "gguf":
         write_gguf(model, tokenizer, folder / "model.gguf", model.dtype)
         return
@@ -160,4 +162,3 @@ def _write(
             model.generation_config.save_pretrained(folder)
         model.config.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
-    forget_origin(folder)

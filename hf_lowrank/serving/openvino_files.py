@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -31,11 +30,3 @@ def write_openvino(
         model, folder, task=task, preprocessors=[tokenizer], patch_16bit_model=is_short
     )
     maybe_convert_tokenizers("transformers", folder, model, [tokenizer], task=task)
-
-
-def forget_origin(folder: Path) -> None:
-    """Takes out of config.json what is only about the weights that the model was loaded from."""
-    path = folder / "config.json"
-    config = json.loads(path.read_text("utf-8"))
-    left = {k: v for k, v in config.items() if k not in ("quantization_config", "auto_map")}
-    path.write_text(json.dumps(left, indent=2) + "\n", encoding="utf-8")

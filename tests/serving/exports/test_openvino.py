@@ -11,7 +11,7 @@ from tests.serving.exports.checkpoints import EMBEDDINGS, ENCODER, LOW_RANK, SEN
 pytest.importorskip("optimum.intel", reason="make test-exports installs it")
 from optimum.intel import OVModelForCausalLM, OVModelForFeatureExtraction
 
-EXACT = {"INFERENCE_PRECISION_HINT": "f32"}
+EXACT = {"INFERENCE_PRECISION_HINT": "f32", "KV_CACHE_PRECISION": "f32"}
 
 
 @pytest.mark.parametrize("name", ["plain_dense", "plain_narrowed", *LOW_RANK])
