@@ -1,12 +1,16 @@
 """scripts/export.py: what is refused before any long work, and a whole run that needs no engine."""
 
+import json
 import shutil
 from pathlib import Path
 
 import pytest
 
 from hf_lowrank import LowRankConfig, compress
-from tests.scripts import InProcess, Inputs, leftovers, must_not_happen
+from hf_lowrank.cli.export_command import ENGINES
+from hf_lowrank.format.rebuild import factorized_layers
+from hf_lowrank.inputs.encoders import load_encoder
+from tests.scripts import EncoderFiles, InProcess, Inputs, leftovers, must_not_happen
 from tests.serving.exports.checkpoints import LLAMA, byte_tokenizer
 from tests.tiny_models import tiny_llama, written_batches
 
@@ -124,6 +128,31 @@ def test_a_folder_that_is_no_model_is_refused(export: InProcess, tmp_path: Path)
 def test_an_encoder_is_no_gguf_file(export: InProcess, files, tmp_path: Path):
     arguments = ("--model", files.model, "--to", "gguf", "--output_dir", tmp_path / "out")
     assert "is an encoder; only Llama models become .gguf files" in export(*arguments).error
+
+
+def test_a_compressed_encoder_reaches_the_exporter_as_it_is(
+    export: InProcess, files: EncoderFiles, tmp_path: Path, monkeypatch
+):
+    encoder = load_encoder(str(files.model))
+    compress(encoder.model, LowRankConfig(param_ratio=0.6, metric="plain"), progress=False)
+    encoder.model.save_pretrained(tmp_path / "small")
+    encoder.tokenizer.save_pretrained(tmp_path / "small")
+    given = {}
+
+    def write(model, tokenizer, loss, path):
+        given["ranks"] = {name: layer.rank for name, layer in factorized_layers(model).items()}
+        path.touch()
+
+    monkeypatch.setattr("hf_lowrank.cli.export_command.export_onnx", write)
+    monkeypatch.setitem(ENGINES, "onnx", lambda: None)
+    output = tmp_path / "output"
+    done = export("--model", tmp_path / "small", "--to", "onnx", "--output_dir", output)
+    assert done.code == 0, done.err
+    wanted = factorized_layers(encoder.model)
+    assert given["ranks"] == {name: layer.rank for name, layer in wanted.items()}
+    assert {"model.onnx", "config.json", "tokenizer.json"} <= {p.name for p in output.iterdir()}
+    config = json.loads((output / "config.json").read_text())
+    assert not {"quantization_config", "auto_map"} & config.keys()
 
 
 @pytest.mark.parametrize(
