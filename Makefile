@@ -18,7 +18,7 @@ BIN := $(VENV)/bin
 PROMPT ?= In Python, a list is
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-oldest test-newest test-remote-4.57 test-embeddings test-vllm mutants check format clean
+.PHONY: help venv demo test test-oldest test-newest test-remote-4.57 test-embeddings test-vllm test-exports mutants check format clean
 
 
 help: ## Print this list.
@@ -93,6 +93,18 @@ test-vllm: venv ## Serve tiny checkpoints with vLLM on the CPU, in a venv of its
 	HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m tests.serving.vllm_engine.checkpoints outputs/vllm
 	VLLM_CHECKPOINTS=$(CURDIR)/outputs/vllm .venv-vllm/bin/python -m pytest -W default tests/serving/vllm_engine
 
+# optimum-intel pins another transformers and brings a torchvision for CUDA. cyllama holds llama.cpp;
+# later wheels of it need a newer glibc.
+test-exports: venv ## Export tiny checkpoints and run them in three engines, in two venvs (3.5 GB).
+	test -x .venv-exports/bin/python || $(PYTHON) -m venv .venv-exports
+	.venv-exports/bin/python -m pip install $(PIP_FLAGS) -c constraints.txt -e '.[onnx,gguf]' pytest cyllama==0.2.18
+	test -x .venv-openvino/bin/python || $(PYTHON) -m venv .venv-openvino
+	.venv-openvino/bin/python -m pip install $(PIP_FLAGS) $$(grep '^torch==' constraints.txt) -e '.[openvino]' pytest
+	.venv-openvino/bin/python -m pip uninstall --yes torchvision
+	HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m tests.serving.exports.checkpoints outputs/exports
+	EXPORT_CHECKPOINTS=$(CURDIR)/outputs/exports HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false .venv-exports/bin/python -m pytest -W default tests/serving/exports/test_onnxruntime.py tests/serving/exports/test_llama_cpp.py
+	EXPORT_CHECKPOINTS=$(CURDIR)/outputs/exports HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false .venv-openvino/bin/python -m pytest -W default tests/serving/exports/test_openvino.py
+
 check: venv ## Lint, check the formatting and the types.
 	$(BIN)/python -m ruff check .
 	$(BIN)/python -m ruff format --check .
@@ -103,5 +115,5 @@ format: venv ## Format, and fix what the linter can fix.
 	$(BIN)/python -m ruff check --fix .
 
 clean: ## Remove .venv, caches, build products and the demo's output.
-	rm -rf .venv .venv-4.57 .venv-oldest .venv-newest .venv-embeddings .venv-vllm .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist outputs/demo outputs/vllm
+	rm -rf .venv .venv-4.57 .venv-oldest .venv-newest .venv-embeddings .venv-vllm .venv-exports .venv-openvino .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist outputs/demo outputs/vllm outputs/exports
 	find hf_lowrank scripts tests -type d -name __pycache__ -prune -exec rm -rf {} +

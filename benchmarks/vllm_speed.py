@@ -12,8 +12,10 @@ import os
 import statistics
 import subprocess
 import sys
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -67,7 +69,8 @@ def compare_in_vllm(args: VllmSpeedArguments) -> None:
         for model in models:
             command = [*WORKER, model, json.dumps({**options, "max_num_seqs": 16})]
             workers[model] = stack.enter_context(_started(command))
-        rows = [row for cell in CELLS for row in _compare(workers, cell, args.rounds)]
+        timers = {model: partial(_time, model, worker) for model, worker in workers.items()}
+        rows = compare_in_turn(timers, CELLS, args.rounds)
     print(format_rows(rows))
     write_result(Path(args.output), {"arguments": vars(args), "rows": rows})
 
@@ -82,14 +85,33 @@ def _started(command: list[str]) -> subprocess.Popen[str]:
     )
 
 
-def _compare(
-    workers: dict[str, subprocess.Popen[str]], cell: str, rounds: int
+def compare_in_turn(
+    timers: Mapping[str, Callable[[dict[str, int]], float]],
+    cells: Mapping[str, tuple[int, int, int]],
+    rounds: int,
 ) -> list[dict[str, Any]]:
-    asked = dict(zip(("prompts", "length", "new"), CELLS[cell], strict=True))
-    times: dict[str, list[float]] = {model: [] for model in workers}
+    """A row for each cell and model; the models take turns.
+
+    Args:
+        timers: By model, the first the one to compare with: seconds of processor time for
+            "prompts" of "length" tokens and "new" ones written to each.
+        cells: These three by name.
+        rounds: Times of each; one more warms up.
+    """
+    return [row for name, cell in cells.items() for row in _compare(timers, name, cell, rounds)]
+
+
+def _compare(
+    timers: Mapping[str, Callable[[dict[str, int]], float]],
+    cell: str,
+    sizes: tuple[int, int, int],
+    rounds: int,
+) -> list[dict[str, Any]]:
+    asked = dict(zip(("prompts", "length", "new"), sizes, strict=True))
+    times: dict[str, list[float]] = {model: [] for model in timers}
     for _ in range(rounds + 1):
-        for model, worker in workers.items():
-            times[model].append(_time(model, worker, asked))
+        for model, timer in timers.items():
+            times[model].append(timer(asked))
     kept = {model: each[1:] for model, each in times.items()}
     dense = next(iter(kept.values()))
     return [

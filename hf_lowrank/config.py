@@ -18,7 +18,15 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from hf_lowrank.errors import CheckpointError, ConfigError
 from hf_lowrank.format.forms.stored_form import form_names
 from hf_lowrank.format.layout import FORMAT_VERSION, QUANT_METHOD, Layout, check_version
-from hf_lowrank.value_checks import check_choice, check_count, check_seed, is_number
+from hf_lowrank.value_checks import (
+    check_choice,
+    check_count,
+    check_not_negative,
+    check_ranks,
+    check_seed,
+    is_number,
+    listed_names,
+)
 
 METRIC_NAMES = (
     "plain",
@@ -45,6 +53,7 @@ READERS: dict[str, tuple[str, tuple[str, ...]]] = {
     "rule": ("goal", _TRADING_GOALS),
     "min_rank": ("goal", _TRADING_GOALS),
     "channels": ("goal", _TRADING_GOALS),
+    "channels_only": ("goal", ("param_ratio", "loss_tolerance")),
     "measured_prices": ("goal", _TRADING_GOALS),
     "objective": ("goal", ("param_ratio", "loss_tolerance")),
     "input_damping": ("metric", ("whitened", "pooled", "kfac", "sparsity-whitened")),
@@ -110,6 +119,11 @@ class LowRankConfig(QuantizationConfigMixin):
         "whichever the prices favour; fused experts of a mixture are narrowed or "
         "dropped. Needs metric kfac and rule price, and is then the default on "
         "causal language models.",
+    )
+    channels_only: bool | None = option(
+        None,
+        "Take out channels and factorize nothing, for engines that only know dense layers; sets "
+        "channels.",
     )
     measured_prices: bool | None = option(
         None,
@@ -184,6 +198,7 @@ class LowRankConfig(QuantizationConfigMixin):
     def __post_init__(self) -> None:
         """Checks every value; see the class docstring."""
         self._check_goal()
+        self.channels = True if self.channels_only and self.channels is None else self.channels
         check_choice("metric", self.metric, METRIC_NAMES)
         check_choice("label_source", self.label_source, LABEL_SOURCES)
         check_choice("form", self.form, (None, *form_names()))
@@ -205,31 +220,22 @@ class LowRankConfig(QuantizationConfigMixin):
                 "'price', and weights of the model's own type."
             )
         for name in ("input_damping", "output_damping"):
-            value = getattr(self, name)
-            if not (is_number(value) and 0 <= value < math.inf):
-                raise ConfigError(f"{name} must be a number >= 0, got {value!r}.")
-        if not (is_number(self.activation_alpha) and 0 <= self.activation_alpha <= 1):
-            raise ConfigError(
-                f"activation_alpha must lie in [0, 1], got {self.activation_alpha!r}."
-            )
+            check_not_negative(name, getattr(self, name))
+        if not (is_number(alpha := self.activation_alpha) and 0 <= alpha <= 1):
+            raise ConfigError(f"activation_alpha must lie in [0, 1], got {alpha!r}.")
         check_count("min_rank", self.min_rank)
         check_seed(self.seed)
-        for field_name in ("target_modules", "exclude_modules"):
-            value = getattr(self, field_name)
-            if isinstance(value, str):
-                setattr(self, field_name, [value])
-            elif value is not None and not (
-                isinstance(value, (list, tuple)) and all(isinstance(item, str) for item in value)
-            ):
-                raise ConfigError(f"{field_name} must be a list of names, got {value!r}.")
-        ranks = {} if self.ranks is None else self.ranks
-        for field_name, value in (("rank_pattern", self.rank_pattern), ("ranks", ranks)):
-            if not isinstance(value, dict):
-                raise ConfigError(f"{field_name} must map names to ranks, got {value!r}.")
-            for name, rank in value.items():
-                if rank is not None:
-                    check_count(f"{field_name}[{name!r}]", rank)
+        self.target_modules = listed_names("target_modules", self.target_modules)
+        self.exclude_modules = listed_names("exclude_modules", self.exclude_modules)
+        check_ranks("rank_pattern", self.rank_pattern)
+        check_ranks("ranks", {} if self.ranks is None else self.ranks)
         self._check_decision()
+        has_ranks = self.min_rank != 1 or any(self.rank_pattern.values())
+        if self.channels_only and (has_ranks or self.channels is False):
+            raise ConfigError(
+                "channels_only takes out channels and gives no layer a rank; leave out "
+                "channels=False, min_rank and the ranks of rank_pattern."
+            )
         if self.ranks is None:
             self._check_readers()
             if self.form == "usv":

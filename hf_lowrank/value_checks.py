@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
+from typing import TypeGuard
+
 from hf_lowrank.errors import ConfigError
 
 
-def is_number(value: object) -> bool:
+def is_number(value: object) -> TypeGuard[float]:
     """Whether a value is a number, and no truth value."""
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
@@ -19,6 +22,16 @@ def check_choice(name: str, value: object, allowed: tuple[str | None, ...]) -> N
     if value not in allowed:
         names = ", ".join(filter(None, allowed))
         raise ConfigError(f"{name} must be one of {names}; got {value!r}.")
+
+
+def check_not_negative(name: str, value: object) -> None:
+    """Refuses what is no finite number from 0 on.
+
+    Raises:
+        ConfigError: With the value.
+    """
+    if not (is_number(value) and 0 <= value < math.inf):
+        raise ConfigError(f"{name} must be a number >= 0, got {value!r}.")
 
 
 def check_count(name: str, value: object) -> None:
@@ -40,3 +53,30 @@ def check_seed(value: object) -> None:
     # What every generator takes: torch's, numpy's and Python's.
     if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < 2**32:
         raise ConfigError(f"seed must be an integer from 0 to 2**32 - 1, got {value!r}.")
+
+
+def listed_names(name: str, value: object) -> list[str] | None:
+    """A list of names as one; a single name becomes a list.
+
+    Raises:
+        ConfigError: It is something else.
+    """
+    listed = [value] if isinstance(value, str) else value
+    if listed is None:
+        return None
+    if isinstance(listed, (list, tuple)) and all(isinstance(item, str) for item in listed):
+        return list(listed)
+    raise ConfigError(f"{name} must be a list of names, got {value!r}.")
+
+
+def check_ranks(name: str, value: object) -> None:
+    """Refuses anything but a dict from names to counts or None.
+
+    Raises:
+        ConfigError: With the setting and its value.
+    """
+    if not isinstance(value, dict):
+        raise ConfigError(f"{name} must map names to ranks, got {value!r}.")
+    for layer, rank in value.items():
+        if rank is not None:
+            check_count(f"{name}[{layer!r}]", rank)

@@ -24,6 +24,7 @@ python scripts/benchmark.py architectures --output architectures.json --page arc
 python scripts/benchmark.py damaged-checkpoints --count 10000 --output damaged_checkpoints.json
 python scripts/benchmark.py kills --count 100 --output kills.json
 python scripts/benchmark.py vllm --models DENSE COMPRESSED --output vllm_speed.json
+python scripts/benchmark.py exports --engine openvino --models DENSE COMPRESSED --output out.json
 python scripts/benchmark.py experts --training train.txt --evaluation test.txt --output out.json
 python scripts/benchmark.py assisted --model FOLDER --baseline demo --output assisted.json
 python scripts/benchmark.py streaming --layers 4 11 22 --dtype float32 --output streaming.json
@@ -42,6 +43,7 @@ from benchmarks.bounds import BoundsArguments, check_bounds
 from benchmarks.damaged_checkpoints import DamagedArguments, try_damaged_checkpoints
 from benchmarks.embeddings import EmbeddingsArguments, compare_embeddings
 from benchmarks.experts import ExpertsArguments, compare_experts
+from benchmarks.export_speed import ExportSpeedArguments, compare_exports
 from benchmarks.form_numerics import FormNumericsArguments, measure_numerics
 from benchmarks.form_speed import FormSpeedArguments, compare_speeds
 from benchmarks.frontier import FrontierArguments, measure_frontier
@@ -92,6 +94,7 @@ COMMANDS = {
     "damaged-checkpoints": (DamagedArguments, try_damaged_checkpoints),
     "kills": (KillsArguments, kill_runs),
     "vllm": (VllmSpeedArguments, compare_in_vllm),
+    "exports": (ExportSpeedArguments, compare_exports),
     "experts": (ExpertsArguments, compare_experts),
     "assisted": (AssistedArguments, compare_assisted),
     "streaming": (StreamingArguments, compare_streaming),

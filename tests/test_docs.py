@@ -11,6 +11,7 @@ import pytest
 
 from hf_lowrank.cli.arguments import CompressionArguments, PublishingArguments
 from hf_lowrank.cli.encoder_arguments import EncoderArguments
+from hf_lowrank.cli.export_command import ExportArguments
 from hf_lowrank.cli.language_model import LanguageModelArguments, LanguageModelTrainingArguments
 from hf_lowrank.tasks.glue import GlueArguments
 from hf_lowrank.tasks.qa import QaArguments
@@ -25,6 +26,7 @@ ARGUMENTS: dict[str, tuple[type, ...]] = {
     "run_glue": (GlueArguments, PublishingArguments),
     "run_qa": (QaArguments, PublishingArguments),
     "evaluate_model": (script_module("evaluate_model").EvaluationArguments,),
+    "export": (ExportArguments,),
     "generate": (script_module("generate").GenerationArguments,),
     "train_llm": (LanguageModelArguments, LanguageModelTrainingArguments, PublishingArguments),
 }

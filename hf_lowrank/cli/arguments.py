@@ -157,6 +157,7 @@ class CompressionArguments(JobArguments):
     loss_tolerance: float | None = config_option("loss_tolerance")
     megabytes: float | None = config_option("megabytes")
     channels: bool | None = config_option("channels")
+    channels_only: bool | None = config_option("channels_only")
     measured_prices: bool | None = config_option("measured_prices")
     objective: str | None = config_option("objective")
     label_source: str = config_option("label_source")
@@ -236,7 +237,7 @@ class CompressionArguments(JobArguments):
         self.check_numbers(_COUNTS)
         if self.joint and len(ratios) > 1:
             raise ConfigError("joint works on one param_ratio at a time.")
-        if self.joint and (self.channels or self.measured_prices):
+        if self.joint and (self.channels or self.channels_only or self.measured_prices):
             raise ConfigError("joint takes neither channels nor measured_prices.")
         if self.joint and self.objective == "latency":
             raise ConfigError("joint counts parameters; give no objective.")

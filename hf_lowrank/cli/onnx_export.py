@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import warnings
 from pathlib import Path
 from typing import Any
@@ -10,9 +9,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from hf_lowrank.errors import ConfigError
 from hf_lowrank.measuring.embeddings import EmbeddingLoss
 from hf_lowrank.measuring.items import eval_mode
+from hf_lowrank.serving.packages import check_packages
 
 _PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 
@@ -23,11 +22,7 @@ def check_onnx() -> None:
     Raises:
         ConfigError: With what is missing.
     """
-    missing = [name for name in _PACKAGES if importlib.util.find_spec(name) is None]
-    if missing:
-        raise ConfigError(
-            f"onnx files need {', '.join(missing)}: pip install 'hf-lowrank[embeddings]'."
-        )
+    check_packages("onnx files", _PACKAGES, "onnx")
 
 
 class _Embedder(nn.Module):

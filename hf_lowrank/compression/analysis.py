@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -95,7 +96,8 @@ class Analysis:
     def limits(self) -> dict[str, Any]:
         """What all plans have in common: `min_rank`, `fixed` and `form`."""
         config = self.config
-        return {"min_rank": config.min_rank, "fixed": self.fixed, "form": config.inference_form}
+        least = sys.maxsize if config.channels_only else config.min_rank  # more than any layer has
+        return {"min_rank": least, "fixed": self.fixed, "form": config.inference_form}
 
     def plan_for_rank(self, rank: int) -> RankPlan:
         """The same rank everywhere, but for `rank_pattern`."""

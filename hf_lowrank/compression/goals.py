@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from torch import nn
 
-from hf_lowrank.channels.expert_order import of_experts
+from hf_lowrank.channels.budget import channel_curve
+from hf_lowrank.channels.expert_order import of_experts, of_feed_forwards
+from hf_lowrank.channels.order import channel_step
 from hf_lowrank.compression.analysis import Analysis
 from hf_lowrank.config import LowRankConfig
 from hf_lowrank.errors import ConfigError
 from hf_lowrank.format.dense_linear import linear_shape
+from hf_lowrank.format.feed_forward import FeedForward
 from hf_lowrank.measuring.shape_times import shape_times
 from hf_lowrank.modeling.targets import fixed_ranks
 from hf_lowrank.ranks.plan import RankPlan, layer_cost
@@ -29,7 +32,7 @@ def check_goal(targets: Mapping[str, nn.Module], config: LowRankConfig) -> None:
         raise ConfigError("To make the narrowed layers of a config again, set channels=True.")
     if config.objective == "latency":
         _check_time(targets, config)
-    elif config.param_ratio is not None:
+    elif config.param_ratio is not None and not config.channels_only:
         shapes = {name: linear_shape(layer) for name, layer in targets.items()}
         fixed = fixed_ranks(targets, config)
         limits: dict[str, Any] = {"min_rank": config.min_rank, "form": config.inference_form}
@@ -43,6 +46,35 @@ def _check_time(targets: Mapping[str, nn.Module], config: LowRankConfig) -> None
         raise ConfigError(
             f"param_ratio {config.param_ratio:g} with objective 'latency': here even the smallest "
             f"ranks and widths take {least:.2f} of the dense layers' time; raise param_ratio."
+        )
+
+
+def check_channels(
+    blocks: Iterable[FeedForward], targets: Mapping[str, nn.Module], config: LowRankConfig
+) -> None:
+    """Refuses a size that channels alone can't reach, before any long work.
+
+    Args:
+        blocks: The feed-forwards that may lose channels.
+        targets: Target layers by name.
+        config: Says whether nothing but channels is taken out.
+
+    Raises:
+        ConfigError: With the smallest size.
+    """
+    if not config.channels_only or config.param_ratio is None:
+        return
+    costs = {name: layer_cost(linear_shape(layer), None) for name, layer in targets.items()}
+    dense = sum(costs.values())
+    for block in blocks:
+        channels = linear_shape(targets[block.output])[1]
+        for name in block.names:
+            costs[name] = costs[name] // channels * channel_step(channels)
+    least = sum(costs.values()) / dense
+    if config.param_ratio < least:
+        raise ConfigError(
+            f"param_ratio {config.param_ratio} can't be reached by channels alone, which leave at "
+            f"least {least:.3f} of the targeted layers; raise it, or allow ranks."
         )
 
 
@@ -86,6 +118,10 @@ def smallest_share(analysis: Analysis) -> float:
         )
     share = smallest_ratio(analysis.shapes, **analysis.limits)
     kept = share * (dense := sum(layer_cost(each, None) for each in analysis.shapes.values()))
+    if analysis.config.channels_only:
+        for feed_forward in of_feed_forwards(analysis.orders).values():
+            costs = channel_curve(feed_forward, analysis.shapes).costs
+            kept -= float(costs.max() - costs.min())
     for order in of_experts(analysis.orders).values():
         kept += order.plan(*order.sizes[0]).kept_parameters
         dense += order.plan(*order.dense).kept_parameters

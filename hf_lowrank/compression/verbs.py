@@ -12,7 +12,7 @@ from hf_lowrank.compression.analysis import analyze
 from hf_lowrank.compression.application import apply, cut, make_dense_again, measure_dense
 from hf_lowrank.compression.byte_budget import check_size_goal
 from hf_lowrank.compression.decision import decide
-from hf_lowrank.compression.goals import check_goal
+from hf_lowrank.compression.goals import check_channels, check_goal
 from hf_lowrank.compression.options import (
     Run,
     RunOptions,
@@ -227,7 +227,9 @@ def check_run(
     check_quantizable(targets, config.weights or ("int4" if config.megabytes else None))
     check_size_goal(model, targets, config, run.experts)
     if config.channels:
-        find_feed_forwards(model, targets, run.experts)
+        blocks = find_feed_forwards(model, targets, run.experts)
+        if not run.experts:
+            check_channels(blocks, targets, config)
     if config.measured_prices and config.ranks is None:
         check_prices(texts.held_out or [])
     if recovery_settings(options.recover, options.recover_steps, config.seed):

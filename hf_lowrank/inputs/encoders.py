@@ -21,11 +21,13 @@ from transformers.models.auto.modeling_auto import (
 )
 
 from hf_lowrank.errors import DataError
+from hf_lowrank.format.strict import load
 from hf_lowrank.inputs.architectures import Kind, refuse_other_head
 from hf_lowrank.inputs.hub import reading
 from hf_lowrank.inputs.sources import (
     DTYPES,
     check_place,
+    is_compressed,
     load_tokenizer,
     refuse_quantized,
 )
@@ -78,8 +80,9 @@ def load_encoder(
     dtype: str = "auto",
     device: str = "cpu",
     trust_remote_code: bool = False,
+    compressed_too: bool = False,
 ) -> Encoder:
-    """Loads a dense encoder.
+    """Loads an encoder, a dense one unless it is said that it may be compressed.
 
     Args:
         source: A SentenceTransformer folder, the folder of a plain encoder, or a Hub id of either.
@@ -88,8 +91,10 @@ def load_encoder(
         dtype: "auto" (as stored), "float32", "bfloat16" or "float16".
         device: Where to put the model.
         trust_remote_code: Whether code that lies beside the weights may run.
+        compressed_too: Whether a checkpoint of hf_lowrank is read, too.
 
     Raises:
+        CheckpointError: The compressed model does not fit its config.
         DataError: The model can't be found or read, its files don't fit together, or it has a head
             of another kind.
         ConfigError: The pooling is unknown.
@@ -98,28 +103,18 @@ def load_encoder(
     target, asked = check_place(dtype, device), EmbeddingLoss(pooling)
     folder = _local(source)
     place, found, files = _sentence_files(source, folder, pooling)
-    refuse_quantized(str(folder / place))
-    with reading(str(folder / place), "encoder folder", trust_remote_code):
-        config = AutoConfig.from_pretrained(folder / place, trust_remote_code=trust_remote_code)
-        refuse_other_head(source, config, _ENCODER)
-        model, info = AutoModel.from_pretrained(
-            folder / place,
-            output_loading_info=True,
-            trust_remote_code=trust_remote_code,
-            dtype=DTYPES[dtype],
-        )
-    missing = sorted(name for name in info["missing_keys"] if not name.startswith(_POOLER))
-    if missing:
-        raise DataError(
-            f"{source}: has no weights for {len(missing)} parameters, for example {missing[0]}; "
-            "is it an encoder?"
-        )
+    if not (compressed_too and is_compressed(str(folder / place))):
+        refuse_quantized(str(folder / place))
+        model = _load_dense(source, folder / place, DTYPES[dtype], trust_remote_code)
+    else:
+        model = load(folder / place, dtype=DTYPES[dtype])
+        refuse_other_head(source, model.config, _ENCODER)
     tokenizer = load_tokenizer(str(folder / place), trust_remote_code)
     if tokenizer.pad_token_id is None:
         raise DataError(f"{source}: its tokenizer has no padding token; set one and save it.")
     if found is None and pooling != "output":
-        files |= _pooling_file(pooling or "mean", config.hidden_size)
-    limits = [_max_length(files), getattr(config, "max_position_embeddings", None)]
+        files |= _pooling_file(pooling or "mean", model.config.hidden_size)
+    limits = [_max_length(files), getattr(model.config, "max_position_embeddings", None)]
     return Encoder(
         model.eval().to(target),
         tokenizer,
@@ -127,6 +122,22 @@ def load_encoder(
         min((limit for limit in limits if limit), default=None),
         files,
     )
+
+
+def _load_dense(source: str, folder: Path, dtype: Any, trusted: bool) -> Any:  # noqa: ANN401
+    with reading(str(folder), "encoder folder", trusted):
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=trusted)
+        refuse_other_head(source, config, _ENCODER)
+        model, info = AutoModel.from_pretrained(
+            folder, output_loading_info=True, trust_remote_code=trusted, dtype=dtype
+        )
+    missing = sorted(name for name in info["missing_keys"] if not name.startswith(_POOLER))
+    if missing:
+        raise DataError(
+            f"{source}: has no weights for {len(missing)} parameters, for example {missing[0]}; "
+            "is it an encoder?"
+        )
+    return model
 
 
 def _local(source: str) -> Path:

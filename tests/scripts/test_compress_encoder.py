@@ -249,9 +249,10 @@ def test_onnx_without_its_packages_is_one_sentence(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ):
-    monkeypatch.setattr("hf_lowrank.cli.onnx_export.importlib.util.find_spec", lambda name: None)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     done = compress_encoder(*files.arguments(output_dir=tmp_path / "output", onnx=True))
     assert done.error == (
-        "onnx files need onnx, onnxscript, onnxruntime: pip install 'hf-lowrank[embeddings]'."
+        "onnx files need onnx, onnxscript, onnxruntime: pip install 'hf-lowrank[onnx]', as "
+        "docs/serving.md says."
     )
     assert not (tmp_path / "output").exists()

@@ -254,7 +254,7 @@ class BlockAnalyst:
             try:
                 find_feed_forwards(model, layers)
             except TargetError:  # others have some
-                config = config.replace(channels=False)
+                config = config.replace(channels=False, channels_only=None)
         options = dataclasses.replace(
             self.run.options, loss_function=loss, cache_dir=None, progress=False
         )

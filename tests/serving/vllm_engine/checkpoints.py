@@ -133,8 +133,11 @@ def write_checkpoint(folder: Path, name: str) -> None:
 
 
 def write_expected(folder: Path) -> None:
-    model = load(folder, dtype=torch.float32)
-    (folder / EXPECTED).write_text(json.dumps(expected(model)))
+    (folder / EXPECTED).write_text(as_json(load(folder, dtype=torch.float32)))
+
+
+def as_json(model: Any) -> str:
+    return json.dumps(expected(model))
 
 
 @torch.no_grad()
