@@ -60,6 +60,7 @@ def format_scores(report: TaskReport) -> str:
     rows = [["", *report.dense_metrics]]
     for name, found in (
         ("dense_metrics", report.dense_metrics),
+        ("pruned_metrics", report.pruned_metrics),
         ("uncured_metrics", report.uncured_metrics),
         ("metrics", report.metrics),
     ):
@@ -68,4 +69,5 @@ def format_scores(report: TaskReport) -> str:
     loss = [format_loss(report.development_loss)] if report.development_loss else []
     kept = report.parameters
     last = f"kept {kept.targeted_kept:,} targeted parameters ({kept.targeted_share:.2%})"
-    return "\n".join([align(rows), *loss, last])
+    refusal = [report.refusal] if report.refusal else []
+    return "\n".join([align(rows), *loss, last, *refusal])
