@@ -57,7 +57,7 @@ def teacher_of(task: Task, args: TaskArguments) -> nn.Module | None:
 def training_length(args: TaskArguments, part: float = 1.0) -> dict[str, float]:
     """How long a part of the training with or after a cut is, as a field of `TrainingArguments`."""
     if args.steps:
-        return {"max_steps": round(part * args.steps)}
+        return {"max_steps": max(1, round(part * args.steps))}
     return {"num_train_epochs": part * args.epochs}
 
 

@@ -254,6 +254,16 @@ def test_lpaf_and_its_controls_have_equal_steps(place: Path, monkeypatch: pytest
         steps.clear()
 
 
+def test_a_part_of_the_training_has_its_share_of_the_steps_or_epochs():
+    args = GlueArguments(epochs=3, steps=0)
+    assert fine_tuning.training_length(args, 0.5) == {"num_train_epochs": 1.5}
+    args.steps = 1201
+    assert fine_tuning.training_length(args) == {"max_steps": 1201}
+    assert fine_tuning.training_length(args, 0.3) == {"max_steps": 360}
+    args.steps = 1  # none would leave Trainer its three epochs
+    assert fine_tuning.training_length(args, 0.3) == {"max_steps": 1}
+
+
 @pytest.mark.parametrize(("method", "metric"), [
     ("cuttlefish", "plain"), ("cuttlefish-kfac", "kfac"),
 ])  # fmt: skip
