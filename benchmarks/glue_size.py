@@ -16,7 +16,7 @@ from typing import Any
 from torch import nn
 
 from benchmarks.glue import GlueTableArguments
-from benchmarks.table import main_score, part_of, run_row
+from benchmarks.table import part_of, run_row
 from hf_lowrank.compression.analysis import analyze
 from hf_lowrank.compression.options import Run, RunOptions, Texts
 from hf_lowrank.config import option
@@ -30,6 +30,7 @@ from hf_lowrank.tasks.glue import GlueArguments, load_glue_task
 from hf_lowrank.tasks.methods import cut_config
 from hf_lowrank.tasks.task import Task
 from hf_lowrank.tasks.task_arguments import CUTS
+from hf_lowrank.tasks.task_report import main_score
 
 Probe = dict[str, Any]
 

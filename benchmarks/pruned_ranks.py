@@ -1,4 +1,4 @@
-"""Ranks of a task's weights, pruned in two ways to the same density (docs/methods.md, 4)."""
+"""Ranks of a task's weights, pruned in several ways to the same density (docs/methods.md, 4)."""
 
 from __future__ import annotations
 
@@ -20,7 +20,12 @@ from hf_lowrank.pruning.pruning_trainer import PruningTrainer
 from hf_lowrank.pruning.scores import CRITERIA
 from hf_lowrank.report.provenance import write_result
 from hf_lowrank.report.text.table import align
-from hf_lowrank.tasks.fine_tuning import dense_model, training_settings
+from hf_lowrank.tasks.fine_tuning import (
+    dense_model,
+    teacher_of,
+    training_length,
+    training_settings,
+)
 from hf_lowrank.tasks.glue import GlueArguments, load_glue_task
 from hf_lowrank.tasks.task import Task
 from hf_lowrank.tasks.task_arguments import TaskArguments
@@ -28,7 +33,7 @@ from hf_lowrank.tasks.task_arguments import TaskArguments
 
 @dataclass
 class PrunedRanksArguments(GlueArguments):
-    """Arguments of the comparison; the pruning takes `epochs` down to `final_density`."""
+    """Arguments of the comparison; `steps` or `epochs` of pruning end at `final_density`."""
 
     output: str = option("outputs/pruned-ranks.json", "JSON file with the ranks.")
     picture: str = option("outputs/pruned-ranks.svg", "SVG file with the spectra.")
@@ -51,20 +56,27 @@ def pruned_ranks(task: Task, args: TaskArguments) -> dict[str, dict[str, Any]]:
     """Ranks and spectra of the dense fine-tuned weights and of what each criterion leaves of them.
 
     Returns:
-        For "dense" and each criterion what `mean_ranks` gives, and the `metrics` of the model on
-        the development set.
+        For "dense" and each criterion what `mean_ranks` gives, and the model's `metrics` on the
+        development set and `held_out_metrics`, by which LPAF's gate judges.
     """
     model = dense_model(task, args)
-    scores = {"dense": task.score(model, task.validation)}
+    scores = {"dense": _scores(model, task)}
     found = {"dense": mean_ranks(target_weights(model))}
     pruned: dict[str, Mapping[str, torch.Tensor]] = {}
     for criterion in CRITERIA:
         model = dense_model(task, args)
         _prune_(model, task, args, criterion)
         pruned[criterion] = target_weights(model)
-        scores[criterion] = task.score(model, task.validation)
+        scores[criterion] = _scores(model, task)
     found |= compare_ranks(pruned)
-    return {way: {"metrics": scores[way], **result} for way, result in found.items()}
+    return {way: {**scores[way], **result} for way, result in found.items()}
+
+
+def _scores(model: nn.Module, task: Task) -> dict[str, Any]:
+    return {
+        "metrics": task.score(model, task.validation),
+        "held_out_metrics": task.score(model, task.held_out),
+    }
 
 
 def format_ranks(found: Mapping[str, Mapping[str, Any]]) -> str:
@@ -79,8 +91,9 @@ def format_ranks(found: Mapping[str, Mapping[str, Any]]) -> str:
 
 
 def _prune_(model: nn.Module, task: Task, args: TaskArguments, criterion: str) -> None:
+    teacher, length = teacher_of(task, args), training_length(args)
     with tempfile.TemporaryDirectory() as folder:
-        settings = training_settings(args, folder, args.epochs, args.learning_rate)
+        settings = training_settings(args, folder, length, args.learning_rate, teacher)
         trainer = PruningTrainer(
             model,
             PruningArguments(
@@ -88,6 +101,7 @@ def _prune_(model: nn.Module, task: Task, args: TaskArguments, criterion: str) -
                 final_density=args.final_density,
                 pruning_criterion=criterion,
             ),
+            teacher=teacher,
             train_dataset=task.train,
             data_collator=task.collator,
         )

@@ -18,7 +18,7 @@ def known_costs(report: TaskReport) -> dict[str, Any]:
         found["decompositions"] = report.joint.decompositions
     elif report.switch is not None:  # a profile takes the singular values of every target
         found["decompositions"] = (len(report.switch["profiles"]) + 1) * len(report.ranks)
-    elif report.method in {*CUTS, *LPAF_VARIANTS}:
+    elif report.method in {*CUTS, *LPAF_VARIANTS} and not report.refusal:
         found["decompositions"] = len(report.ranks)  # of each target once
     elif report.method == "dense":
         found["decompositions"] = 0

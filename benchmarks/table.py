@@ -25,7 +25,8 @@ from hf_lowrank.errors import ConfigError, LowRankError
 from hf_lowrank.report.provenance import write_result
 from hf_lowrank.tasks.fine_tuning import dense_model
 from hf_lowrank.tasks.task import Task
-from hf_lowrank.tasks.task_arguments import METHOD_NAMES, TaskArguments
+from hf_lowrank.tasks.task_arguments import LPAF_VARIANTS, METHOD_NAMES, TaskArguments
+from hf_lowrank.tasks.task_report import main_score
 from hf_lowrank.tasks.task_run import run_task
 
 Row = TypeVar("Row", bound=TaskArguments)
@@ -87,7 +88,7 @@ def fill_table(
         draw_ranks(drawn, Path(args.picture))
     if args.size_picture:
         drawn = [row for row in rows if row["method"] in {*grid.methods, "dense"}]
-        draw_sizes(drawn, Path(args.size_picture))
+        draw_sizes([row for row in drawn if "refusal" not in row], Path(args.size_picture))
 
 
 def part_of(args: Any, kind: type[Row]) -> Row:  # noqa: ANN401
@@ -162,7 +163,11 @@ def read_rows(folder: Path) -> list[dict[str, Any]]:
 
 
 def format_table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """A Markdown table: before -> after fine-tuning, in percent, mean and spread over the seeds."""
+    """A Markdown table: before -> after fine-tuning, in percent, mean and spread over the seeds.
+
+    LPAF's rows begin with the pruned model; where seeds were refused by its gate, that is all there
+    is of them, and their number is told.
+    """
     rows = [*_dense_rows(rows), *rows]
     columns = sorted(
         {(r["task"], r["param_ratio"]) for r in rows if r["param_ratio"] is not None},
@@ -196,7 +201,7 @@ def format_shares(rows: Sequence[Mapping[str, Any]]) -> str:
     """
     groups: dict[tuple[Any, ...], list[Mapping[str, Any]]] = {}
     for row in rows:
-        if row["param_ratio"] is not None and "dense_metrics" in row:
+        if row["param_ratio"] is not None and "dense_metrics" in row and "refusal" not in row:
             key = (row["task"], row["param_ratio"], row["method"])
             groups.setdefault(key, []).append(row)
     lines = []
@@ -228,20 +233,16 @@ def _dense_rows(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _cell(rows: Sequence[Mapping[str, Any]]) -> str:
-    if not rows:
-        return ""
+    kept = [row for row in rows if "refusal" not in row]
     parts = []
-    for name in ("uncured_metrics", "metrics"):
-        scores = [100 * main_score(row[name]) for row in rows if name in row]
+    for name, of in (("pruned_metrics", rows), ("uncured_metrics", kept), ("metrics", kept)):
+        scores = [100 * main_score(row[name]) for row in of if name in row]
         if scores:
             spread = f" ± {statistics.stdev(scores):.1f}" if len(scores) > 1 else ""
             parts.append(f"{statistics.fmean(scores):.1f}{spread}")
+    if refused := len(rows) - len(kept):
+        parts.append(f"{refused} of {len(rows)} refused")
     return " → ".join(parts)
-
-
-def main_score(scores: Mapping[str, float]) -> float:
-    """The task's main metric, which comes first."""
-    return next(iter(scores.values()))
 
 
 def _path(row: TaskArguments, folder: Path) -> Path:
@@ -253,8 +254,10 @@ def _is_done(row: TaskArguments, folder: Path) -> bool:
     path = _path(row, folder)
     if not path.is_file():
         return False
-    # Rows from before there was a choice hold two factors.
-    found = {"form": "factors"} | json.loads(path.read_text("utf-8"))["arguments"]
+    # Rows from before there was a choice hold two factors and had no teacher and no gate.
+    older = {"form": "factors", "steps": 0, "distillation_weight": 0.0}
+    older |= {"gate": 0.0} if row.method in LPAF_VARIANTS else {}
+    found = older | json.loads(path.read_text("utf-8"))["arguments"]
     for name, value in vars(row).items():
         if name not in _FREE and name in found and found[name] != value:
             raise ConfigError(
@@ -301,4 +304,6 @@ def _run_and_tell(row: Row, load_task: Callable[[Row], Task], folder: Path) -> s
         report = run_row(row, load_task, folder)
     except LowRankError as error:
         return f"{name}: failed: {error}"
-    return f"{name}: {main_score(report['metrics']):.4f} in {sum(report['seconds'].values()):.0f} s"
+    refusal = f"; {report['refusal']}" if "refusal" in report else ""
+    seconds = sum(report["seconds"].values())
+    return f"{name}: {main_score(report['metrics']):.4f} in {seconds:.0f} s{refusal}"

@@ -58,14 +58,10 @@ def task_command(
 def format_scores(report: TaskReport) -> str:
     """The run's figures as a table."""
     rows = [["", *report.dense_metrics]]
-    for name, found in (
-        ("dense_metrics", report.dense_metrics),
-        ("uncured_metrics", report.uncured_metrics),
-        ("metrics", report.metrics),
-    ):
-        if found is not None:
+    for name in ("dense_metrics", "pruned_metrics", "uncured_metrics", "metrics"):
+        if (found := getattr(report, name)) is not None:
             rows.append([name, *(f"{value:.4f}" for value in found.values())])
-    loss = [format_loss(report.development_loss)] if report.development_loss else []
+    loss = format_loss(report.development_loss) if report.development_loss else None
     kept = report.parameters
     last = f"kept {kept.targeted_kept:,} targeted parameters ({kept.targeted_share:.2%})"
-    return "\n".join([align(rows), *loss, last])
+    return "\n".join(line for line in (align(rows), loss, last, report.refusal) if line)

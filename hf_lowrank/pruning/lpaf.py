@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from torch import nn
+from transformers import TrainingArguments
 
 from hf_lowrank.compression.goals import check_goal
 from hf_lowrank.compression.options import Texts, read_texts
@@ -32,6 +33,7 @@ from hf_lowrank.pruning.pruning_trainer import PruningTrainer
 from hf_lowrank.pruning.stage_store import StageStore, digest_of, factorize_empty_
 from hf_lowrank.ranks.plan import RankPlan
 from hf_lowrank.training.best import BestWeights
+from hf_lowrank.training.distillation import check_teacher
 
 STAGES = ("pruned", "factorized", "fine_tuned")
 
@@ -45,11 +47,11 @@ class LpafSettings:
             leaves its sparsity-aware SVD out; "kfac" reads moments of the pruned model.
         prune: False leaves the first stage out: the given weights are factorized as they are.
         mixed_rank: False leaves the sparse matrices out of the last stage: plain fine-tuning.
-        pruning: Fields of `PruningArguments` for the first stage; `num_train_epochs` and
-            `learning_rate` among them.
+        pruning: Fields of `PruningArguments` for the first stage; `max_steps` or
+            `num_train_epochs`, and `learning_rate` among them.
         fine_tuning: Fields of `MixedRankArguments` for the last stage, likewise.
-            `num_train_epochs` 0 leaves the stage out.
-        training: Fields of `TrainingArguments` for both.
+            `num_train_epochs` 0 without `max_steps` leaves the stage out.
+        training: Fields of `DistillationArguments` for both.
     """
 
     compression: LowRankConfig = field(
@@ -82,7 +84,7 @@ def lpaf_(
     eval_dataset: Any = None,  # noqa: ANN401
     teacher: nn.Module | None = None,
     work_dir: str | Path | None = None,
-    on_stage: Callable[[str, nn.Module], None] | None = None,
+    on_stage: Callable[[str, nn.Module], bool | None] | None = None,
 ) -> dict[str, Any]:
     """Runs the three stages on a model, in place, and leaves it in eval mode.
 
@@ -101,13 +103,14 @@ def lpaf_(
         teacher: Dense fine-tuned model, where `distillation_weight` is set; another object than
             the model.
         work_dir: Where finished stages are kept.
-        on_stage: Called with a stage's name and the model after each stage, unless the whole run
-            was found finished: then only for the last.
+        on_stage: Called with a stage's name and the model after each stage. Where it returns
+            False after the pruning, that was too much: the model is left pruned, and dense.
 
     Returns:
         The report: `density` and `numerical_ranks` of the weights before the cut (`mean_ranks`;
-        its `layers` hold the numerical rank of each), `ranks`, `parameters`, `overheads` and
-        `seconds` by stage, `restored` stages.
+        its `layers` hold the numerical rank of each), `overheads` and `seconds` by stage,
+        `restored` stages; of a model that was factorized also `ranks`, `parameters`,
+        `compression` and `held_out_loss`.
 
     Raises:
         ConfigError, DataError, TargetError: Before anything is changed.
@@ -116,15 +119,14 @@ def lpaf_(
     texts = read_texts(model, None, calibration=calibration, held_out=held_out)
     run.check(texts, teacher)
     run.make_keys(train_dataset, texts, eval_dataset, teacher)
-    notify = on_stage or (lambda stage, model: None)
-    if not run.restore_all():
-        run.prune(train_dataset, collator)
-        notify(STAGES[0], model)
+    tell = on_stage or (lambda stage, model: None)
+    run.prune(train_dataset, collator, teacher)
+    if tell(STAGES[0], model) is not False:
         run.factorize(texts)
-        notify(STAGES[1], model)
+        tell(STAGES[1], model)
         run.fine_tune(train_dataset, collator, eval_dataset, teacher)
+        tell(STAGES[2], model.eval())
     model.eval()
-    notify(STAGES[2], model)
     return run.report()
 
 
@@ -155,35 +157,31 @@ class _Run:
         with tempfile.TemporaryDirectory() as folder:
             pruning = PruningArguments(**self._arguments(folder, settings.pruning))
             tuning = MixedRankArguments(**self._arguments(folder, settings.fine_tuning))
-        if settings.prune and pruning.num_train_epochs <= 0:
-            raise ConfigError("The pruning stage needs num_train_epochs > 0, or prune=False.")
-        if tuning.distillation_weight > 0 and (teacher is None or teacher is self.model):
-            raise ConfigError("distillation_weight needs a teacher that is not the model itself.")
+        if settings.prune and not _trains(pruning):
+            raise ConfigError("The pruning stage needs max_steps or num_train_epochs > 0.")
+        for arguments in (pruning, tuning):
+            check_teacher(self.model, arguments, teacher)
 
-    def make_keys(self, train: Any, texts: Texts, *tuning: Any) -> None:  # noqa: ANN401
+    def make_keys(
+        self,
+        train: Any,  # noqa: ANN401
+        texts: Texts,
+        tuning: Any,  # noqa: ANN401
+        teacher: nn.Module | None,
+    ) -> None:
         """Hashes of what each stage depends on; nothing is hashed where nothing is kept."""
         if self.store.folder is None:
             self.keys = dict.fromkeys(STAGES, "")
             return
         settings = self.settings
-        pruned = digest_of(self.model, train, settings.training, settings.prune, settings.pruning)
+        start = (self.model, train, teacher)
+        pruned = digest_of(*start, settings.training, settings.prune, settings.pruning)
         config = settings.compression.to_dict()
         factorized = digest_of(pruned, config, texts.calibration, texts.held_out)
-        tuned = digest_of(factorized, settings.mixed_rank, settings.fine_tuning, *tuning)
+        tuned = digest_of(factorized, settings.mixed_rank, settings.fine_tuning, tuning)
         self.keys = dict(zip(STAGES, (pruned, factorized, tuned), strict=True))
 
-    def restore_all(self) -> bool:
-        """Takes the whole run from the work folder, if it is there."""
-        found = {stage: self.store.read(stage, self.keys[stage]) for stage in STAGES}
-        if found[STAGES[2]] is None or found[STAGES[1]] is None:
-            return False
-        self.records = {stage: record or {} for stage, record in found.items()}
-        factorize_empty_(self.model, self._decided())
-        self.store.load_(STAGES[2], self.keys[STAGES[2]], self.model)
-        self.restored = list(STAGES)
-        return True
-
-    def prune(self, dataset: Any, collator: Any) -> None:  # noqa: ANN401
+    def prune(self, dataset: Any, collator: Any, teacher: nn.Module | None) -> None:  # noqa: ANN401
         """Stage 1: fine-tunes the dense model and prunes it."""
         if self._restore(STAGES[0]):
             return
@@ -194,6 +192,7 @@ class _Run:
                     self.model,
                     PruningArguments(**self._arguments(folder, self.settings.pruning)),
                     lowrank_config=self.settings.compression,
+                    teacher=teacher,
                     train_dataset=dataset,
                     data_collator=collator,
                 )
@@ -235,12 +234,14 @@ class _Run:
         teacher: nn.Module | None,
     ) -> None:
         """Stage 3: leads the model from the sparse matrices over to the factors."""
+        if self._restore(STAGES[2]):
+            return
         changes = {} if eval_dataset is None else {"eval_strategy": "epoch", "eval_on_start": True}
         start, overhead, best = time.perf_counter(), None, None
         with tempfile.TemporaryDirectory() as folder:
             values = self._arguments(folder, self.settings.fine_tuning) | changes
             arguments = MixedRankArguments(**values)
-            if arguments.num_train_epochs > 0:
+            if _trains(arguments):
                 trainer = MixedRankTrainer(
                     self.model,
                     arguments,
@@ -261,23 +262,29 @@ class _Run:
 
     def report(self) -> dict[str, Any]:
         """Everything that the stages recorded."""
-        pruned, factorized, tuned = (self.records[stage] for stage in STAGES)
-        plan = RankPlan(factorized["ranks"], self.shapes)
-        settings = self.settings
-        return {
+        records, settings = self.records, self.settings
+        pruned = records[STAGES[0]]
+        found = {
             "settings": asdict(settings) | {"compression": settings.compression.to_dict()},
             "density": pruned["numerical_ranks"]["density"],
             "numerical_ranks": pruned["numerical_ranks"],
+            "overheads": {"pruning": pruned["overhead"]},
+            "seconds": {stage: record["seconds"] for stage, record in records.items()},
+            "restored": self.restored,
+        }
+        if STAGES[2] not in records:
+            return found
+        factorized, tuned = (records[stage] for stage in STAGES[1:])
+        found["overheads"]["fine_tuning"] = tuned["overhead"]
+        plan = RankPlan(factorized["ranks"], self.shapes)
+        return found | {
             "ranks": factorized["ranks"],
             "parameters": {
                 "targeted_dense": plan.dense_parameters,
                 "targeted_kept": plan.kept_parameters,
             },
             "compression": {n: v for n, v in factorized.items() if n not in ("ranks", "seconds")},
-            "overheads": {"pruning": pruned["overhead"], "fine_tuning": tuned["overhead"]},
             "held_out_loss": tuned["held_out_loss"],
-            "seconds": {stage: self.records[stage]["seconds"] for stage in STAGES},
-            "restored": self.restored,
         }
 
     def _arguments(self, folder: str, stage: Mapping[str, Any]) -> dict[str, Any]:
@@ -308,3 +315,7 @@ class _Run:
     def _finish(self, stage: str, seconds: float, **record: Any) -> None:
         self.records[stage] = {"seconds": seconds, **record}
         self.store.write(stage, self.keys[stage], self.model, self.records[stage])
+
+
+def _trains(args: TrainingArguments) -> bool:
+    return args.max_steps > 0 or args.num_train_epochs > 0

@@ -3,8 +3,7 @@
 Between optimizer steps a parameter holds `W * mask`, so forward and backward passes, evaluation
 and checkpoints see the pruned weight and nothing else. For the optimizer step it holds the dense
 `W`, to which the gradient by the masked weight is applied as it is: straight through. The
-parameter changes hands by pointer, so a step costs one multiply-add for the scores and one
-product with the mask.
+parameter changes hands by pointer, so a step costs the scores and one product with the mask.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ import torch
 from torch import nn
 
 from hf_lowrank.errors import CheckpointError, TargetError
-from hf_lowrank.pruning.scores import add_movement_, choose_masks
+from hf_lowrank.pruning.scores import CRITERIA, choose_masks
 
 
 class MaskedWeights:
@@ -23,59 +22,43 @@ class MaskedWeights:
 
     Args:
         parameters: The weights by layer name, on the device that they train on.
-        criterion: "movement" or "magnitude".
-        scope: "layer" or "global".
+        criterion: A name in `CRITERIA`.
 
     Attributes:
         dense: The weights without mask.
         masks: Which weights survive.
-        scores: Movement scores, fp32; empty for magnitude.
-        step: Optimizer steps seen.
+        criterion: What tells which are to survive.
+        density: Share of the weights that the masks keep now.
     """
 
-    def __init__(self, parameters: Mapping[str, nn.Parameter], criterion: str, scope: str) -> None:
+    def __init__(self, parameters: Mapping[str, nn.Parameter], criterion: str) -> None:
         self.parameters = dict(parameters)
-        self.scope = scope
         self.dense = {name: p.detach().clone() for name, p in parameters.items()}
         self.masks = {n: torch.ones_like(w, dtype=torch.bool) for n, w in self.dense.items()}
-        self.scores: dict[str, torch.Tensor] = {}
-        if criterion == "movement":
-            self.scores = {n: torch.zeros_like(w, dtype=torch.float32) for n, w in
-                           self.dense.items()}  # fmt: skip
-        self.step = 0
+        self.criterion = CRITERIA[criterion](self.dense)
+        self.density = 1.0
         self._masked: dict[str, torch.Tensor] = {}
 
     @property
-    def density(self) -> float:
-        """Share of the weights that the masks keep now."""
-        kept = sum(int(mask.sum()) for mask in self.masks.values())
-        return kept / sum(mask.numel() for mask in self.masks.values())
-
-    @property
     def num_bytes(self) -> int:
-        """Memory that pruning adds to the training."""
-        return sum(
-            tensor.numel() * tensor.element_size()
-            for group in (self.dense, self.masks, self.scores)
-            for tensor in group.values()
-        )
+        """Memory that masks and scores add to the training, an optimizer's state not counted."""
+        return sum(tensor.numel() * tensor.element_size() for tensor in self.state().values())
 
     @torch.no_grad()
     def before_step(self) -> None:
-        """Adds the gradients to the scores and gives the optimizer the dense weights.
+        """Shows the gradients to the criterion and gives the optimizer the dense weights.
 
         Raises:
             TargetError: A weight is to be scored and has no gradient.
         """
-        for name, scores in self.scores.items():
-            gradient = self.parameters[name].grad
-            if gradient is None:
-                raise TargetError(
-                    f"{name}: its weight gets no gradient, so it has no movement; unfreeze it, "
-                    "exclude the layer, or prune by magnitude."
-                )
-            add_movement_(scores, gradient, self.dense[name])
         for name, parameter in self.parameters.items():
+            if self.criterion.reads_gradients:
+                if parameter.grad is None:
+                    raise TargetError(
+                        f"{name}: its weight gets no gradient to score it by; unfreeze it, exclude "
+                        "the layer, or prune by magnitude."
+                    )
+                self.criterion.add(name, self.dense[name], parameter.grad, self.density)
             self._masked[name] = parameter.data
             parameter.data = self.dense[name]
 
@@ -86,26 +69,28 @@ class MaskedWeights:
         Raises:
             NumericalError: A score is NaN or infinite.
         """
-        self.step += 1
+        self.dense = {name: parameter.data for name, parameter in self.parameters.items()}
         if density is not None:
-            scores = self.scores or {name: w.float().abs() for name, w in self.dense.items()}
-            self.masks = choose_masks(scores, density, self.scope)
+            self.masks = choose_masks(self.criterion.scores(self.dense), density)
+            self._count()
+            if self.criterion.restarts:
+                for name, mask in self.masks.items():
+                    self.dense[name] *= mask
         for name, parameter in self.parameters.items():
-            self.dense[name] = parameter.data
             masked = self._masked.pop(name)
             torch.mul(self.dense[name], self.masks[name], out=masked)
             parameter.data = masked
 
     def state(self) -> dict[str, torch.Tensor]:
         """All that a resumed run needs, as tensors by name."""
-        groups = {"dense": self.dense, "mask": self.masks, "scores": self.scores}
-        tensors = {
-            f"{name}/{part}": tensor
+        groups = {"dense": self.dense, "mask": self.masks, **self.criterion.state}
+        return {
+            f"{name}/{part}": tensor.detach()
             for part, group in groups.items()
             for name, tensor in group.items()
         }
-        return tensors | {"step": torch.tensor(self.step)}
 
+    @torch.no_grad()
     def load_state(self, tensors: Mapping[str, torch.Tensor]) -> None:
         """Takes up a state; the parameters hold the masked weights afterwards.
 
@@ -121,6 +106,10 @@ class MaskedWeights:
             )
         for name, tensor in own.items():
             tensor.copy_(tensors[name])
-        self.step = int(tensors["step"])
+        self._count()
         for name, parameter in self.parameters.items():
             torch.mul(self.dense[name], self.masks[name], out=parameter.data)
+
+    def _count(self) -> None:
+        kept = sum(int(mask.sum()) for mask in self.masks.values())
+        self.density = kept / sum(mask.numel() for mask in self.masks.values())

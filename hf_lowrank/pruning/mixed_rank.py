@@ -37,7 +37,8 @@ class MixedRankLinear(LowRankLinear):
         self.conv1d = factors.conv1d
         self.lowrank_A, self.lowrank_B = factors.lowrank_A, factors.lowrank_B
         self.lowrank_s = None
-        self.register_buffer("sparse", sparse, persistent=False)
+        device = factors.lowrank_A.weight.device
+        self.register_buffer("sparse", sparse.to(device), persistent=False)
         self.uses_sparse = False
         self.train(factors.training)
 

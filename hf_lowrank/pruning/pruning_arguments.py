@@ -1,15 +1,14 @@
-"""`PruningArguments` and `MixedRankArguments`: what both stages add to `TrainingArguments`."""
+"""`PruningArguments` and `MixedRankArguments`: what both stages add to `DistillationArguments`."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
 
-from transformers import TrainingArguments
-
 from hf_lowrank.config import option
 from hf_lowrank.errors import ConfigError
-from hf_lowrank.pruning.scores import CRITERIA, SCOPES
+from hf_lowrank.pruning.scores import CRITERIA
+from hf_lowrank.training.distillation import DistillationArguments
 
 
 def check_share(name: str, value: float, *, least: float = 0.0, open_end: bool = False) -> None:
@@ -25,7 +24,7 @@ def check_share(name: str, value: float, *, least: float = 0.0, open_end: bool =
 
 
 @dataclass
-class PruningArguments(TrainingArguments):
+class PruningArguments(DistillationArguments):
     """Training arguments of `PruningTrainer`.
 
     Raises:
@@ -34,20 +33,17 @@ class PruningArguments(TrainingArguments):
 
     final_density: float = option(0.25, "v_f: share of the targeted weights that survives.")
     pruning_criterion: str = option(
-        "movement",
-        "Which weights survive: movement (first order, minus the sum of gradient times weight) or "
-        "magnitude (zero order).",
+        "sensitivity",
+        "Which weights survive: sensitivity (mean of |w g| times its deviation), movement (trained "
+        "scores) or magnitude.",
     )
-    pruning_scope: str = option(
-        "layer", "Whether the share holds in each layer, or over all layers together: global."
-    )
-    pruning_warmup: float = option(0.1, "Share of the steps at the start without pruning.")
+    pruning_warmup: float = option(0.06, "Share of the steps at the start without pruning.")
     pruning_cooldown: float = option(0.3, "Share of the steps at the end at final_density.")
     mask_interval: int = option(10, "Optimizer steps between two choices of the survivors.")
 
     def __post_init__(self) -> None:
         """Checks the added fields and refuses what can't work."""
-        super().__post_init__()  # type: ignore[no-untyped-call]
+        super().__post_init__()
         check_share("final_density", self.final_density)
         check_share("pruning_warmup", self.pruning_warmup, open_end=True)
         check_share("pruning_cooldown", self.pruning_cooldown, open_end=True)
@@ -56,11 +52,11 @@ class PruningArguments(TrainingArguments):
                 f"pruning_warmup {self.pruning_warmup} and pruning_cooldown "
                 f"{self.pruning_cooldown} leave no steps to prune in; lower one."
             )
-        for name, allowed in (("pruning_criterion", CRITERIA), ("pruning_scope", SCOPES)):
-            if getattr(self, name) not in allowed:
-                raise ConfigError(
-                    f"{name} must be one of {', '.join(allowed)}; got {getattr(self, name)!r}."
-                )
+        if self.pruning_criterion not in CRITERIA:
+            raise ConfigError(
+                f"pruning_criterion must be one of {', '.join(CRITERIA)}; got "
+                f"{self.pruning_criterion!r}."
+            )
         if self.mask_interval < 1:
             raise ConfigError(f"mask_interval must be >= 1, got {self.mask_interval}.")
         if self.load_best_model_at_end:
@@ -75,7 +71,7 @@ class PruningArguments(TrainingArguments):
 
 
 @dataclass
-class MixedRankArguments(TrainingArguments):
+class MixedRankArguments(DistillationArguments):
     """Training arguments of `MixedRankTrainer`.
 
     Raises:
@@ -89,22 +85,15 @@ class MixedRankArguments(TrainingArguments):
     consistency_weight: float = option(
         1.0, "Weight of the divergence between two passes with independent choices."
     )
-    distillation_weight: float = option(
-        0.0, "w: the task loss counts 1 - w, the divergence from a dense teacher w."
-    )
 
     def __post_init__(self) -> None:
         """Checks the added fields and refuses what can't work."""
-        super().__post_init__()  # type: ignore[no-untyped-call]
+        super().__post_init__()
         check_share("sparse_probability", self.sparse_probability, open_end=True)
         check_share("mixed_share", self.mixed_share)
         if not 0 <= self.consistency_weight < math.inf:
             raise ConfigError(
                 f"consistency_weight must be a number >= 0, got {self.consistency_weight}."
-            )
-        if not 0 <= self.distillation_weight <= 1:
-            raise ConfigError(
-                f"distillation_weight must lie in [0, 1], got {self.distillation_weight}."
             )
         if self.gradient_checkpointing:
             raise ConfigError(

@@ -6,6 +6,7 @@ import time
 from pathlib import Path
 from typing import Any, cast
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -18,25 +19,27 @@ from hf_lowrank.modeling.qualification import qualified
 from hf_lowrank.pruning.masked import MaskedWeights
 from hf_lowrank.pruning.pruning_arguments import PruningArguments
 from hf_lowrank.pruning.schedule import density_at
-from hf_lowrank.training.base import CheckedTrainer
+from hf_lowrank.pruning.scores import SCORE_RATE, Movement
+from hf_lowrank.training.distillation import DistillingTrainer
 
 STATE_FILE = "pruning_state.safetensors"
 
 
-class PruningTrainer(CheckedTrainer):
+class PruningTrainer(DistillingTrainer):
     """Prunes the target layers while the model trains, down to `final_density`.
 
-    Every `mask_interval` optimizer steps the survivors are chosen anew, by scores that the
-    gradients of every step have entered; a dropped weight keeps training and may come back.
-    Gradients enter as the optimizer sees them: averaged over accumulated batches, and clipped.
-    The model always computes with the masked weights, and ends with them. Everything else is
-    `Trainer`; a checkpoint also holds the dense weights, scores and masks.
+    Every `mask_interval` optimizer steps the survivors are chosen anew, by one threshold over all
+    layers and scores that the gradients of every step have entered; a dropped weight keeps
+    training and may come back. Gradients enter as the optimizer sees them: averaged over
+    accumulated batches, and clipped. The model always computes with the masked weights, and ends
+    with them. Everything else is `DistillingTrainer`; a checkpoint also holds the dense weights,
+    scores and masks.
 
     Args:
         model: Dense transformers model; changed in place.
         args: See `PruningArguments`.
         lowrank_config: Which layers; by default all linear layers inside the transformer blocks.
-        **kwargs: As for `Trainer`.
+        **kwargs: As for `DistillingTrainer`.
 
     Attributes:
         weights: Masks and scores; see `MaskedWeights`.
@@ -60,11 +63,20 @@ class PruningTrainer(CheckedTrainer):
         if not isinstance(args, PruningArguments):
             raise ConfigError(f"PruningTrainer needs PruningArguments, got {type(args).__name__}.")
         targets = qualified(model, lowrank_config or LowRankConfig()).targets
-        super().__init__(model, args=args, **kwargs)
+        super().__init__(model, args, **kwargs)
         parameters = {name: cast(nn.Parameter, layer.weight) for name, layer in targets.items()}
-        self.weights = MaskedWeights(parameters, args.pruning_criterion, args.pruning_scope)
+        self.weights = MaskedWeights(parameters, args.pruning_criterion)
         self.seconds = 0.0
         self.add_callback(_PruningCallback(self))
+
+    def create_optimizer(self, *args: Any) -> torch.optim.Optimizer:
+        """Trainer's, with the scores of movement pruning at a rate of their own."""
+        is_new = self.optimizer is None
+        optimizer: torch.optim.Optimizer = super().create_optimizer(*args)
+        if is_new and isinstance(self.weights.criterion, Movement):
+            scores = list(self.weights.criterion.state["scores"].values())
+            optimizer.add_param_group({"params": scores, "lr": SCORE_RATE, "weight_decay": 0.0})
+        return optimizer
 
     def before_optimizer_step(self) -> None:
         """Adds the gradients to the scores and hands the dense weights to the optimizer."""
@@ -90,7 +102,7 @@ class PruningTrainer(CheckedTrainer):
         return {"bytes": self.weights.num_bytes, "seconds": self.seconds}
 
     def _due_density(self, step: int) -> float | None:
-        """The density that a new choice of survivors must have now, None where none is due."""
+        """The density for a new choice of survivors, None where none is due."""
         args = self.args
         density, before = (
             density_at(
@@ -103,8 +115,7 @@ class PruningTrainer(CheckedTrainer):
             for at in (step, step - 1)
         )
         arrives = density <= args.final_density < before
-        is_due = density < 1 and (step % args.mask_interval == 0 or arrives)
-        return density if is_due else None
+        return density if step % args.mask_interval == 0 or arrives else None
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Writes the model, and into a checkpoint the state of the pruning as well."""

@@ -6,18 +6,19 @@ import hashlib
 import json
 import sys
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import Trainer, TrainingArguments
 
 from hf_lowrank.files import atomic_folder
 from hf_lowrank.tasks.models import attention
 from hf_lowrank.tasks.task import Task
 from hf_lowrank.tasks.task_arguments import TaskArguments
 from hf_lowrank.training.best import BestWeights
+from hf_lowrank.training.distillation import DistillationArguments, DistillingTrainer
 
 # Beside the dense models in the cache folder: spectra, from which other sizes are cut.
 SPECTRA_FOLDER = "spectra"
@@ -35,7 +36,8 @@ def dense_model(task: Task, args: TaskArguments) -> nn.Module:
     folder = Path(args.cache_dir) / hashlib.blake2b(key.encode(), digest_size=8).hexdigest()
     if not folder.is_dir():
         model = task.new_model()
-        fine_tune(model, task, args, args.dense_epochs, args.dense_learning_rate)
+        length = {"num_train_epochs": args.dense_epochs}
+        fine_tune(model, task, args, length, args.dense_learning_rate)
         with atomic_folder(folder) as temporary:
             model.save_pretrained(temporary)  # type: ignore[operator]
             task.tokenizer.save_pretrained(temporary)
@@ -47,18 +49,35 @@ def dense_model(task: Task, args: TaskArguments) -> nn.Module:
     return dense
 
 
+def teacher_of(task: Task, args: TaskArguments) -> nn.Module | None:
+    """What a run is distilled from: the dense fine-tuned model, None without distillation."""
+    return dense_model(task, args) if args.distillation_weight > 0 else None
+
+
+def training_length(args: TaskArguments, part: float = 1.0) -> dict[str, float]:
+    """How long a part of the training with or after a cut is, as a field of `TrainingArguments`."""
+    if args.steps:
+        return {"max_steps": max(1, round(part * args.steps))}
+    return {"num_train_epochs": part * args.epochs}
+
+
 def fine_tune(
-    model: nn.Module, task: Task, args: TaskArguments, epochs: float, learning_rate: float
+    model: nn.Module,
+    task: Task,
+    args: TaskArguments,
+    length: Mapping[str, float],
+    learning_rate: float,
+    teacher: nn.Module | None = None,
 ) -> None:
     """Trains in place and keeps the best epoch by the held-out loss, the start included."""
-    if epochs <= 0:
+    if not any(length.values()):
         return
     with tempfile.TemporaryDirectory() as folder:
-        trainer = Trainer(
-            model=model,
-            args=TrainingArguments(
-                **training_settings(args, folder, epochs, learning_rate), eval_on_start=True
-            ),
+        settings = training_settings(args, folder, length, learning_rate, teacher)
+        trainer = DistillingTrainer(
+            model,
+            DistillationArguments(**settings, eval_on_start=True),
+            teacher=teacher,
             train_dataset=task.train,
             eval_dataset=task.held_out,
             data_collator=task.collator,
@@ -70,12 +89,21 @@ def fine_tune(
 
 
 def training_settings(
-    args: TaskArguments, folder: str, epochs: float, learning_rate: float
+    args: TaskArguments,
+    folder: str,
+    length: Mapping[str, float],
+    learning_rate: float,
+    teacher: nn.Module | None = None,
 ) -> dict[str, Any]:
-    """Fields of `TrainingArguments` that all methods share, so that rows can be compared."""
+    """Training arguments that all methods share, so that rows can be compared.
+
+    They are of `DistillationArguments` with a teacher, of `TrainingArguments` without.
+    """
+    distillation = {"distillation_weight": args.distillation_weight} if teacher else {}
     return {
+        **length,
+        **distillation,
         "output_dir": folder,
-        "num_train_epochs": epochs,
         "learning_rate": learning_rate,
         "lr_scheduler_type": "linear",
         "warmup_steps": 0.06,

@@ -13,7 +13,7 @@ from typing import Any
 from accelerate.utils import extract_model_from_parallel
 from datasets import Dataset
 from torch import nn
-from transformers import Trainer, TrainingArguments
+from transformers import set_seed
 
 from hf_lowrank.compression.joint.system import compress_jointly
 from hf_lowrank.compression.verbs import compress
@@ -22,7 +22,13 @@ from hf_lowrank.pruning.lpaf import STAGES, LpafSettings, lpaf_
 from hf_lowrank.pruning.pruned_ranks import mean_ranks, target_weights
 from hf_lowrank.report.schema import Report
 from hf_lowrank.report.sections import Settings
-from hf_lowrank.tasks.fine_tuning import SPECTRA_FOLDER, fine_tune, training_settings
+from hf_lowrank.tasks.fine_tuning import (
+    SPECTRA_FOLDER,
+    fine_tune,
+    teacher_of,
+    training_length,
+    training_settings,
+)
 from hf_lowrank.tasks.task import Task
 from hf_lowrank.tasks.task_arguments import (
     CUTS,
@@ -32,7 +38,9 @@ from hf_lowrank.tasks.task_arguments import (
     SELECTION_RULES,
     TaskArguments,
 )
+from hf_lowrank.tasks.task_report import main_score
 from hf_lowrank.training.best import BestWeights
+from hf_lowrank.training.distillation import DistillationArguments, DistillingTrainer
 from hf_lowrank.training.switch import FullRankSwitch
 from hf_lowrank.training.trainer import LowRankTrainer
 from hf_lowrank.training.training_arguments import LowRankTrainingArguments
@@ -44,18 +52,18 @@ Method = Callable[[nn.Module, Task, TaskArguments], dict[str, Any]]
 
 def train_on(model: nn.Module, task: Task, args: TaskArguments) -> dict[str, Any]:
     """No compression, as many epochs as the other methods have: the row to compare with."""
-    return _then_fine_tune(model, task, args, args.epochs)
+    return _then_fine_tune(model, task, args)
 
 
 def cut_then_train(
     model: nn.Module, task: Task, args: TaskArguments, *, metric: str, channels: bool = False
 ) -> dict[str, Any]:
     """One cut in a metric, with the metric's default rule; then fine-tuning of what is left."""
-    return _cut_then_fine_tune(model, task, args, cut_config(args, metric, channels), args.epochs)
+    return _cut_then_fine_tune(model, task, args, cut_config(args, metric, channels))
 
 
 def _cut_then_fine_tune(
-    model: nn.Module, task: Task, args: TaskArguments, config: LowRankConfig, epochs: float
+    model: nn.Module, task: Task, args: TaskArguments, config: LowRankConfig, part: float = 1.0
 ) -> dict[str, Any]:
     start = time.perf_counter()
     found = compress(
@@ -68,7 +76,7 @@ def _cut_then_fine_tune(
         progress=sys.stderr.isatty(),
     )
     seconds = {"compress": time.perf_counter() - start}
-    report = _then_fine_tune(model, task, args, epochs)
+    report = _then_fine_tune(model, task, args, part)
     return _cut_fields(found) | report | {"seconds": seconds | report["seconds"]}
 
 
@@ -89,7 +97,7 @@ def cut_jointly_then_train(model: nn.Module, task: Task, args: TaskArguments) ->
         progress=sys.stderr.isatty(),
     )
     seconds = {"compress": time.perf_counter() - start}
-    report = _then_fine_tune(model, task, args, args.epochs) | {"joint": found.joint}
+    report = _then_fine_tune(model, task, args) | {"joint": found.joint}
     return _cut_fields(found) | report | {"seconds": seconds | report["seconds"]}
 
 
@@ -116,7 +124,7 @@ def cut_while_training(
         trainer = LowRankTrainer(
             model,
             LowRankTrainingArguments(
-                **training_settings(args, folder, args.epochs, args.learning_rate),
+                **training_settings(args, folder, training_length(args), args.learning_rate),
                 selection_rule=rule,
                 selection_steps=max(1, steps_per_epoch // args.selections_per_epoch),
                 selection_samples=args.selection_samples,
@@ -157,11 +165,14 @@ def settle_cut_train(
 
     start = time.perf_counter()
     switch = FullRankSwitch(stable_ranks, args.selections_per_epoch, args.full_rank_share)
+    teacher = teacher_of(task, args)
     with tempfile.TemporaryDirectory() as folder:
-        settings = training_settings(args, folder, args.epochs, args.learning_rate)
-        trainer = Trainer(
-            model=model,
-            args=TrainingArguments(**settings | {"eval_strategy": "no"}),
+        length = training_length(args)
+        settings = training_settings(args, folder, length, args.learning_rate, teacher)
+        trainer = DistillingTrainer(
+            model,
+            DistillationArguments(**settings | {"eval_strategy": "no"}),
+            teacher=teacher,
             train_dataset=task.train,
             data_collator=task.collator,
             callbacks=[switch],
@@ -170,11 +181,10 @@ def settle_cut_train(
     # Trainer leaves its autocast on the model; moments are measured without.
     extract_model_from_parallel(model, keep_fp32_wrapper=False)
     seconds = {"full_rank": time.perf_counter() - start}
-    # Half a step short: Trainer rounds up, and rounding errors must not add a step to the epochs.
-    left = trainer.state.max_steps - trainer.state.global_step - 0.5
-    epochs = args.epochs * left / trainer.state.max_steps
+    # A bit short: Trainer rounds epochs up, and rounding errors must not add a step to them.
+    left = trainer.state.max_steps - trainer.state.global_step - 0.25
     config = cut_config(args, metric).replace(rule="stable-rank")
-    report = _cut_then_fine_tune(model, task, args, config, epochs)
+    report = _cut_then_fine_tune(model, task, args, config, left / trainer.state.max_steps)
     return report | {"switch": switch.summary(), "seconds": seconds | report["seconds"]}
 
 
@@ -184,48 +194,67 @@ def prune_cut_train(
     args: TaskArguments,
     *,
     metric: str = "sparsity",
-    criterion: str = "movement",
+    criterion: str = "sensitivity",
+    prune: bool = True,
     mixed_rank: bool = True,
 ) -> dict[str, Any]:
-    """LPAF (docs/methods.md, 4): the epochs are split between pruning and mixed-rank tuning."""
-    pruning = args.epochs * args.pruning_share
-    uncured: dict[str, dict[str, float]] = {}
+    """LPAF (docs/methods.md, 4): the steps are split between pruning and mixed-rank tuning.
 
-    def on_stage(stage: str, model: nn.Module) -> None:
-        if stage == STAGES[1]:
-            uncured["uncured_metrics"] = task.score(model, task.validation)
-            uncured["uncured_held_out_metrics"] = task.score(model, task.held_out)
+    Without pruning the mixed-rank tuning has all of them. A pruned model that keeps less than
+    `args.gate` of the dense score on the held-out examples is not factorized but left as it is,
+    and the report's `refusal` says so.
+    """
+    teacher = teacher_of(task, args)
+    found: dict[str, Any] = {}
 
-    shared = training_settings(args, "", 0, args.learning_rate)
-    for name in ("output_dir", "num_train_epochs", "eval_strategy", "save_strategy"):
-        del shared[name]
+    def on_stage(stage: str, model: nn.Module) -> bool:
+        if stage == STAGES[2] or (stage == STAGES[0] and not prune):
+            return True
+        name = "pruned" if stage == STAGES[0] else "uncured"
+        found[f"{name}_metrics"] = task.score(model, task.validation)
+        held_out = found[f"{name}_held_out_metrics"] = task.score(model, task.held_out)
+        if stage == STAGES[0] and main_score(held_out) < args.gate * dense_score:
+            found["refusal"] = (
+                f"Not factorized: pruning left {main_score(held_out):.4f} of the dense "
+                f"{dense_score:.4f} on the held-out examples, less than {args.gate:.0%}. Give it "
+                "more steps or a higher final_density."
+            )
+        return "refusal" not in found
+
+    dense_score = main_score(task.score(model, task.held_out))
+    if args.pruning_start == "pre-trained":
+        set_seed(args.seed)  # of the fresh head
+        model.load_state_dict(task.new_model().state_dict())
     config = cut_config(args, metric)
-    found = lpaf_(
+    pruning = args.pruning_share if prune else 0.0
+    shared = training_settings(args, "", {}, args.learning_rate, teacher)
+    for name in ("output_dir", "eval_strategy", "save_strategy"):
+        del shared[name]
+    lpaf = lpaf_(
         model,
         task.train,
         task.collator,
         LpafSettings(
             compression=config,
+            prune=prune,
             mixed_rank=mixed_rank,
             pruning={
-                "num_train_epochs": pruning,
+                **training_length(args, pruning),
                 "final_density": args.final_density,
                 "pruning_criterion": criterion,
             },
-            fine_tuning={"num_train_epochs": args.epochs - pruning},
+            fine_tuning=training_length(args, 1 - pruning),
             training=shared,
         ),
         calibration=task.batches(task.train, args.batch_size, args.calibration_samples),
         held_out=task.batches(task.held_out, args.batch_size),
         eval_dataset=task.held_out,
+        teacher=teacher,
         work_dir=Path(args.cache_dir) / "lpaf",
         on_stage=on_stage,
     )
-    return {
-        "config": Settings.of(config),
-        "lpaf": found,
-        "seconds": dict(found["seconds"]),
-    } | uncured
+    report = {"config": Settings.of(config), "lpaf": lpaf}
+    return report | {"seconds": dict(lpaf["seconds"])} | found
 
 
 def cut_config(args: TaskArguments, metric: str, channels: bool = False) -> LowRankConfig:
@@ -243,12 +272,13 @@ def cut_config(args: TaskArguments, metric: str, channels: bool = False) -> LowR
 
 
 def _then_fine_tune(
-    model: nn.Module, task: Task, args: TaskArguments, epochs: float
+    model: nn.Module, task: Task, args: TaskArguments, part: float = 1.0
 ) -> dict[str, Any]:
     uncured = task.score(model, task.validation)
     uncured_held_out = task.score(model, task.held_out)
     start = time.perf_counter()
-    fine_tune(model, task, args, epochs, args.learning_rate)
+    length, teacher = training_length(args, part), teacher_of(task, args)
+    fine_tune(model, task, args, length, args.learning_rate, teacher)
     return {
         "uncured_metrics": uncured,
         "uncured_held_out_metrics": uncured_held_out,

@@ -25,22 +25,17 @@ CUTS: dict[str, dict[str, Any]] = {
 SELECTION_RULES = {"rank-selection": "relative", "rank-selection-price": "price"}
 # Trained at full rank until the stable ranks settle, then cut: the metric of each method.
 CUTTLEFISH_VARIANTS = {"cuttlefish": "plain", "cuttlefish-kfac": "kfac"}
-# Pruned first: LPAF, and what it has in place of one of its parts. Without pruning it is `svd`.
+# Pruned first: LPAF, and what it has in place of one of its parts.
 LPAF_VARIANTS: dict[str, dict[str, Any]] = {
     "lpaf": {},
+    "lpaf-no-pruning": {"prune": False},
     "lpaf-plain-svd": {"metric": "plain"},
     "lpaf-no-mixing": {"mixed_rank": False},
     "lpaf-kfac": {"metric": "kfac"},
+    "lpaf-movement": {"criterion": "movement"},
     "lpaf-magnitude": {"criterion": "magnitude"},
-    "lpaf-magnitude-plain-svd": {"criterion": "magnitude", "metric": "plain"},
-    "lpaf-magnitude-no-mixing": {"criterion": "magnitude", "mixed_rank": False},
-    "lpaf-magnitude-kfac": {"criterion": "magnitude", "metric": "kfac"},
-    "lpaf-magnitude-kfac-no-mixing": {
-        "criterion": "magnitude",
-        "metric": "kfac",
-        "mixed_rank": False,
-    },
 }
+PRUNING_STARTS = ("fine-tuned", "pre-trained")
 # Cut along the gradient, with ranks and factors that held-out examples accept.
 JOINT = "joint"
 METHOD_NAMES = ("dense", *CUTS, JOINT, *SELECTION_RULES, *CUTTLEFISH_VARIANTS, *LPAF_VARIANTS)
@@ -65,13 +60,28 @@ class TaskArguments:
     dense_epochs: float = option(3, "Epochs of the dense fine-tuning that all methods share.")
     dense_learning_rate: float = option(1e-4, "Its learning rate.")
     epochs: float = option(3, "Epochs of fine-tuning with or after the cut; 0 for none.")
+    steps: int = option(0, "Optimizer steps in place of epochs; 0: as many as the epochs have.")
     learning_rate: float = option(1e-4, "Its learning rate.")
+    distillation_weight: float = option(
+        0.0,
+        "Share of the loss that is the divergence from the dense fine-tuned model's predictions.",
+    )
     selections_per_epoch: int = option(
         2, "Rank selections in an epoch, where a method selects; profiles of Cuttlefish's ranks."
     )
     selection_samples: int = option(256, "Training examples that a selection is measured on.")
     final_density: float = option(0.25, "Share of the weights that survives LPAF's pruning.")
-    pruning_share: float = option(0.5, "Share of the epochs in which LPAF prunes.")
+    pruning_share: float = option(
+        0.5, "Share of the epochs or steps in which LPAF prunes; the others are of mixed rank."
+    )
+    pruning_start: str = option(
+        "fine-tuned", "Model that LPAF prunes: " + " or ".join(PRUNING_STARTS) + "."
+    )
+    gate: float = option(
+        0.95,
+        "Share of the dense score on held-out training examples that LPAF's pruned model must keep "
+        "to be factorized.",
+    )
     full_rank_share: float = option(
         0.5, "Largest share of the epochs that Cuttlefish trains at full rank."
     )
@@ -104,8 +114,17 @@ class TaskArguments:
             param_ratio=self.param_ratio, loss_tolerance=self.loss_tolerance, seed=self.seed
         )
         while_training = {*SELECTION_RULES, *CUTTLEFISH_VARIANTS, *LPAF_VARIANTS}
-        if self.method in while_training and self.epochs <= 0:
+        if self.method in while_training and self.epochs <= 0 and not self.steps:
             raise ConfigError(f"method {self.method} cuts while it trains; epochs must be > 0.")
+        if self.method in SELECTION_RULES and self.distillation_weight > 0:
+            raise ConfigError(
+                f"method {self.method} trains without a teacher; set distillation_weight to 0."
+            )
+        if self.pruning_start not in PRUNING_STARTS:
+            raise ConfigError(
+                f"pruning_start must be one of {', '.join(PRUNING_STARTS)}; got "
+                f"{self.pruning_start!r}."
+            )
         if self.method in SELECTION_RULES and self.loss_tolerance == 0:
             raise ConfigError(f"method {self.method} needs a loss_tolerance > 0.")
         if self.method in CUTTLEFISH_VARIANTS and self.param_ratio is None:
@@ -113,6 +132,11 @@ class TaskArguments:
         for name in ("pruning_share", "full_rank_share"):
             if not 0 < getattr(self, name) < 1:
                 raise ConfigError(f"{name} must lie in (0, 1), got {getattr(self, name)}.")
+        for name in ("distillation_weight", "gate"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ConfigError(f"{name} must lie in [0, 1], got {getattr(self, name)}.")
+        if self.steps < 0:
+            raise ConfigError(f"steps must be >= 0, got {self.steps}.")
         for name in ("batch_size", "max_length", "calibration_samples", "selections_per_epoch"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be >= 1, got {getattr(self, name)}.")

@@ -92,30 +92,42 @@ def _quality(report: TaskReport) -> list[list[str]]:
 def _made(report: TaskReport) -> str:
     """The steps of the run, a line each."""
     given = report.arguments
-    dense = _epochs(given, "dense_epochs", "dense_learning_rate")
+    dense = counted(given["dense_epochs"], "epoch")
     lines = [
-        f"Dense: fine-tuned on {report.data.train_examples:,} examples for {dense}, in batches "
-        f"of {given['batch_size']}."
+        f"Dense: fine-tuned on {report.data.train_examples:,} examples for {dense} (learning rate "
+        f"{given['dense_learning_rate']:g}), in batches of {given['batch_size']}."
     ]
+    trained, rate = _trained(given), f"(learning rate {given['learning_rate']:g})"
     again = (
-        f"for {_epochs(given, 'epochs', 'learning_rate')}; of the start and the epochs, the one "
-        "with the lowest held-out loss was kept."
+        f"for {trained} {rate}; of the start and the epochs, the one with the lowest held-out "
+        "loss was kept."
     )
-    if report.lpaf is not None:
+    if report.refusal:
+        lines += [
+            f"Then pruned to a density of {given['final_density']:g} in "
+            f"{given['pruning_share']:.0%} of {trained} {rate}.",
+            report.refusal,
+        ]
+    elif report.lpaf is not None:
         lines.append(
-            f"Then {_epochs(given, 'epochs', 'learning_rate')} of LPAF: weights pruned to a "
-            f"density of {given['final_density']:g}, cut, tuned. {describe_run(report)}"
+            f"Then {trained} {rate} of LPAF: weights pruned to a density of "
+            f"{given['final_density']:g}, cut, tuned. {describe_run(report)}"
         )
     elif report.switch is not None:
         lines += _switched(report, report.switch)
     elif report.training is not None:
         lines.append(describe_run(report))
     elif report.method == "dense":
-        lines.append(f"Then fine-tuned {again}" if given["epochs"] > 0 else "")
+        lines.append(f"Then fine-tuned {again}" if trained else "")
         lines.append(f"Seed {report.seed}.")
     else:
         lines.append(f"Then cut. {_cut(report)}")
-        lines.append(f"Then fine-tuned {again}" if given["epochs"] > 0 else "Not trained after it.")
+        lines.append(f"Then fine-tuned {again}" if trained else "Not trained after it.")
+    if given.get("distillation_weight"):
+        lines.append(
+            f"The dense model's predictions were {given['distillation_weight']:.0%} of the loss in "
+            "what came after it."
+        )
     return "\n".join(line for line in lines if line)
 
 
@@ -133,7 +145,8 @@ def _switched(report: TaskReport, switch: Mapping[str, Any]) -> list[str]:
         else f"{given['full_rank_share']:.0%} of the steps were done, the stable ranks not settled"
     )
     return [
-        f"Then {_epochs(given, 'epochs', 'learning_rate')} of Cuttlefish: trained at full rank up "
+        f"Then {_trained(given)} (learning rate {given['learning_rate']:g}) of Cuttlefish: trained "
+        "at full rank up "
         f"to epoch {switch['epoch']:.3g}, when {reason}; cut; the factors trained in what was left "
         "of the epochs. Of the cut model and the epochs after it, the one with the lowest held-out "
         "loss was kept.",
@@ -141,8 +154,11 @@ def _switched(report: TaskReport, switch: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def _epochs(given: Mapping[str, Any], epochs: str, learning_rate: str) -> str:
-    return f"{counted(given[epochs], 'epoch')} (learning rate {given[learning_rate]:g})"
+def _trained(given: Mapping[str, Any]) -> str | None:
+    """How long the training with or after the cut was, None where there was none."""
+    if given.get("steps"):
+        return counted(given["steps"], "step")
+    return counted(given["epochs"], "epoch") if given["epochs"] > 0 else None
 
 
 def _measured(report: TaskReport) -> str:
@@ -154,7 +170,7 @@ def _measured(report: TaskReport) -> str:
     ]
     if report.development_loss is not None:
         lines.append(f"{format_loss(report.development_loss)}.")
-    if report.uncured_metrics is not None and report.arguments["epochs"] > 0:
+    if report.uncured_metrics is not None and _trained(report.arguments):
         found = ", ".join(f"{name} {value:.4f}" for name, value in report.uncured_metrics.items())
         same = "the same, " if report.uncured_metrics == report.metrics else ""
         lines.append(f"Before the last fine-tuning: {same}{found}.")
@@ -175,9 +191,9 @@ def _limits(report: TaskReport) -> list[str]:
         "lower.",
         *COMMON_LIMITS[: 2 if is_factorized(report) else 1],
     ]
-    if report.arguments["epochs"] > 0:
+    if trained := _trained(report.arguments):
         lines.append(
-            f"The run had {counted(report.arguments['epochs'], 'epoch')} of training more than the "
-            "dense model beside it in the table, which can hide a loss or show a gain."
+            f"The run had {trained} of training more than the dense model beside it in the table, "
+            "which can hide a loss or show a gain."
         )
     return [*lines, *sentences(warnings(report))]

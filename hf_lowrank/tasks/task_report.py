@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
@@ -61,10 +62,12 @@ class TaskReport(Report):
         method: How the model was compressed, see `TaskArguments`.
         arguments: All arguments of the run.
         dense_metrics: Scores of the dense fine-tuned model on the development set.
+        pruned_metrics: The same of LPAF's pruned model, before it is factorized.
         uncured_metrics: The same of the compressed model before its fine-tuning, where there is
             such a moment.
         metrics: The same of the model that the run made.
         dense_held_out_metrics: Scores on the held-out part of the training set.
+        pruned_held_out_metrics: The same of LPAF's pruned model.
         uncured_held_out_metrics: The same of the compressed model before its fine-tuning.
         held_out_metrics: The same of the model that the run made.
         held_out_loss: Its mean loss there, nats per example.
@@ -73,6 +76,7 @@ class TaskReport(Report):
         switch: When full-rank training gave way to factors, see `FullRankSwitch.summary`; for
             Cuttlefish alone.
         lpaf: What LPAF's stages did.
+        refusal: Why the model was left pruned and dense; then `metrics` are the pruned model's.
         date: Day of the run.
     """
 
@@ -83,9 +87,11 @@ class TaskReport(Report):
     method: str = ""
     arguments: dict[str, Any] = field(default_factory=dict)
     dense_metrics: dict[str, float] = field(default_factory=dict)
+    pruned_metrics: dict[str, float] | None = None
     uncured_metrics: dict[str, float] | None = None
     metrics: dict[str, float] = field(default_factory=dict)
     dense_held_out_metrics: dict[str, float] = field(default_factory=dict)
+    pruned_held_out_metrics: dict[str, float] | None = None
     uncured_held_out_metrics: dict[str, float] | None = None
     held_out_metrics: dict[str, float] = field(default_factory=dict)
     held_out_loss: float | None = None
@@ -93,6 +99,7 @@ class TaskReport(Report):
     selections: list[dict[str, Any]] | None = None
     switch: dict[str, Any] | None = None
     lpaf: dict[str, Any] | None = None
+    refusal: str | None = None
     date: str = ""
 
     def to_dict(self) -> dict[str, object]:
@@ -101,6 +108,11 @@ class TaskReport(Report):
 
 
 _NOTHING: tuple[Any, ...] = (None, "", [], {})
+
+
+def main_score(scores: Mapping[str, float]) -> float:
+    """The task's main metric, which comes first."""
+    return next(iter(scores.values()))
 
 
 def load_report(path: Path) -> Report:

@@ -90,7 +90,8 @@ def expected(method: str, task: Any, report: dict[str, Any]) -> tuple[int, int]:
         gradients = train * (3 if method.endswith("price") else 1)
         return around + held_out + gradients, gradients
     if method == "lpaf":  # two steps of 8 while pruning; two of 8 twice through the model
-        return around + uncured + start_and_epoch + 3 * 16, 3 * 16
+        pruned = uncured + held_out  # and the dense score that it is held against
+        return around + pruned + uncured + start_and_epoch + 3 * 16, 3 * 16
     gradients = train * {"svd": 1, "kfac": 2, "joint": 3}[method]
     forwards = around + uncured + start_and_epoch + gradients
     if method == "joint":  # before and after; dense and each candidate
@@ -106,7 +107,7 @@ def expected(method: str, task: Any, report: dict[str, Any]) -> tuple[int, int]:
         ("kfac", TARGETS, {"bf16": True}),
         ("rank-selection", 2 * TARGETS, {}),
         ("rank-selection-price", 2 * TARGETS, {}),
-        ("lpaf", TARGETS, {}),
+        ("lpaf", TARGETS, {"gate": 0.0}),
         ("joint", None, {}),
     ],
 )
@@ -130,9 +131,9 @@ def test_a_run_is_counted_exactly(
 
 @pytest.mark.filterwarnings("ignore:.*pin_memory.*:UserWarning")
 def test_what_is_in_the_cache_costs_no_passes(place: Path, tmp_path: Path):
-    _, cold = run(place, tmp_path, "lpaf")
+    _, cold = run(place, tmp_path, "lpaf", gate=0.0)
     shutil.rmtree(tmp_path / "rows")
-    _, again = run(place, tmp_path, "lpaf")
+    _, again = run(place, tmp_path, "lpaf", gate=0.0)
     assert "dense" in again["seconds"]
     assert again["cost"]["restored"] == ["pruned", "factorized", "fine_tuned"]
     assert again["cost"]["backwards"] == 0 < cold["cost"]["backwards"]

@@ -51,6 +51,37 @@ def test_the_table_shows_mean_and_spread(tmp_path: Path):
     assert lines[3] == "| svd | 50.0 → 55.0 | 41.0 ± 1.4 → 72.0 ± 2.8 |"
 
 
+def lpaf_row(seed: int, pruned: float, **changes: Any) -> Any:
+    found = row("mrpc", "lpaf", 0.25, seed, 0.60, 0.78)
+    return found | {"pruned_metrics": {"accuracy": pruned}, **changes}
+
+
+def test_pruned_models_and_refused_rows_are_told_apart(tmp_path: Path):
+    refused = lpaf_row(1, 0.70, refusal="Not factorized", metrics={"accuracy": 0.70})
+    del refused["uncured_metrics"]
+    rows = [lpaf_row(0, 0.80), refused]
+    for number, found in enumerate(rows):
+        found["dense_metrics"] = {"accuracy": 0.8}
+        (tmp_path / f"{number}.json").write_text(json.dumps(found))
+    read = read_rows(tmp_path)
+    assert format_table(read).splitlines()[-1] == (
+        "| lpaf | 75.0 ± 7.1 → 60.0 → 78.0 → 1 of 2 refused |"
+    )
+    assert format_table(read[1:]).splitlines()[-1] == "| lpaf | 70.0 → 1 of 1 refused |"
+    assert format_shares(read) == "mrpc 0.25 lpaf: 97.5 % of dense"
+    assert format_shares(read[1:]) == ""
+
+
+def test_rows_of_lpaf_from_before_it_had_a_gate_are_not_taken_for_it(tmp_path: Path):
+    older = {"param_ratio": 0.25, "form": "factors"}
+    for method in ("lpaf", "svd"):
+        text = json.dumps({"arguments": older | {"method": method}})
+        (tmp_path / f"mrpc-{method}-0.25-seed0.json").write_text(text)
+    assert table._is_done(GlueArguments(method="svd", param_ratio=0.25, form="factors"), tmp_path)
+    with pytest.raises(ConfigError, match=r"was run with gate 0\.0, not 0\.95"):
+        table._is_done(GlueArguments(method="lpaf", param_ratio=0.25, form="factors"), tmp_path)
+
+
 def test_dense_scores_come_from_any_row_of_a_seed(tmp_path: Path):
     rows = [row("mrpc", "svd", 0.25, seed, 0.4, 0.7) for seed in (0, 1)]
     for number, found in enumerate(rows):

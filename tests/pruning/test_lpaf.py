@@ -1,5 +1,6 @@
 """The whole of LPAF: its three stages, each left out, killed between, and resumed."""
 
+import copy
 import dataclasses
 from pathlib import Path
 from typing import Any
@@ -57,6 +58,58 @@ def test_one_call_prunes_factorizes_and_fine_tunes(tmp_path: Path):
     assert len(report["numerical_ranks"]["layers"]) == 12
     model.save_pretrained(tmp_path)
     assert torch.equal(logits(hf_lowrank.load(tmp_path), INPUTS), logits(model, INPUTS))
+
+
+@pytest.mark.parametrize("work_dir", [None, "kept"])
+def test_a_model_that_is_refused_after_the_pruning_stays_pruned(
+    tmp_path: Path, work_dir: str | None
+):
+    told: list[str] = []
+
+    def refuse(stage: str, model: Any) -> bool:
+        told.append(stage)
+        return False
+
+    folder = tmp_path / work_dir if work_dir else None
+    for _ in range(2):
+        model, report = run(lpaf_settings(), on_stage=refuse, work_dir=folder)
+        assert not factorized_layers(model)
+        assert not model.training
+        assert report["density"] == pytest.approx(0.3, abs=1e-3)
+        assert set(report["seconds"]) == {"pruned"}
+        assert set(report["overheads"]) == {"pruning"}
+        assert not {"ranks", "parameters", "compression"} & set(report)
+    assert told == ["pruned", "pruned"]
+    assert report["restored"] == (["pruned"] if work_dir else [])
+
+
+def test_a_teacher_is_met_in_the_stages_that_give_it_a_weight():
+    def ends(pruning: float, fine_tuning: float) -> list[dict[str, torch.Tensor]]:
+        found = []
+        changes = {
+            name: {"distillation_weight": weight, "max_steps": 4, "final_density": 0.3}
+            for name, weight in (("pruning", pruning), ("fine_tuning", fine_tuning))
+        }
+        del changes["fine_tuning"]["final_density"]
+        run(
+            lpaf_settings(**changes), teacher=tiny_bert_classifier(seed=1),
+            on_stage=lambda stage, model: found.append(copy.deepcopy(model.state_dict())),
+        )  # fmt: skip
+        return [found[0], found[2]]
+
+    without, pruning, tuning = ends(0.0, 0.0), ends(1.0, 0.0), ends(0.0, 1.0)
+    for place, one, two, is_same in (
+        (0, without, pruning, False), (0, without, tuning, True), (1, without, tuning, False),
+    ):  # fmt: skip
+        equal = all(torch.equal(tensor, two[place][name]) for name, tensor in one[place].items())
+        assert equal == is_same
+
+
+def test_runs_with_another_teacher_share_no_stage(tmp_path: Path):
+    settings = lpaf_settings(training=COMMON | {"distillation_weight": 0.5, "max_steps": 2})
+    for seed in (1, 2):
+        _, report = run(settings, teacher=tiny_bert_classifier(seed=seed), work_dir=tmp_path)
+        assert report["restored"] == []
 
 
 @pytest.mark.parametrize(
@@ -142,7 +195,11 @@ def test_a_killed_run_goes_on_after_its_last_finished_stage(tmp_path: Path, kill
     model, report = run(lpaf_settings(), work_dir=tmp_path)
     assert report["restored"] == list(STAGES[: STAGES.index(killed_after) + 1])
     assert same(model, whole)
-    again, finished = run(lpaf_settings(), work_dir=tmp_path)
+    told: list[str] = []
+    again, finished = run(
+        lpaf_settings(), work_dir=tmp_path, on_stage=lambda stage, model: told.append(stage)
+    )
+    assert tuple(told) == STAGES
     assert finished["restored"] == list(STAGES)
     assert same(again, whole)
     assert finished["ranks"] == report["ranks"]
@@ -177,8 +234,13 @@ def test_what_would_fail_later_is_refused_at_once():
         (lpaf_settings("kfac"), DataError, "metric 'kfac' with goal param_ratio needs calibration"),
         (lpaf_settings("kfac", goal={"channels": True}), ConfigError, "takes no channels out"),
         (lpaf_settings(goal={"param_ratio": 0.001}), ConfigError, "param_ratio"),
-        (lpaf_settings(pruning={"num_train_epochs": 0}), ConfigError, "or prune=False"),
+        (
+            lpaf_settings(pruning={"num_train_epochs": 0}),
+            ConfigError,
+            r"needs max_steps or num_train_epochs > 0",
+        ),
         (lpaf_settings(fine_tuning={"distillation_weight": 0.5}), ConfigError, "needs a teacher"),
+        (lpaf_settings(pruning={"distillation_weight": 0.5}), ConfigError, "needs a teacher"),
         (dataclasses.replace(settings, pruning={"final_density": 2}), ConfigError, "final_density"),
     ]
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}

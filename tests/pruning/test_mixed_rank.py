@@ -2,7 +2,6 @@
 
 import weakref
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,10 +14,10 @@ from hf_lowrank.errors import ConfigError, TargetError
 from hf_lowrank.format.dense_linear import linear_weight
 from hf_lowrank.format.forms.factors import LowRankLinear
 from hf_lowrank.format.rebuild import factorized_layers
-from hf_lowrank.pruning.consistency import divergence
 from hf_lowrank.pruning.mixed_rank import draw_gates_, mix_, mixed_layers, unmix_
 from hf_lowrank.pruning.mixed_trainer import MixedRankTrainer
 from hf_lowrank.pruning.pruning_arguments import MixedRankArguments
+from hf_lowrank.training.divergence import divergence
 from tests.pruning import factorized, mixed_trainer
 from tests.tiny_models import (
     build,
@@ -94,67 +93,6 @@ def test_layers_that_do_not_fit_are_refused_before_any_edit():
     assert not mixed_layers(model)
 
 
-# The divergence
-
-
-def output(*values: Any, **others: Any) -> SimpleNamespace:
-    return SimpleNamespace(**({"logits": torch.tensor(values)} | others))
-
-
-def fake_model(**config: Any) -> nn.Module:
-    model = nn.Linear(1, 1)
-    model.config = SimpleNamespace(**config)
-    return model
-
-
-def test_classes_are_compared_by_kl_both_ways():
-    one, two = output([0.0, 1.0], [2.0, -1.0]), output([1.0, 1.0], [0.0, 0.5])
-    inputs = {"labels": torch.tensor([0, 1])}
-    p, q = one.logits.softmax(-1), two.logits.softmax(-1)
-    forth = (p * (p / q).log()).sum(-1).mean()
-    back = (q * (q / p).log()).sum(-1).mean()
-    model = fake_model()
-    torch.testing.assert_close(divergence(model, inputs, one, two), forth)
-    torch.testing.assert_close(divergence(model, inputs, one, two, symmetric=True),
-                               (forth + back) / 2)  # fmt: skip
-
-
-def test_numbers_are_compared_by_their_squared_difference():
-    inputs = {"labels": torch.tensor([0.5, 1.0])}
-    found = divergence(fake_model(), inputs, output([1.0], [2.0]), output([2.0], [5.0]))
-    assert float(found) == pytest.approx(5.0)
-
-
-def test_several_labels_are_compared_each_for_itself():
-    inputs = {"labels": torch.tensor([[0.0, 1.0]])}
-    p, q = torch.tensor([0.5, -1.0]).sigmoid(), torch.tensor([1.5, 2.0]).sigmoid()
-    wanted = (p * (p / q).log() + (1 - p) * ((1 - p) / (1 - q)).log()).mean()
-    found = divergence(fake_model(), inputs, output([0.5, -1.0]), output([1.5, 2.0]))
-    torch.testing.assert_close(found, wanted)
-
-
-def test_spans_are_the_mean_of_start_and_end():
-    start, end = torch.randn(2, 2, 5), torch.randn(2, 2, 5)
-    one, two = (SimpleNamespace(start_logits=start[i], end_logits=end[i]) for i in (0, 1))
-    parts = [
-        divergence(fake_model(), {}, output(logits=x[0]), output(logits=x[1])) for x in (start, end)
-    ]
-    torch.testing.assert_close(divergence(fake_model(), {}, one, two), sum(parts) / 2)
-
-
-def test_unlabelled_tokens_do_not_count():
-    one, two = torch.randn(2, 1, 4, 3)
-    inputs = {"labels": torch.tensor([[1, -100, 2, -100]])}
-    found = divergence(fake_model(), inputs, output(logits=one), output(logits=two))
-    wanted = divergence(fake_model(), {}, output(logits=one[0, ::2]), output(logits=two[0, ::2]))
-    torch.testing.assert_close(found, wanted)
-
-
-def test_outputs_without_logits_are_refused():
-    with pytest.raises(ConfigError, match="returns no logits"):
-        divergence(fake_model(), {}, SimpleNamespace(), SimpleNamespace())
-
-
 # The trainer
 
 
@@ -181,18 +119,29 @@ def test_the_loss_is_the_mean_of_both_passes_and_their_divergence(tmp_path: Path
     assert all(layer.lowrank_A.weight.grad is not None for layer in mixed_layers(model).values())
 
 
-def test_distillation_adds_the_divergence_from_the_teacher(tmp_path: Path):
-    model, _ = cut_bert()
+def test_the_teacher_is_met_by_both_passes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    model, sparse = cut_bert()
     teacher = tiny_bert_classifier(seed=1)
     trainer = mixed_trainer(
-        model, {}, sentence_rows(), tmp_path, teacher=teacher, distillation_weight=0.25
-    )
+        model, sparse, sentence_rows(), tmp_path, teacher=teacher, distillation_weight=0.25,
+        consistency_weight=0.0,
+    )  # fmt: skip
     trainer.state.max_steps = 10
+    calls, forward = [], teacher.forward
+    monkeypatch.setattr(teacher, "forward", lambda **x: calls.append(x) or forward(**x))
     inputs = batch()
+    torch.manual_seed(0)
     loss = trainer.compute_loss(model.train(), inputs)
-    student = model(**inputs)
-    apart = divergence(model, inputs, teacher(**inputs), student)
-    torch.testing.assert_close(loss, 0.75 * student.loss + 0.25 * apart)
+    assert len(calls) == 1
+    torch.manual_seed(0)
+    losses = []
+    for _ in range(2):
+        draw_gates_(mixed_layers(model), 0.5)
+        student = model(**inputs)
+        apart = divergence(model, inputs, forward(**inputs), student, temperature=2.0)
+        losses.append(0.75 * student.loss + 0.25 * apart)
+    assert losses[0] != losses[1]
+    torch.testing.assert_close(loss, sum(losses) / 2)
 
 
 def test_a_run_ends_low_rank_with_the_sparse_matrices_freed(tmp_path: Path):
@@ -281,7 +230,6 @@ def test_wrong_arguments_are_refused(tmp_path: Path):
         ({"sparse_probability": 1.0}, r"sparse_probability must lie in \[0, 1\), got 1.0"),
         ({"mixed_share": 0.0}, r"mixed_share must lie in \(0, 1\], got 0.0"),
         ({"consistency_weight": -1.0}, "consistency_weight must be a number >= 0, got -1.0"),
-        ({"distillation_weight": 2.0}, r"distillation_weight must lie in \[0, 1\], got 2.0"),
         ({CHECKPOINTING: True}, "repeats a forward pass"),
     ):
         with pytest.raises(ConfigError, match=text):
@@ -289,9 +237,7 @@ def test_wrong_arguments_are_refused(tmp_path: Path):
 
 
 def test_what_does_not_fit_together_is_refused(tmp_path: Path):
-    model, sparse = cut_bert()
-    with pytest.raises(ConfigError, match="distillation_weight needs a teacher"):
-        mixed_trainer(model, sparse, sentence_rows(), tmp_path, distillation_weight=0.5)
+    model, _ = cut_bert()
     with pytest.raises(ConfigError, match="needs MixedRankArguments, got LowRankTraining"):
         MixedRankTrainer(model, arguments(tmp_path))
     llama = tiny_llama()

@@ -8,7 +8,7 @@ import torch
 
 from hf_lowrank.errors import NumericalError
 from hf_lowrank.pruning.schedule import density_at, sparse_probability
-from hf_lowrank.pruning.scores import add_movement_, choose_masks
+from hf_lowrank.pruning.scores import Magnitude, Movement, Sensitivity, choose_masks
 
 
 def scores():
@@ -18,45 +18,66 @@ def scores():
     }
 
 
-def test_movement_is_minus_the_sum_of_gradient_times_weight():
-    total = torch.zeros(2, 2)
-    steps = [(torch.randn(2, 2), torch.randn(2, 2)) for _ in range(3)]
-    for gradient, weight in steps:
-        add_movement_(total, gradient, weight)
-    torch.testing.assert_close(total, -sum(g * w for g, w in steps))
+def steps(size: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Weights and gradients of that many steps."""
+    generator = torch.Generator().manual_seed(0)
+    return [tuple(torch.randn(2, 2, 3, generator=generator)) for _ in range(size)]
 
 
-def test_movement_of_half_precision_is_summed_in_fp32():
-    total = torch.zeros(1)
+def test_sensitivity_is_the_mean_of_a_window_times_its_usual_deviation():
+    found = Sensitivity({"a": torch.zeros(2, 3)})
+    mean = deviation = torch.zeros(2, 3)
+    for window in (steps(10), steps(4), steps(7)):  # of different lengths
+        for weight, gradient in window:
+            found.add("a", weight, gradient, 1.0)
+        importance = torch.stack([(w * g).abs() for w, g in window]).mean(dim=0)
+        mean = 0.85 * mean + 0.15 * importance
+        deviation = 0.95 * deviation + 0.05 * (importance - mean).abs()
+        torch.testing.assert_close(found.scores({})["a"], mean * deviation)
+    assert float((mean * deviation).min()) > 0
+
+
+def test_half_precision_is_scored_in_fp32():
+    one = torch.full((1,), 0.01, dtype=torch.bfloat16)
+    found = Sensitivity({"a": one})
     for _ in range(1000):
-        add_movement_(total, torch.tensor([-1.0]).bfloat16(), torch.tensor([0.5]).bfloat16())
-    assert float(total) == 500.0
+        found.add("a", one, one, 1.0)
+    exact = float(one.float() ** 2)
+    assert float(found.state["window"]["a"]) == pytest.approx(1000 * exact, rel=1e-4)
+    assert Magnitude({"a": one}).scores({"a": one})["a"].dtype == torch.float32
 
 
-def test_the_layer_scope_keeps_the_share_of_every_matrix():
-    masks = choose_masks(scores(), 0.5, "layer")
-    assert masks["a"].tolist() == [[True, False], [False, True]]
-    assert masks["b"].tolist() == [[True, True, True], [False, False, False]]
+def test_movement_descends_the_loss_by_its_scores_and_its_l1_term():
+    """The gradient of `loss(W * mask(S)) + 400 dropped mean sigma(S)`, straight through."""
+    (weight, gradient), (start, _) = steps(2)
+    found = Movement({"a": weight, "b": torch.zeros(4, 5)})
+    scores = found.state["scores"]["a"]
+    with torch.no_grad():
+        scores.copy_(start)
+    found.add("a", weight, gradient, 0.6)
+    mask = start.clone().requires_grad_()
+    loss = (gradient * weight * mask).sum() + 400 * 0.4 * mask.sigmoid().mean() / 2
+    torch.testing.assert_close(scores.grad, torch.autograd.grad(loss, mask)[0])
+    assert torch.equal(found.scores({})["a"], start)
 
 
-def test_the_global_scope_compares_over_the_matrices():
-    masks = choose_masks(scores(), 0.5, "global")
+def test_one_threshold_holds_for_all_matrices():
+    masks = choose_masks(scores(), 0.5)
     assert masks["a"].tolist() == [[True, False], [False, False]]
     assert masks["b"].tolist() == [[True, True, True], [True, False, False]]
 
 
-@pytest.mark.parametrize("scope", ["layer", "global"])
-def test_the_number_of_survivors_is_exact_among_equal_scores(scope):
+def test_the_number_of_survivors_is_exact_among_equal_scores():
     values = {"a": torch.zeros(10, 10), "b": torch.zeros(5, 20)}
     values["a"][3, 4] = 1.0
     for density in (0.01, 0.3, 0.77, 1.0):
-        masks = choose_masks(values, density, scope)
+        masks = choose_masks(values, density)
         assert masks["a"][3, 4]
         assert sum(int(mask.sum()) for mask in masks.values()) == round(200 * density)
 
 
 def test_one_weight_is_always_left():
-    assert choose_masks({"a": torch.randn(3, 3)}, 1e-6, "layer")["a"].sum() == 1
+    assert choose_masks({"a": torch.randn(3, 3)}, 1e-6)["a"].sum() == 1
 
 
 def test_scores_that_are_no_numbers_are_refused():
@@ -64,7 +85,7 @@ def test_scores_that_are_no_numbers_are_refused():
         values = scores()
         values["b"][0, 0] = bad
         with pytest.raises(NumericalError, match=r"^b: its pruning scores hold NaN or infinity\.$"):
-            choose_masks(values, 0.5, "layer")
+            choose_masks(values, 0.5)
 
 
 def test_the_density_falls_with_the_cube_between_warm_up_and_cool_down():

@@ -87,14 +87,16 @@ def test_ranks_of_pruned_weights(benchmark: InProcess, tmp_path: Path):
     result = json.loads((tmp_path / "ranks.json").read_text("utf-8"))
     assert result["arguments"]["final_density"] == 0.1
     ranks = result["ranks"]
-    assert list(ranks) == ["dense", "movement", "magnitude"]
-    assert [round(found["density"], 2) for found in ranks.values()] == [1.0, 0.1, 0.1]
+    ways = ["dense", "sensitivity", "movement", "magnitude"]
+    assert list(ranks) == ways
+    assert [round(found["density"], 2) for found in ranks.values()] == [1.0, 0.1, 0.1, 0.1]
     assert len(ranks["movement"]["layers"]) == 12
     assert ranks["movement"]["layers"] != ranks["magnitude"]["layers"]
     assert ranks["movement"]["matrix_rank"] < ranks["dense"]["matrix_rank"]
     assert all("accuracy" in found["metrics"] for found in ranks.values())
+    assert all("accuracy" in found["held_out_metrics"] for found in ranks.values())
     lines = done.out.splitlines()
-    assert [line.split()[0] for line in lines[-3:]] == ["dense", "movement", "magnitude"]
+    assert [line.split()[0] for line in lines[-4:]] == ways
     picture = (tmp_path / "ranks.svg").read_text("utf-8")
     assert all(f">{word}</text>" in picture for word in (*ranks, "query", "output"))
 

@@ -1,5 +1,6 @@
 """`scripts/run_glue.py` end to end: a tiny encoder, 24 made-up pairs, every kind of method."""
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -10,10 +11,11 @@ import torch
 from transformers import AutoModelForSequenceClassification, Trainer
 
 import hf_lowrank
+from hf_lowrank.cli.task_command import format_scores
 from hf_lowrank.format.rebuild import factorized_layers
 from hf_lowrank.pruning.pruned_ranks import mean_ranks, target_weights
 from hf_lowrank.report.card.card import model_card
-from hf_lowrank.tasks import fine_tuning
+from hf_lowrank.tasks import fine_tuning, methods
 from hf_lowrank.tasks.glue import GlueArguments, load_glue_task
 from hf_lowrank.tasks.methods import METHODS
 from hf_lowrank.tasks.task_arguments import METHOD_NAMES
@@ -90,8 +92,11 @@ def run(place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixt
         ("rank-selection-price", {"loss_tolerance": 0.05}),
         ("cuttlefish", {"param_ratio": 0.5}),
         ("cuttlefish-kfac", {"param_ratio": 0.5, "epochs": 2, "bf16": True}),
-        ("lpaf", {"param_ratio": 0.5}),
-        ("lpaf-kfac", {"param_ratio": 0.5}),
+        ("kfac", {"param_ratio": 0.5, "steps": 2, "distillation_weight": 0.5}),
+        ("cuttlefish", {"param_ratio": 0.5, "steps": 4, "distillation_weight": 0.5}),
+        ("lpaf", {"param_ratio": 0.5, "gate": 0.0}),
+        ("lpaf-kfac", {"param_ratio": 0.5, "gate": 0.0, "pruning_start": "pre-trained"}),
+        ("lpaf-no-pruning", {"param_ratio": 0.5, "steps": 4, "distillation_weight": 0.5}),
     ],
     ids=str,
 )
@@ -151,6 +156,112 @@ def check_development_loss(report: dict[str, Any], output: Path, place: Path) ->
     assert found["compressed"] == pytest.approx(sum(losses) / len(losses), rel=1e-3)
     assert found["difference"] == pytest.approx(found["compressed"] - found["dense"], abs=1e-6)
     assert (found["standard_error"] > 0) == (found["difference"] != 0)
+
+
+def zeros(model: torch.nn.Module) -> float:
+    weights = torch.cat([weight.flatten() for weight in target_weights(model).values()])
+    return float((weights == 0).float().mean())
+
+
+def graded(model: torch.nn.Module, split: Any) -> dict[str, float]:
+    """Scores that tell a dense, a pruned and a factorized model apart."""
+    if factorized_layers(model):
+        return {"accuracy": 0.75}
+    return {"accuracy": 0.7 if zeros(model) else 0.8}
+
+
+def test_what_pruning_ruined_is_not_factorized(place: Path, tmp_path: Path):
+    args = GlueArguments(
+        **settings(place, method="lpaf", param_ratio=0.5, gate=0.9, cache_dir=str(tmp_path))
+    )
+    task = dataclasses.replace(load_glue_task(args), score=graded)
+    for _ in range(2):  # the second finds the pruned model in the cache
+        model, report = run_task(task, args)
+        assert not factorized_layers(model)
+        assert zeros(model) == pytest.approx(0.75, abs=1e-3)
+        assert set(report.ranks.values()) == {None}
+        assert report.parameters.targeted_share == 1
+        assert report.uncured_metrics is None
+        assert report.metrics == report.pruned_metrics == {"accuracy": 0.7}
+        told = (
+            "Not factorized: pruning left 0.7000 of the dense 0.8000 on the held-out examples, "
+            "less than 90%. Give it more steps or a higher final_density."
+        )
+        assert report.refusal == told == report.to_dict()["refusal"]
+        assert told in format_scores(report)
+        card = model_card(report, "small").text
+        assert "Then pruned to a density of 0.25 in 50% of 1 epoch (learning rate 0.0001)." in card
+        assert told in card
+    args = dataclasses.replace(args, gate=0.87)
+    model, report = run_task(task, args)
+    assert factorized_layers(model)
+    assert report.refusal is None
+    assert report.pruned_held_out_metrics == report.pruned_metrics == {"accuracy": 0.7}
+    assert report.uncured_metrics == report.metrics == {"accuracy": 0.75}
+    assert "pruned_metrics" in format_scores(report)
+
+
+def test_pruning_starts_from_the_fine_tuned_or_the_pre_trained_model(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+):
+    starts: list[dict[str, torch.Tensor]] = []
+
+    def stop(model: torch.nn.Module, *others: Any, **more: Any) -> None:
+        starts.append({name: tensor.clone() for name, tensor in model.state_dict().items()})
+        raise InterruptedError
+
+    monkeypatch.setattr(methods, "lpaf_", stop)
+    for start in ("fine-tuned", "pre-trained"):
+        args = GlueArguments(**settings(place, method="lpaf", param_ratio=0.5, pruning_start=start))
+        for _ in range(2):
+            with pytest.raises(InterruptedError):
+                run_task(load_glue_task(args), args)
+    task = load_glue_task(args)
+    tuned, fresh = fine_tuning.dense_model(task, args).state_dict(), task.new_model().state_dict()
+    for name, tensor in starts[0].items():
+        assert torch.equal(tensor, tuned[name])
+        assert torch.equal(starts[2][name], starts[3][name])  # the head, too
+        if "classifier" not in name:
+            assert torch.equal(starts[2][name], fresh[name])
+
+
+def test_lpaf_and_its_controls_have_equal_steps(place: Path, monkeypatch: pytest.MonkeyPatch):
+    """The pruned model of `lpaf-no-mixing` is that of `lpaf`, from the cache."""
+    steps: list[int] = []
+    train = Trainer.train
+
+    def counted(self: Trainer) -> Any:
+        found = train(self)
+        steps.append(self.state.global_step)
+        assert self.args.distillation_weight == 0.5
+        assert self.teacher is not None
+        return found
+
+    for method, wanted in (
+        ("lpaf", [3, 3]), ("lpaf-no-pruning", [6]), ("lpaf-no-mixing", [3]),
+        ("kfac", [6]), ("svd", [6]), ("dense", [6]),
+    ):  # fmt: skip
+        size = {} if method == "dense" else {"param_ratio": 0.5}
+        args = GlueArguments(
+            **settings(place, method=method, steps=6, distillation_weight=0.5, gate=0.0, **size)
+        )
+        task = load_glue_task(args)
+        fine_tuning.dense_model(task, args)
+        monkeypatch.setattr(Trainer, "train", counted)
+        run_task(task, args)
+        monkeypatch.setattr(Trainer, "train", train)
+        assert steps == wanted, method
+        steps.clear()
+
+
+def test_a_part_of_the_training_has_its_share_of_the_steps_or_epochs():
+    args = GlueArguments(epochs=3, steps=0)
+    assert fine_tuning.training_length(args, 0.5) == {"num_train_epochs": 1.5}
+    args.steps = 1201
+    assert fine_tuning.training_length(args) == {"max_steps": 1201}
+    assert fine_tuning.training_length(args, 0.3) == {"max_steps": 360}
+    args.steps = 1  # none would leave Trainer its three epochs
+    assert fine_tuning.training_length(args, 0.3) == {"max_steps": 1}
 
 
 @pytest.mark.parametrize(("method", "metric"), [
@@ -221,7 +332,7 @@ def test_the_dense_model_is_trained_once_for_all_methods(
     def fail(*args: Any, **kwargs: Any) -> None:
         pytest.fail("the dense model was trained again")
 
-    monkeypatch.setattr(fine_tuning, "Trainer", fail)
+    monkeypatch.setattr(fine_tuning, "DistillingTrainer", fail)
     done = run(method="svd", param_ratio=0.9, epochs=0, cache_dir=tmp_path / "cache")
     assert done.code == 0
     assert {path.name for path in (tmp_path / "cache").iterdir()} == {folder.name, "spectra"}
@@ -271,6 +382,11 @@ def test_the_best_epoch_is_kept(place: Path, tmp_path: Path):
         ({"method": "cuttlefish", "param_ratio": 0.5, "epochs": 0}, "epochs must be > 0."),
         ({"method": "cuttlefish-kfac"}, "method cuttlefish-kfac cuts to a size; give a param"),
         ({"full_rank_share": 1.0}, "full_rank_share must lie in (0, 1), got 1.0."),
+        ({"method": "rank-selection", "distillation_weight": 0.5}, "trains without a teacher; set"),
+        ({"distillation_weight": 1.5}, "distillation_weight must lie in [0, 1], got 1.5."),
+        ({"gate": -1.0}, "gate must lie in [0, 1], got -1.0."),
+        ({"steps": -1}, "steps must be >= 0, got -1."),
+        ({"pruning_start": "dense"}, "must be one of fine-tuned, pre-trained; got 'dense'."),
         ({"batch_size": 0}, "batch_size must be >= 1, got 0."),
         ({"model": "nobody/no-such-model"}, "nobody/no-such-model: no such folder"),
         ({"data_dir": "nowhere"}, "nowhere: has no train file of mrpc"),

@@ -150,7 +150,7 @@ def test_a_training_file_of_its_own(place: Path, tmp_path: Path):
         ("dense", {"epochs": 0}),
         ("kfac", {"param_ratio": 0.5}),
         ("rank-selection", {"param_ratio": 0.5}),
-        ("lpaf", {"param_ratio": 0.5}),
+        ("lpaf", {"param_ratio": 0.5, "gate": 0.0, "distillation_weight": 0.5}),
     ],
     ids=str,
 )

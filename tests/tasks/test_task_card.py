@@ -101,6 +101,12 @@ def test_a_tolerance_is_not_per_token():
             "Then 1 epoch (learning rate 2e-05) of LPAF: weights pruned to a density of 0.25, cut,",
         ),
         (
+            {"arguments": ARGUMENTS | {"steps": 2400, "distillation_weight": 0.5}},
+            "Then fine-tuned for 2400 steps (learning rate 2e-05); of the start and the epochs, "
+            "the one with the lowest held-out loss was kept.\nThe dense model's predictions were "
+            "50% of the loss in what came after it.",
+        ),
+        (
             {
                 "training": Training(
                     epochs=2,
