@@ -21,6 +21,7 @@ from hf_lowrank.format.layout import FORMAT_VERSION, QUANT_METHOD, Layout, check
 from hf_lowrank.value_checks import (
     check_choice,
     check_count,
+    check_goal_values,
     check_not_negative,
     check_ranks,
     check_seed,
@@ -133,10 +134,8 @@ class LowRankConfig(QuantizationConfigMixin):
     )
     objective: str | None = option(
         None,
-        "What param_ratio is a share of, and a loss_tolerance makes small: 'parameters', or "
-        "'latency', the targeted layers' time, as their shapes are timed on this machine, one "
-        "token after another and 256 at once counting alike. Needs rule price. Default: "
-        "parameters.",
+        "What param_ratio is a share of: 'parameters', or 'latency', the targeted layers' time as "
+        "timed on this machine. Default: parameters.",
     )
     target_modules: list[str] | None = option(
         None,
@@ -210,15 +209,12 @@ class LowRankConfig(QuantizationConfigMixin):
             if self.rule == "price" and self.metric != "kfac":
                 raise ConfigError(
                     f"rule 'price' needs metric 'kfac', whose singular values are prices; got "
-                    f"metric {self.metric!r}. Choose another rule or metric 'kfac'."
+                    f"{self.metric!r}."
                 )
         for name in ("channels", "measured_prices"):
             self._check_prices(name)
         if self.objective == "latency" and (self.effective_rule != "price" or self.weights):
-            raise ConfigError(
-                "objective 'latency' weighs times by prices: it needs metric 'kfac' and rule "
-                "'price', and weights of the model's own type."
-            )
+            raise ConfigError("objective 'latency' needs rule 'price' and no type of weights.")
         for name in ("input_damping", "output_damping"):
             check_not_negative(name, getattr(self, name))
         if not (is_number(alpha := self.activation_alpha) and 0 <= alpha <= 1):
@@ -233,8 +229,7 @@ class LowRankConfig(QuantizationConfigMixin):
         has_ranks = self.min_rank != 1 or any(self.rank_pattern.values())
         if self.channels_only and (has_ranks or self.channels is False):
             raise ConfigError(
-                "channels_only takes out channels and gives no layer a rank; leave out "
-                "channels=False, min_rank and the ranks of rank_pattern."
+                "channels_only gives no layer a rank; leave out channels, min_rank, rank_pattern."
             )
         if self.ranks is None:
             self._check_readers()
@@ -275,17 +270,7 @@ class LowRankConfig(QuantizationConfigMixin):
         goals = [name for name in _GOALS if getattr(self, name) is not None]
         if len(goals) > 1:
             raise ConfigError(f"Give one goal, not {len(goals)}: {' and '.join(goals)} are set.")
-        ratio, tolerance = self.param_ratio, self.loss_tolerance
-        if ratio is not None and not (is_number(ratio) and 0 < ratio <= 1):
-            raise ConfigError(
-                f"param_ratio is the kept share of the parameters and must lie in (0, 1], got "
-                f"{ratio!r}."
-            )
-        if tolerance is not None and not (is_number(tolerance) and 0 <= tolerance < math.inf):
-            raise ConfigError(f"loss_tolerance must be a number >= 0 (nats), got {tolerance!r}.")
-        size = self.megabytes
-        if size is not None and not (is_number(size) and 0 < size < math.inf):
-            raise ConfigError(f"megabytes must be a number > 0 (10^6 bytes), got {size!r}.")
+        check_goal_values(self.param_ratio, self.loss_tolerance, self.megabytes)
         if self.rank is not None:
             check_count("rank", self.rank)
 

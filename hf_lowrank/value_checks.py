@@ -34,6 +34,23 @@ def check_not_negative(name: str, value: object) -> None:
         raise ConfigError(f"{name} must be a number >= 0, got {value!r}.")
 
 
+def check_goal_values(ratio: object, tolerance: object, megabytes: object) -> None:
+    """Refuses goals that are out of range; None is a goal that is not set.
+
+    Raises:
+        ConfigError: With the first.
+    """
+    if ratio is not None and not (is_number(ratio) and 0 < ratio <= 1):
+        raise ConfigError(
+            f"param_ratio is the kept share of the parameters and must lie in (0, 1], got "
+            f"{ratio!r}."
+        )
+    if tolerance is not None and not (is_number(tolerance) and 0 <= tolerance < math.inf):
+        raise ConfigError(f"loss_tolerance must be a number >= 0 (nats), got {tolerance!r}.")
+    if megabytes is not None and not (is_number(megabytes) and 0 < megabytes < math.inf):
+        raise ConfigError(f"megabytes must be a number > 0 (10^6 bytes), got {megabytes!r}.")
+
+
 def check_count(name: str, value: object) -> None:
     """Refuses what is no integer from 1 on.
 

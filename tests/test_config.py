@@ -197,11 +197,12 @@ def test_every_setting_survives_json():
             "channels",
             "channels_only",
             "measured_prices",
+            "objective",
             "format_version",
             "quant_method",
         ]
     )
-    prices = LowRankConfig(channels=True, measured_prices=True)
+    prices = LowRankConfig(channels=True, measured_prices=True, objective="latency")
     assert LowRankConfig.from_dict(json.loads(json.dumps(prices.to_dict()))) == prices
     assert LowRankConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
     assert LowRankConfig.from_dict(json.loads(config.to_json_string())) == config
@@ -280,6 +281,7 @@ IGNORED = {
     "channels": ({"rank": 2}, True, "with goal 'rank'"),
     "channels_only": ({"megabytes": 2}, True, "with goal 'megabytes': .* param_ratio or loss_tol"),
     "measured_prices": ({"rank": 2}, True, "with goal 'rank'"),
+    "objective": ({"rank": 2}, "parameters", "with goal 'rank': .* param_ratio or loss_tol"),
     "input_damping": ({"metric": "plain"}, 5.0, "with metric 'plain': .* whitened or pooled"),
     "output_damping": ({"metric": "whitened"}, 5.0, r"with metric 'whitened': .* metric kfac\."),
     "activation_alpha": ({}, 0.75, "with metric 'kfac': it is read with metric activation-scale"),

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from hf_lowrank.channels.budget import channel_curve
+from hf_lowrank.channels.budget import channel_curve, rank_curve
 from hf_lowrank.channels.expert_order import of_experts, of_feed_forwards
 from hf_lowrank.channels.order import channel_step
 from hf_lowrank.compression.analysis import Analysis
@@ -111,9 +111,12 @@ def plan_for_goal(analysis: Analysis) -> RankPlan | None:
 def smallest_share(analysis: Analysis) -> float:
     """Smallest `param_ratio` that the smallest ranks, and the smallest experts, allow."""
     if (times := analysis.times) is not None:
-        fixed = analysis.fixed
+        limits = analysis.limits
+        ranks = (limits["min_rank"], limits["form"], lambda shape, rank, form: times(shape, rank))
         return sum(
-            times(shape, fixed[name]) if name in fixed else min(times(shape, 1), times(shape, None))
+            times(shape, analysis.fixed[name])
+            if name in analysis.fixed
+            else float(rank_curve(analysis.spectra[name], *ranks).costs.min())
             for name, shape in analysis.shapes.items()
         )
     share = smallest_ratio(analysis.shapes, **analysis.limits)

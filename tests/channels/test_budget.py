@@ -62,5 +62,5 @@ def test_the_choice_is_the_best_of_its_size(seed):
 
 def test_a_budget_below_the_smallest_steps_is_refused():
     curve = Curve(torch.tensor([5.0, 9.0]), torch.tensor([1.0, 0.0]))
-    with pytest.raises(ConfigError, match=r"^The budget is 9 parameters, .* need 10; raise"):
+    with pytest.raises(ConfigError, match=r"^The budget is 9, .* need 10; raise"):
         cheapest([[[curve]], [[curve]]], 9)

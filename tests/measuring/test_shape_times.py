@@ -104,7 +104,7 @@ def test_a_share_that_no_plan_can_reach_is_refused_before_any_long_work():
     [{"metric": "plain"}, {"rule": "uniform"}, {"weights": "int8"}],
 )
 def test_it_needs_prices_and_plain_weights(settings):
-    with pytest.raises(ConfigError, match="objective 'latency' weighs times by prices"):
+    with pytest.raises(ConfigError, match="objective 'latency' needs rule 'price'"):
         LowRankConfig(param_ratio=0.8, objective="latency", **settings)
 
 

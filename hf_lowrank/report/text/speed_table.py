@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from hf_lowrank.report.schema import Report
-from hf_lowrank.report.sections import SpeedConditions
+from hf_lowrank.report.sections import Speed, SpeedConditions
 
 _PHASES = ("prefill", "decode")
 
@@ -25,11 +25,16 @@ def speed_rows(report: Report) -> list[list[str]]:
 
 
 def speed_notes(report: Report) -> list[str]:
-    """Where and how the speed was measured, and how far its rounds differ; none without it."""
-    if report.speed is None:
-        return []
-    settings = report.speed.settings
-    before, after = report.speed.dense, report.speed.compressed
+    """What time was predicted, and where and how the speed was measured."""
+    shares = ", ".join(f"{phase} {part:.2f}" for phase, part in report.predicted_time.items())
+    said = f"targeted layers' time over dense, as their shapes were timed: {shares}"
+    return [said] * bool(shares) + ([] if report.speed is None else _conditions(report.speed))
+
+
+def _conditions(speed: Speed) -> list[str]:
+    """Where and how the speed was measured, and how far its rounds differ."""
+    settings = speed.settings
+    before, after = speed.dense, speed.compressed
     ranges = []
     for phase, dense, compressed in (
         ("prefill", before.prefill, after.prefill),

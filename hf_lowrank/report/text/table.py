@@ -67,9 +67,6 @@ def format_report(report: Report) -> str:
             f"joint: accepted {joint.method!r} at {accepted:+.4f} on the acceptance set; price "
             f"alone {joint.baseline.mean:+.4f}, keeping {joint.baseline_ratio:.2%}"
         )
-    if report.predicted_time:
-        said = ", ".join(f"{phase} {part:.2f}" for phase, part in report.predicted_time.items())
-        lines.append(f"targeted layers' time over dense, as their shapes were timed: {said}")
     rows += speed_rows(report) + embedding_rows(report)
     lines += speed_notes(report) + embedding_notes(report)
     experts = [align(expert_rows(report)), ""] if report.experts else []
