@@ -220,17 +220,27 @@ def format_recipes(rows: Sequence[Mapping[str, Any]]) -> str:
     """A row for each recipe: perplexity and rise of the loss on each text, accuracies."""
     texts = list(dict.fromkeys(name for row in rows for name in row["texts"]))
     questions = list(dict.fromkeys(name for row in rows for name in row["questions"]))
-    header = ["calibration", "size", "recipe", "MB", *texts, *questions]
+    predicts = any("predicted" in row for row in rows)
+    header = ["calibration", "size", *["predicted"] * predicts, "recipe", "MB", *texts, *questions]
     lines = [header, ["---"] * len(header)]
     for row in sorted(rows, key=lambda each: (each["calibration"], -each["param_ratio"])):
         for kind, found in {"": row, **row.get("quantized", {})}.items():
             recipe = row["recipe"] + f", {kind}" * bool(kind)
             megabytes = f"{found['bytes'] / 1e6:.1f}" if "bytes" in found else ""
             cells = [_short(row["calibration"]), f"{row['param_ratio']:g}", recipe, megabytes]
+            if predicts:
+                cells.insert(2, _prediction(row.get("predicted")) if not kind else "")
             cells += [rise(found["texts"][name]) for name in texts]
             cells += [_accuracy(found["questions"].get(name)) for name in questions]
             lines.append(cells)
     return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
+
+
+def _prediction(found: Sequence[float | None] | None) -> str:
+    """The predicted rise of the loss, with its standard error where there is one."""
+    if found is None or found[0] is None or math.isnan(found[0]):
+        return ""
+    return f"{found[0]:+.3f}" + ("" if found[1] is None else f" ± {found[1]:.3f}")
 
 
 def rise(found: Mapping[str, Any]) -> str:

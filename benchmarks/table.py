@@ -176,7 +176,8 @@ def format_table(rows: Sequence[Mapping[str, Any]]) -> str:
     lines = [["method", *(f"{task} {ratio:g}" for task, ratio in columns)]]
     lines.append(["---", *("---:" for _ in columns)])
     present = {row["method"] for row in rows}
-    for method in (name for name in METHOD_NAMES if name in present):
+    known = [name for name in METHOD_NAMES if name in present]
+    for method in [*known, *sorted(present.difference(known))]:  # the last are no more
         cells = []
         for task, ratio in columns:
             wanted = None if method == "dense" else ratio

@@ -289,6 +289,14 @@ def test_recipes_in_both_forms_have_their_measured_rises():
     )
 
 
+def test_cuts_priced_on_held_out_text_have_their_measured_rises():
+    rows = [json.loads(path.read_text("utf-8")) for path in sorted((RESULTS / "prices").iterdir())]
+    assert len(rows) >= 6
+    assert table("docs/results.md", "calibration", "size", "predicted") in tables(
+        format_recipes(rows) + "\n"
+    )
+
+
 def test_an_encoder_has_its_measured_accuracy_in_both_forms():
     [head, *shown] = table("docs/results.md", "form", "0.5", "0.25")
     for form, (_, *cells) in zip(("compact", "factors"), shown, strict=True):
