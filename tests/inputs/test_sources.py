@@ -73,6 +73,18 @@ def test_auto_keeps_the_stored_dtype(tmp_path: Path, stored: torch.dtype):
     assert next(load_causal_lm(str(folder))[0].parameters()).dtype == stored
 
 
+@pytest.mark.parametrize(
+    ("dtype", "computes", "says"),
+    [("bfloat16", False, True), ("bfloat16", True, False), ("float32", False, False)],
+)
+def test_a_processor_without_bfloat16_is_told(
+    checkpoint: str, dtype: str, computes: bool, says: bool, monkeypatch: Any, caplog: Any
+):
+    monkeypatch.setattr(sources, "_computes_bfloat16", lambda: computes)
+    load_causal_lm(checkpoint, dtype)
+    assert ("no bfloat16 instructions: with dtype float32" in caplog.text) == says
+
+
 @pytest.mark.parametrize("name", ["float32", "bfloat16", "float16"])
 def test_dtype_can_be_chosen(checkpoint: str, name: str):
     model, _ = load_causal_lm(checkpoint, name)
