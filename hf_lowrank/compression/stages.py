@@ -37,6 +37,8 @@ def check_stages(config: LowRankConfig, stages: int, recover_steps: int) -> None
         )
     if config.goal != "param_ratio":
         raise ConfigError("stages need a size to reach: set param_ratio.")
+    if config.objective == "latency":
+        raise ConfigError("stages count parameters: leave out objective 'latency'.")
     if recover_steps <= stages:
         raise ConfigError(
             f"stages={stages} needs training after every cut: set recover_steps to at least "

@@ -232,6 +232,7 @@ def test_a_failure_leaves_the_dense_model(text, monkeypatch, fails_at):
         (CONFIG.replace(ranks={"q": 1}), {"stages": 2}, "ranks are made again in one cut"),
         (LowRankConfig(loss_tolerance=0.1), {"stages": 2}, "stages need a size to reach"),
         (LowRankConfig(rank=4), {"stages": 2, "recover_steps": 9}, "stages need a size to reach"),
+        (CONFIG.replace(objective="latency"), {"stages": 2}, "stages count parameters: leave out"),
     ],
 )
 def test_what_cannot_be_staged_is_refused(text, no_work, config, options, sentence):
