@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 from hf_lowrank.cli.evaluate import Result, evaluate_models, score_classifiers
 from hf_lowrank.config import option
@@ -14,6 +14,11 @@ from hf_lowrank.format.torchao_weights import check_torchao
 from hf_lowrank.inputs.sources import TRUST_HELP, check_windows, load_any_causal_lm
 from hf_lowrank.inputs.start_token import start_text
 from hf_lowrank.inputs.text import check_local_text, token_batches
+
+_READ_FOR_GLUE = (
+    *("model", "baseline", "glue_task", "data_dir"),
+    *("dtype", "device", "trust_remote_code", "output"),
+)
 
 
 @dataclass
@@ -49,6 +54,21 @@ class EvaluationArguments:
         """Where the models come from."""
         return {"model": self.model} | ({"baseline": self.baseline} if self.baseline else {})
 
+    def check(self) -> None:
+        """Refuses settings that would do nothing.
+
+        Raises:
+            ConfigError: With the first of them.
+        """
+        given = [field.name for field in fields(self) if getattr(self, field.name) != field.default]
+        if self.glue_task and (unread := [name for name in given if name not in _READ_FOR_GLUE]):
+            raise ConfigError(f"glue_task scores classifiers as they are; leave {unread[0]} out.")
+        if not self.glue_task and self.data_dir:
+            raise ConfigError("data_dir holds GLUE's files; give --glue_task as well.")
+        for name in ("include_path", "limit"):
+            if name in given and not self.tasks:
+                raise ConfigError(f"{name} is read with tasks alone; give --tasks as well.")
+
 
 def evaluate(args: EvaluationArguments) -> Result:
     """Everything that was asked for, checked before a model is loaded.
@@ -56,9 +76,8 @@ def evaluate(args: EvaluationArguments) -> Result:
     Raises:
         ConfigError, DataError: A setting, a text or a model does not fit, or a package is missing.
     """
+    args.check()
     if args.glue_task:
-        if args.int8:
-            raise ConfigError("glue_task scores classifiers as they are; leave int8 out.")
         return score_classifiers(
             args.sources(),
             args.glue_task,

@@ -87,9 +87,20 @@ def test_one_model_without_speed_and_text(evaluate: InProcess, small: Path, tmp_
     [
         (["--repeats", "0"], "repeats must be at least 1, got 0."),
         (["--evaluation", "missing.txt"], "missing.txt: no such file."),
-        (
-            ["--glue_task", "mrpc", "--int8"],
-            "glue_task scores classifiers as they are; leave int8 out.",
+        (["--data_dir", "glue"], "data_dir holds GLUE's files; give --glue_task as well."),
+        (["--limit", "8"], "limit is read with tasks alone; give --tasks as well."),
+        (["--include_path", "x"], "include_path is read with tasks alone; give --tasks as well."),
+        *(
+            (
+                ["--glue_task", "mrpc", f"--{name}", *value],
+                f"glue_task scores classifiers as they are; leave {name} out.",
+            )
+            for name, *value in (
+                *(["int8"], ["tasks", "piqa"], ["include_path", "x"], ["limit", "8"]),
+                *(["evaluation", "x.txt"], ["evaluation_sequences", "4"]),
+                *(["sequence_length", "8"], ["batch_size", "8"], ["speed", "False"]),
+                *(["prompt_tokens", "4"], ["new_tokens", "4"], ["repeats", "1"]),
+            )
         ),
     ],
 )
