@@ -32,11 +32,13 @@ def streams(args: CompressionArguments) -> bool:
     """Whether to compress block by block: as asked, or where the model would not fit.
 
     Raises:
-        ConfigError: `max_memory` is no size.
+        ConfigError: `max_memory` is no size, or there is nothing left for it to decide.
         DataError: The model can't be read.
     """
     limit = None if args.max_memory is None else memory_bytes(args.max_memory)
-    if args.stream is not None or limit is None:
+    if args.stream is not None and limit is not None:
+        raise ConfigError("max_memory decides whether to stream; leave it or --stream out.")
+    if limit is None:
         return bool(args.stream)
     model, _ = open_causal_lm(args.model, args.dtype, args.trust_remote_code)
     return IN_MEMORY * model_sizes(model)[1] > limit

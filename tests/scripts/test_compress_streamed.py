@@ -58,6 +58,7 @@ def test_max_memory_decides(
         ({"joint": True}, "stream has one block in memory at a time; leave out joint."),
         ({"sample_prompt": "Hello"}, "one block in memory at a time; leave out sample_prompt."),
         ({"output_dir": None}, "stream goes from disk to disk; give --output_dir."),
+        ({"max_memory": "2GB"}, "max_memory decides whether to stream; leave it or --stream out."),
         ({"max_memory": "much"}, "max_memory must be a size such as 2GB or 500MB, got 'much'."),
     ],
 )
