@@ -2,29 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from hf_lowrank.cli.arguments import PublishingArguments
 from hf_lowrank.cli.encoder_arguments import EncoderArguments
-from hf_lowrank.cli.jobs import check_before_loading, name_models, save_and_publish
+from hf_lowrank.cli.jobs import check_before_loading, check_loaded, hand_over, used_texts
 from hf_lowrank.cli.onnx_export import check_onnx, export_onnx, quantize_onnx
-from hf_lowrank.compression.goals import check_goal
 from hf_lowrank.compression.verbs import compress, sweep
 from hf_lowrank.evaluation.similarity import Pairs, similarity
-from hf_lowrank.evaluation.size import model_sizes
-from hf_lowrank.files import check_output_folder
 from hf_lowrank.inputs.encoders import Encoder, load_encoder
 from hf_lowrank.inputs.sentences import PAIR_COLUMNS, read_pairs, sentence_batches, tokenized
 from hf_lowrank.measuring.distributed import current_processes
 from hf_lowrank.measuring.items import Batch
 from hf_lowrank.measuring.progress import announce
-from hf_lowrank.modeling.targets import find_targets
 from hf_lowrank.report.embedding_report import EmbeddingReport, Similarity
 from hf_lowrank.report.schema import Report
-from hf_lowrank.report.text.table import format_report
 
 _PARTS = {"calibration": (0.0, 0.75), "held_out": (0.75, 1.0)}
 
@@ -45,12 +39,7 @@ def compress_encoder(args: EncoderArguments, publishing: PublishingArguments) ->
     encoder = load_encoder(
         args.model, args.pooling, args.dtype, args.device, args.trust_remote_code
     )
-    targets = find_targets(encoder.model, config)
-    for ratio in args.param_ratio or []:
-        check_goal(targets, config.replace(param_ratio=ratio))
-    if folder:
-        num_bytes = model_sizes(encoder.model)[1] * len(repositories)
-        check_output_folder(folder, args.overwrite_output_dir, num_bytes)
+    check_loaded(encoder.model, config, args, folder)
     texts = _texts(args, encoder)
     pairs = None if scored is None else _pairs(args, encoder, scored)
     before = None if pairs is None else similarity(encoder.model, pairs, encoder.loss)
@@ -59,28 +48,21 @@ def compress_encoder(args: EncoderArguments, publishing: PublishingArguments) ->
         if not current_processes().is_main:
             continue
         assert isinstance(report, EmbeddingReport)  # the loss says so
-        name_models(report, args.model, publishing)
-        used: dict[str, Any] = {
-            role: args.text_source(role) for role in texts if role != "held_out"
-        }
-        report.data = replace(report.data, **used)
         if pairs is not None and before is not None:
             after = similarity(encoder.model, pairs, encoder.loss)
             found = (before.pearson, before.spearman, after.pearson, after.spearman)
             report.similarity = Similarity(str(args.sts_file), len(pairs[2]), *found)
-        print(format_report(report), flush=True)
-        if folder:
-            _save(args, encoder, report, folder / name, repo_id, publishing.private)
+        place, used = folder / name if folder else None, used_texts(args, texts)
+        hand_over(
+            *(encoder.model, encoder.tokenizer, report, used, args, publishing, place, repo_id),
+            processor=encoder.files,
+            finish=_finish(args, encoder),
+        )
 
 
-def _save(
-    args: EncoderArguments,
-    encoder: Encoder,
-    report: Report,
-    folder: Path,
-    repo_id: str | None,
-    private: bool,
-) -> None:
+def _finish(args: EncoderArguments, encoder: Encoder) -> Callable[[Path], None]:
+    """What is written beside the model, by the folder."""
+
     def finish(temporary: Path) -> None:
         if args.onnx or args.onnx_int8:
             path = temporary / "onnx" / "model.onnx"
@@ -88,18 +70,7 @@ def _save(
             if args.onnx_int8:
                 quantize_onnx(path, path.with_name("model_quint8.onnx"))
 
-    save_and_publish(
-        encoder.model,
-        encoder.tokenizer,
-        report,
-        folder,
-        repo_id,
-        private=private,
-        processor=encoder.files,
-        finish=finish,
-        overwrite=args.overwrite_output_dir,
-        page=args.html_report,
-    )
+    return finish
 
 
 def _texts(args: EncoderArguments, encoder: Encoder) -> dict[str, list[Batch]]:

@@ -1,28 +1,34 @@
-"""Steps that scripts share: what to check first, which verb is asked for, saving, publishing."""
+"""Steps that scripts share: what to check first, what a report says, saving, publishing."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from hf_lowrank.cli.arguments import READ_AS, CompressionArguments, PublishingArguments
+from hf_lowrank.cli.arguments import READ_AS, PublishingArguments
 from hf_lowrank.cli.job_arguments import JobArguments
 from hf_lowrank.cli.publishing import check_repository, publish
 from hf_lowrank.cli.saving import save_compressed
-from hf_lowrank.compression.joint.system import compress_jointly
-from hf_lowrank.compression.verbs import compress, sweep
+from hf_lowrank.compression.byte_budget import check_size_goal
+from hf_lowrank.compression.goals import check_goal
+from hf_lowrank.config import LowRankConfig
+from hf_lowrank.evaluation.size import model_sizes
 from hf_lowrank.files import check_cache_folder, check_output_folder
 from hf_lowrank.inputs.demo_text import BUILT_IN, DEMO
 from hf_lowrank.inputs.own_text import GENERATED
 from hf_lowrank.inputs.sources import check_hub_id, hub_id
+from hf_lowrank.inputs.start_token import start_text
 from hf_lowrank.inputs.text import check_local_text, shares
+from hf_lowrank.modeling.targets import find_targets
 from hf_lowrank.report.page.plots import can_draw
 from hf_lowrank.report.provenance import command_line
 from hf_lowrank.report.schema import Report
+from hf_lowrank.report.text.table import format_report
 
 
 def check_before_loading(
@@ -50,6 +56,24 @@ def check_before_loading(
     return check_publishing(publishing, args.output_dir, args.sizes())
 
 
+def check_loaded(
+    model: nn.Module, config: LowRankConfig, args: JobArguments, folder: Path | None
+) -> None:
+    """Runs the checks of goals and space that need the dense model.
+
+    Raises:
+        ConfigError: A size can't be reached.
+        StorageError: The results don't fit on the disk.
+    """
+    targets = find_targets(model, config)
+    for ratio in args.param_ratio or []:
+        check_goal(targets, config.replace(param_ratio=ratio))
+    check_size_goal(model, targets, config)
+    if folder:
+        num_bytes = model_sizes(model)[1] * len(args.sizes())
+        check_output_folder(folder, args.overwrite_output_dir, num_bytes)
+
+
 def check_publishing(
     publishing: PublishingArguments, output_dir: str | None, sizes: Sequence[str] = ("",)
 ) -> dict[str, str | None]:
@@ -73,6 +97,59 @@ def name_models(report: Report, model: str, publishing: PublishingArguments) -> 
     """Puts the dense model's name, its Hub id if there is one, and the command into a report."""
     report.model, report.base_model = model, publishing.base_model or hub_id(model)
     report.command = command_line()
+
+
+def used_texts(
+    args: JobArguments,
+    roles: Iterable[str],
+    tokenizer: Any = None,  # noqa: ANN401
+) -> dict[str, Any]:
+    """What a report says of its texts: their sources by role; how windows start, if a token does.
+
+    Args:
+        args: The arguments that name the sources.
+        roles: The texts in use; the held-out one is part of the calibration text.
+        tokenizer: Of texts that are cut into windows.
+    """
+    used = {role: args.text_source(role) for role in roles if role != "held_out"}
+    start = start_text(tokenizer) if tokenizer else None
+    return used | ({"start_token": start} if start else {})
+
+
+def hand_over(
+    model: nn.Module,
+    tokenizer: Any,  # noqa: ANN401
+    report: Report,
+    used: Mapping[str, Any],
+    args: JobArguments,
+    publishing: PublishingArguments,
+    folder: Path | None,
+    repo_id: str | None,
+    **options: Any,
+) -> None:
+    """Completes and prints the report of a compressed model; saves and publishes both if asked to.
+
+    Args:
+        model: The compressed model.
+        tokenizer: Its tokenizer.
+        report: What was done and measured.
+        used: From `used_texts`.
+        args: The arguments of the run.
+        publishing: Likewise.
+        folder: Where to save, or None.
+        repo_id: As in `save_and_publish`.
+        **options: `processor` and `finish` of `save_and_publish`.
+
+    Raises:
+        StorageError, PublishError: As in `save_and_publish`.
+    """
+    name_models(report, args.model, publishing)
+    report.data = replace(report.data, **used)
+    print(format_report(report), flush=True)
+    if folder:
+        options |= {"overwrite": args.overwrite_output_dir, "page": args.html_report}
+        private = publishing.private
+        save_and_publish(model, tokenizer, report, folder, repo_id, private=private, **options)
 
 
 def save_and_publish(
@@ -117,28 +194,3 @@ def save_and_publish(
     print(f"saved to {folder}\n", flush=True)
     if repo_id:
         print(f"published as {publish(folder, repo_id, private)}\n", flush=True)
-
-
-def compressed(
-    args: CompressionArguments, model: nn.Module, texts: dict[str, Any]
-) -> Iterator[Report]:
-    """One report for each size asked for; the model is compressed while it is handled."""
-    config = args.to_config()
-    names = ("cache_dir", "recover_steps", "recover", "speed")
-    options = {name: getattr(args, name) for name in names} | texts
-    if args.joint:
-        gradient, acceptance = texts["calibration"], texts["held_out"]
-        yield compress_jointly(
-            model,
-            config,
-            gradient,
-            acceptance,
-            texts.get("evaluation"),
-            foreign=texts.get("foreign"),
-            cache_dir=args.cache_dir,
-            speed=args.speed,
-        )
-    elif args.param_ratio and len(args.param_ratio) > 1:
-        yield from sweep(model, config, args.param_ratio, **options)
-    else:
-        yield compress(model, config, stages=args.stages, **options)

@@ -1,16 +1,14 @@
-"""compress_llm.py block by block: from a checkpoint on disk to another."""
+"""compress_llm.py --stream, block by block: from a checkpoint on disk to another."""
 
 from __future__ import annotations
 
 import re
-from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from torch import nn
 
 from hf_lowrank.cli.arguments import CompressionArguments, PublishingArguments
-from hf_lowrank.cli.jobs import check_before_loading, name_models, save_and_publish
+from hf_lowrank.cli.jobs import check_before_loading, hand_over, used_texts
 from hf_lowrank.cli.roles import batches_by_role
 from hf_lowrank.compression.streaming.checkpoint import compress_checkpoint
 from hf_lowrank.compression.streaming.space import IN_MEMORY
@@ -20,10 +18,8 @@ from hf_lowrank.inputs.on_disk import open_causal_lm
 from hf_lowrank.inputs.own_text import GENERATED
 from hf_lowrank.inputs.processor import processor_files
 from hf_lowrank.inputs.sources import DEMO, check_windows, demo_folder, load_tokenizer
-from hf_lowrank.inputs.start_token import start_text
 from hf_lowrank.inputs.text import shares
 from hf_lowrank.report.schema import Report
-from hf_lowrank.report.text.table import format_report
 
 _UNITS = {"KB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12}
 
@@ -83,24 +79,12 @@ def compress_streamed(args: CompressionArguments, publishing: PublishingArgument
     texts = batches_by_role(args, model, tokenizer)
     for role, batches in texts.items():
         check_windows(model, batches, args.text_source(role))
-    used: dict[str, Any] = {r: args.text_source(r) for r in texts if r != "held_out"}
-    if start := start_text(tokenizer):
-        used["start_token"] = start
+    used, processor = used_texts(args, texts, tokenizer), processor_files(args.model)
 
     def save(model: nn.Module, report: Report) -> None:
-        name_models(report, args.model, publishing)
-        report.data = replace(report.data, **used)
-        print(format_report(report), flush=True)
-        save_and_publish(
-            model,
-            tokenizer,
-            report,
-            folder,
-            repo_id,
-            private=publishing.private,
-            processor=processor_files(args.model),
-            overwrite=args.overwrite_output_dir,
-            page=args.html_report,
+        hand_over(
+            *(model, tokenizer, report, used, args, publishing, folder, repo_id),
+            processor=processor,
         )
 
     compress_checkpoint(

@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import load_file
 
 import hf_lowrank
+from hf_lowrank.cli import compress_command
 from hf_lowrank.config import METRIC_NAMES, RULE_NAMES
 from tests.scripts import InProcess, Inputs
 from tests.scripts.outputs import CHECKPOINT_FILES, file_sizes, mean_loss, read_report
@@ -232,7 +233,7 @@ def test_a_size_in_megabytes(compress_llm: InProcess, inputs: Inputs, tmp_path: 
 def test_a_size_out_of_reach_is_refused_before_texts_are_read(
     compress_llm: InProcess, inputs: Inputs
 ):
-    compress_llm.monkeypatch.setattr(compress_llm.module, "batches_by_role", pytest.fail)
+    compress_llm.monkeypatch.setattr(compress_command, "batches_by_role", pytest.fail)
     done = compress_llm(*inputs.arguments(megabytes=0.001))
     assert done.code == 2
     assert "megabytes=0.001 is too small: with the smallest ranks in int4 the model" in done.err

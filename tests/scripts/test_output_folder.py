@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from hf_lowrank.cli import compress_command
 from tests.scripts import InProcess, Inputs, Refusal, leftovers
 from tests.scripts.outputs import CHECKPOINT_FILES, read_report
 
@@ -199,7 +200,7 @@ def test_a_folder_called_demo_is_not_the_demo_model(
     """Neither the model nor a text: a run that replaces it gets as far as loading the model."""
     (tmp_path / "demo").mkdir()
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(compress_llm.module, "load_causal_lm", lambda *args: sys.exit(5))
+    monkeypatch.setattr(compress_command, "load_causal_lm", lambda *args: sys.exit(5))
     done = compress_llm("--param_ratio", 0.6, "--output_dir", "demo", "--overwrite_output_dir")
     assert done.code == 5
 
