@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import pytest
 
+from benchmarks.commands import COMMANDS
 from hf_lowrank.cli.arguments import CompressionArguments, PublishingArguments
 from hf_lowrank.cli.encoder_arguments import EncoderArguments
 from hf_lowrank.cli.export_command import ExportArguments
@@ -145,7 +146,7 @@ def options_of(script: str) -> set[str]:
     file, *command = script.split()
     kinds = ARGUMENTS.get(file.removesuffix(".py"), ())
     if command:
-        kinds = (script_module("benchmark").COMMANDS[command[0]][0],)
+        kinds = (COMMANDS[command[0]][0],)
     fields = {field.name for kind in kinds for field in dataclasses.fields(kind)}
     return fields or set(re.findall(r"\w+", (ROOT / "scripts" / file).read_text("utf-8")))
 

@@ -5,11 +5,12 @@ import dataclasses
 import pytest
 from transformers import TrainingArguments
 
-from tests.scripts import ROOT, InProcess, script_module
+from benchmarks.commands import COMMANDS
+from tests.scripts import ROOT, InProcess
 from tests.test_docs import ARGUMENTS
 
 COLUMNS = 100
-BENCHMARKS = {name: kind for name, (kind, _) in script_module("benchmark").COMMANDS.items()}
+BENCHMARKS = {name: kind for name, (kind, _) in COMMANDS.items()}
 CASES = [
     *((script, (), kinds) for script, kinds in ARGUMENTS.items()),
     *(("benchmark", (name,), (kind,)) for name, kind in BENCHMARKS.items()),
