@@ -34,6 +34,12 @@ ORDER = (
 )
 MATHS = ("decomposition", "ranks")
 MODEL_EDITORS = {"format", "modeling"}
+# The one exception: other forward passes for a while, where blocks or a body are not run.
+FORWARD_REPLACERS = {
+    "hf_lowrank.compression.streaming.block_stream",
+    "hf_lowrank.measuring.projection",
+}
+MODULE_LISTS = {"_modules", "blocks", "experts", "layers", "list"}
 MOST_FLOORS = 12
 MOST_LOOSE_MODULES = 8
 
@@ -188,6 +194,31 @@ def calls_of(name: str, method: str) -> list[int]:
 def test_few_files_edit_a_model(method):
     editors = {unit(name) for name in SOURCES if calls_of(name, method)}
     assert editors <= MODEL_EDITORS
+
+
+def assigned(tree: ast.AST) -> tuple[list[int], list[int]]:
+    """Lines that put a module into a list of modules, and those that replace a forward pass."""
+    modules, forwards = [], []
+    for node in ast.walk(tree):
+        for target in getattr(node, "targets", [getattr(node, "target", None)]):
+            if isinstance(target, ast.Attribute) and target.attr == "forward":
+                forwards.append(target.lineno)
+            owner = target.value if isinstance(target, ast.Subscript) else None
+            if isinstance(owner, ast.Attribute) and owner.attr in MODULE_LISTS:
+                modules.append(owner.lineno)
+    return modules, forwards
+
+
+def test_assignments_to_a_model_would_be_found():
+    text = "self.list[0] = block\nmodel.layers[i] = x\nlayers[name] = x\nblock.forward = other"
+    assert assigned(ast.parse(text)) == ([1, 2], [4])
+
+
+def test_few_files_assign_to_a_model():
+    found = {name: assigned(tree) for name, tree in TREES.items()}
+    editors = {unit(name) for name, (modules, _) in found.items() if modules}
+    assert editors <= MODEL_EDITORS
+    assert {name for name, (_, forwards) in found.items() if forwards} == FORWARD_REPLACERS
 
 
 def test_surgery_is_where_models_are_edited():

@@ -1,6 +1,7 @@
 """Edits of a model's layers: factorize, take back, merge.
 
-Only this folder and format/ (for loading) put layers into a model; others call them.
+Only this folder and format/ (for loading) put layers into a model; others call them. Forward passes
+are replaced for a while in measuring/projection.py and compression/streaming/block_stream.py.
 
 The verbs with a trailing underscore work in place and check everything before their first edit.
 """

@@ -27,7 +27,7 @@ from hf_lowrank.measuring.items import Batch, eval_mode, is_encoder_decoder
 from hf_lowrank.measuring.losses import forward_body
 from hf_lowrank.measuring.passes import Compute, Stream, feed
 from hf_lowrank.measuring.progress import Progress
-from hf_lowrank.modeling.surgery import factorize_
+from hf_lowrank.modeling.surgery import factorize_, replace_layer_
 from hf_lowrank.ranks.plan import RankPlan
 
 Result = TypeVar("Result")
@@ -35,14 +35,14 @@ Moment = Callable[[ChannelOrder], torch.Tensor]
 
 
 @dataclasses.dataclass(frozen=True)
-class Cut:
-    """A plan in force, and what it is cut from."""
+class PlanInForce:
+    """A plan, and what it is cut from."""
 
     factors: Mapping[str, Factors]
     plan: RankPlan
     orders: Mapping[str, ChannelOrder]
 
-    def within(self, prefix: str) -> Cut | None:
+    def within(self, prefix: str) -> PlanInForce | None:
         """The part for the layers below a block; None where it leaves them as they are."""
         ranks = {n: rank for n, rank in self.plan.ranks.items() if n.startswith(prefix)}
         narrowed = {n: s for n, s in self.plan.narrowed.items() if n.startswith(prefix)}
@@ -50,7 +50,8 @@ class Cut:
             return None
         shapes = {name: self.plan.shapes[name] for name in ranks}
         plan = RankPlan(ranks, shapes, narrowed, self.plan.form)
-        return Cut(self.factors, plan, {n: self.orders[n] for n in self.orders if n in narrowed})
+        orders = {n: self.orders[n] for n in self.orders if n in narrowed}
+        return PlanInForce(self.factors, plan, orders)
 
 
 class BlockStream(Stream):
@@ -84,7 +85,7 @@ class BlockStream(Stream):
         self.list = found
         self.once: set[str] = set()
         self.key = DENSE
-        self._cut: Cut | None = None
+        self._cut: PlanInForce | None = None
         self.moment_of: Moment = lambda order: order.moment
         self._kinds: dict[type, int | None] = {}
         self._take_templates()
@@ -110,7 +111,8 @@ class BlockStream(Stream):
         """A block in memory and in its place in the model, with the plan in force."""
         give_back_freed()
         before, block = self.list[index], copy.deepcopy(self.templates[index])
-        self.list[index] = block
+        place = f"{self.name}.{index}"
+        replace_layer_(self.model, place, block)
         try:
             self.tensors.read(lambda name: name.startswith(self.prefix(index)))
             part = None if self._cut is None else self._cut.within(self.prefix(index))
@@ -122,7 +124,7 @@ class BlockStream(Stream):
                 factorize_(self.model, part.factors, part.plan, orders)
             yield block
         finally:
-            self.list[index] = before
+            replace_layer_(self.model, place, before)
 
     @contextmanager
     def ends(self) -> Iterator[None]:
@@ -224,7 +226,7 @@ class BlockStream(Stream):
             first -= 1
         return States(folder, key, len(batches), first)
 
-    def _first_changed(self, cut: Cut) -> int:
+    def _first_changed(self, cut: PlanInForce) -> int:
         changed = (i for i in range(len(self)) if cut.within(self.prefix(i)) is not None)
         return next(changed, len(self))
 
@@ -274,7 +276,7 @@ class BlockStream(Stream):
         self, factors: Mapping[str, Factors], plan: RankPlan, orders: Mapping[str, ChannelOrder]
     ) -> Iterator[None]:
         """Has a plan in force in all passes within the block."""
-        before, self._cut = self._cut, Cut(factors, plan, orders)
+        before, self._cut = self._cut, PlanInForce(factors, plan, orders)
         try:
             yield
         finally:
