@@ -2,6 +2,7 @@
 
 Each way to store a layer, or a feed-forward that loses channels, has bytes and a predicted rise of
 the loss: of what is dropped and of what is rounded. So all compete for one number of bytes.
+See docs/methods.md, 8.
 """
 
 from __future__ import annotations

@@ -106,6 +106,7 @@ def _is_better(
                     )
                 )
     rise = paired_difference(found[0].items, found[1].items)
+    # By chance alone one in forty equal plans seems better by more than two standard errors.
     return run.processes.decide(rise.mean > 2 * rise.standard_error)
 
 

@@ -1,4 +1,7 @@
-"""From a dense model to the orders of its fused experts: what analysis.py does, for these."""
+"""From a dense model to the orders of its fused experts: what analysis.py does, for these.
+
+See docs/methods.md, 2.7.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +27,9 @@ from hf_lowrank.ranks.plan import ExpertsPlan
 BYTES = 4
 # Of widths: grouped kernels want rows of 16 bytes, also in 16 bits.
 _MULTIPLE = 8
-_DROP_TOKENS = 16.0  # of the layer's mean, beside an expert's own, in its price
+# Tokens of the layer's mean in an expert's price, beside its own: they decide where it saw few,
+# and drown in the hundreds that most see.
+_DROP_TOKENS = 16.0
 _LEAST = 1e-6  # tokens of an expert that saw none
 
 

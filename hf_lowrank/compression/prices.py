@@ -3,7 +3,7 @@
 The directions that a decomposition drops are those that its calibration text uses least, so on any
 other text they cost more; and a Kronecker product of moments knows nothing of what inputs and
 gradients have in common. So all cuts are priced by their effects on held-out text
-(measuring/effects.py), from a few backward passes whatever their number.
+(measuring/effects.py), from a few backward passes whatever their number. See docs/methods.md, 2.5.
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ from hf_lowrank.ranks.plan import RankPlan
 from hf_lowrank.report.layers import block_number
 from hf_lowrank.report.sections import MeasuredPart
 
-DRAWS = 2
-TOKENS, ITEMS = 3072, 8  # of held-out text that are enough
-DEPTHS = 10
-_LARGEST = 20.0  # factor
+DRAWS = 2  # of labels for each batch: less noise of the draw without more text
+TOKENS, ITEMS = 3072, 8  # of held-out text: a standard error over items needs several of them
+DEPTHS = 10  # parts with a factor each: a factor for every layer is too noisy to choose by
+_LARGEST = 20.0  # factor; one beyond rests on a few items, and would give a part all cuts or none
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ of B keep a share q of their squares as errors,
     A: q |a_i|^2 / n tr Q (b_i^T P b_i),      B: q |b_i|^2 / m tr P (a_i Q a_i^T),
 
 where in the metric one of the two quadratic forms is 1 and the other sigma_i^2.
+See docs/methods.md, 8.
 """
 
 from __future__ import annotations

@@ -1,4 +1,7 @@
-"""A low-rank matrix as pivot columns, and the coefficients that make the others of them."""
+"""A low-rank matrix as pivot columns, and the coefficients that make the others of them.
+
+See docs/methods.md, 2.6.
+"""
 
 from __future__ import annotations
 

@@ -11,6 +11,7 @@ the second-order rise of the mean loss. Nothing is taken to be independent here:
 gradients, as in a Kronecker product of their moments, nor one position of another.
 
 A cut drops the last components of `W = left right`, so one pass gives c for all of its steps.
+See docs/methods.md, 2.5.
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 
 With e(x) the embedding and y = e(x) + u, u drawn from N(0, I), the loss |e(x) - y|^2 / 2 has the
 gradient -J^T u. Summed over draws, its outer products are J^T J, the Gauss-Newton matrix of half
-the squared change of the embedding (docs/methods.md, section 8). So prices are in units of that,
-1 - cosine for normalised embeddings, and nobody needs a label.
+the squared change of the embedding. So prices are in units of that, 1 - cosine for normalised
+embeddings, and nobody needs a label. See docs/embeddings.md, "What is measured".
 """
 
 from __future__ import annotations

@@ -7,6 +7,7 @@ is `g = w dL/dy`. Summed over the tokens that an expert sees:
 
 with h its channels. An expert that sees few tokens is helped out by the layer's: by the moment of
 its channels on tokens of the whole layer, and by the gradients of all experts of the layer.
+See docs/methods.md, 2.7.
 """
 
 from __future__ import annotations

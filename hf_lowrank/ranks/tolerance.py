@@ -3,6 +3,7 @@
 Bisection over the kept share of the parameters (IJCAI 2025, Algorithm 1, with its slips mended:
 the last *feasible* point is returned, a falling loss is welcome). Where the metric predicts the
 loss, the prediction, corrected by what was measured so far, chooses the next probe.
+See docs/methods.md, 2.3.
 """
 
 from __future__ import annotations

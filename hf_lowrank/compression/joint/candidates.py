@@ -1,4 +1,7 @@
-"""The candidates of the joint system: other ranks, corrected factors, each measured."""
+"""The candidates of the joint system: other ranks, corrected factors, each measured.
+
+See docs/methods.md, 5.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Whether sets of batches share items. Nothing may be judged on what it was fitted to."""
+"""Whether sets of batches share items. Nothing may be judged on what it was fitted to.
+
+See docs/methods.md, 5.
+"""
 
 from __future__ import annotations
 

@@ -2,6 +2,7 @@
 
 Notation: `Gr = d(mean loss)/dW` and `D = W_k - W`, the change of the weight, so that
 `loss(W + D) - loss(W) = <Gr, D> + second order`.
+See docs/methods.md, 5.
 """
 
 from __future__ import annotations

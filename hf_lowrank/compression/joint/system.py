@@ -2,6 +2,7 @@
 
 Every candidate is judged by a forward pass on the acceptance set. The first candidate is plain
 `kfac` with the `price` rule, so the result is never worse there.
+See docs/methods.md, 5.
 """
 
 from __future__ import annotations
