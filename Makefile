@@ -116,4 +116,4 @@ format: venv ## Format, and fix what the linter can fix.
 
 clean: ## Remove .venv, caches, build products and the demo's output.
 	rm -rf .venv .venv-4.57 .venv-oldest .venv-newest .venv-embeddings .venv-vllm .venv-exports .venv-openvino .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist outputs/demo outputs/vllm outputs/exports
-	find hf_lowrank scripts tests -type d -name __pycache__ -prune -exec rm -rf {} +
+	find hf_lowrank benchmarks scripts tests -type d -name __pycache__ -prune -exec rm -rf {} +

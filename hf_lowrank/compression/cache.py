@@ -24,6 +24,7 @@ from hf_lowrank.format.feed_forward import FeedForward
 from hf_lowrank.inputs.digest import update_digest
 from hf_lowrank.measuring.effects import Effects
 from hf_lowrank.measuring.items import Batch, LossFunction
+from hf_lowrank.measuring.progress import announce
 
 _VERSION = 2  # of what the results mean
 # Which settings each kind of result depends on, beside the model and the calibration data.
@@ -111,7 +112,7 @@ class RunCache:
 
 
 def read_stored(path: Path, *, mapped: bool = False) -> Any:  # noqa: ANN401
-    """What `write_stored` wrote, on the CPU; None where it is not there, or can't be read.
+    """What `write_stored` wrote, on the CPU; None where it is not there, or damaged, which is said.
 
     Args:
         path: The file.
@@ -119,7 +120,10 @@ def read_stored(path: Path, *, mapped: bool = False) -> Any:  # noqa: ANN401
     """
     try:
         return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
-    except Exception:  # not there, or damaged in whatever way: it is computed again
+    except FileNotFoundError:
+        return None
+    except Exception:  # damaged in whatever way
+        announce(f"{path} can't be read; what it held is computed again")
         return None
 
 

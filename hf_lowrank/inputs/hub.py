@@ -13,6 +13,7 @@ import huggingface_hub.constants
 from huggingface_hub.utils import get_session
 
 from hf_lowrank.errors import DataError, LowRankError
+from hf_lowrank.measuring.progress import announce
 
 _SECONDS = 5.0
 
@@ -30,6 +31,7 @@ def prefer_offline_if_unreachable() -> bool:
     try:
         get_session().head(huggingface_hub.constants.ENDPOINT, timeout=_SECONDS)
     except Exception:  # whatever the transport raises: no answer
+        announce("the Hub does not answer; only what is in the local caches is read")
         huggingface_hub.constants.HF_HUB_OFFLINE = True
         with suppress(ModuleNotFoundError):  # an extra, and slow to import
             import datasets.config

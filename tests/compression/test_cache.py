@@ -70,7 +70,7 @@ def test_half_written_temporary_files_are_ignored(cached, text, kind):
 
 @pytest.mark.parametrize("damage", [lambda data: data[:-9], lambda data: b"", lambda data: b"{}"])
 @pytest.mark.parametrize("kind", ["spectra", "moments"])
-def test_a_damaged_file_is_computed_again(cached, text, kind, damage):
+def test_a_damaged_file_is_computed_again(cached, text, kind, damage, capsys):
     folder, (_, expected, _) = cached
     (file,) = folder.glob(f"{kind}-*.pt")
     if kind == "moments":
@@ -78,6 +78,7 @@ def test_a_damaged_file_is_computed_again(cached, text, kind, damage):
     file.write_bytes(damage(file.read_bytes()))
     report, found, calls = run_cached(folder, text[:3])
     assert calls == DRY + (0 if kind == "spectra" else 3)
+    assert f"{file} can't be read; what it held is computed again" in capsys.readouterr().err
     assert "decomposition" in report.seconds
     assert equal_states(found, expected)
     assert run_cached(folder, text[:3])[0].seconds.keys().isdisjoint({"decomposition"})

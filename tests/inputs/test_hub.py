@@ -29,12 +29,13 @@ def use(monkeypatch, session):
     return session
 
 
-def test_a_hub_that_does_not_answer_turns_offline_mode_on(monkeypatch, online):
+def test_a_hub_that_does_not_answer_turns_offline_mode_on(monkeypatch, online, capsys):
     session = use(monkeypatch, Session(OSError("no route")))
     assert not prefer_offline_if_unreachable()
     assert huggingface_hub.constants.HF_HUB_OFFLINE
     assert datasets.config.HF_HUB_OFFLINE
     assert session.asked == [(huggingface_hub.constants.ENDPOINT, 5.0)]
+    assert "the Hub does not answer; only what is in the local caches" in capsys.readouterr().err
 
 
 def test_a_hub_that_answers_leaves_everything_as_it_is(monkeypatch, online):
