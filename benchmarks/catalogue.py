@@ -48,7 +48,7 @@ class System:
         kind: "ranked" for a metric with a rule, "joint", or "structured" for those of
             structured/methods.py.
         channels: Of a ranked system, whether feed-forwards may lose channels, too.
-        measured: Of a ranked system, whether its prices are corrected by measurement.
+        measured: Of a ranked system, whether its cuts are priced on held-out text.
         form: Stored form of its low-rank layers, which is what its sizes count: two factors, as
             papers store them, or "compact" in the rows that show what the form alone brings.
     """

@@ -13,7 +13,7 @@ from benchmarks.system_rows import read_rows
 from benchmarks.system_tables import format_report
 from benchmarks.systems import TRIALS, BenchmarkOptions, BenchmarkTexts, compare_systems
 from hf_lowrank.compression.recovery import RECOVERIES, RecoverySettings
-from hf_lowrank.config import LowRankConfig, option
+from hf_lowrank.config import LowRankConfig, config_option, option
 from hf_lowrank.inputs.sources import load_causal_lm
 from hf_lowrank.inputs.start_token import start_text
 from hf_lowrank.inputs.text import token_batches
@@ -116,9 +116,8 @@ class RecoveryArguments:
     param_ratio: list[float] | None = option(None, "Sizes; default 0.6 0.4.")
     recover: str = option("factors", "What is trained: " + ", ".join(RECOVERIES) + ".")
     channels: bool = option(False, "Let the cut take channels of feed-forwards out, too.")
-    measured_prices: bool = option(
-        False, "Correct the prices by measurement on the held-out windows."
-    )
+    measured_prices: bool = option(False, "Price the cuts on the held-out windows.")
+    form: str | None = config_option("form")
     recover_steps: int = option(60, "Steps of training.")
     stages: int = option(1, "Cuts in which each size is reached, as in compress_llm.py.")
     calibration: str = option("demo", "Text for the moments and the training.")
@@ -149,7 +148,7 @@ def measure_recoveries(args: RecoveryArguments) -> None:
         RecoverySettings(args.recover_steps, kind=args.recover),
         (calibration, held_out),
         evaluations,
-        LowRankConfig(channels=args.channels, measured_prices=args.measured_prices),
+        LowRankConfig(channels=args.channels, measured_prices=args.measured_prices, form=args.form),
         args.stages,
     )
     write_result(

@@ -182,8 +182,8 @@ class CompressionArguments(JobArguments):
     )
     held_out_sequences: int = option(
         32,
-        "Token windows on which a loss tolerance is tested, types of weights are tried, prices are "
-        "corrected and a recovery is judged; from the end of the calibration text.",
+        "Token windows on which a loss tolerance is tested, types of weights are tried, cuts are "
+        "priced and a recovery is judged; from the end of the calibration text.",
     )
     joint: bool = option(
         False,

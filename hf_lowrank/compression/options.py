@@ -32,7 +32,7 @@ class Texts:
 
     Attributes:
         calibration: For the moments.
-        held_out: For the search of a loss tolerance or of types, and to correct prices.
+        held_out: For the search of a loss tolerance or of types, and to price cuts.
         evaluation: For the report alone.
         foreign: For the report alone, too: text of a kind that calibration saw nothing of.
     """
@@ -163,7 +163,7 @@ def split_texts(config: LowRankConfig, texts: Texts, recover_steps: int = 0) -> 
     batches = list(texts.calibration or [])
     if len(batches) < 2:
         raise DataError(
-            "A loss tolerance is tested, types of weights are tried, prices are corrected, and a "
+            "A loss tolerance is tested, types of weights are tried, cuts are priced, and a "
             "recovery is judged on held-out text: pass at least two calibration batches, or "
             "held_out, or set param_ratio, no measured_prices and no recover_steps."
         )

@@ -69,8 +69,8 @@ def compress(
         calibration: Batches of forward inputs (tensors by name) for the moments, as any iterable;
             read once, see `checked_batches`.
         evaluation: Batches for the report's before and after; nothing else looks at them.
-        held_out: Batches on which a loss tolerance is tested, types of weights are tried, prices
-            are corrected and a recovery is judged. By default the last quarter of the calibration
+        held_out: Batches on which a loss tolerance is tested, types of weights are tried, cuts
+            are priced and a recovery is judged. By default the last quarter of the calibration
             batches, which then do not enter the moments.
         foreign: Batches unlike the calibration's, for the report: on like ones a cut looks better.
         loss_function: See `RunOptions`, as all that follow.

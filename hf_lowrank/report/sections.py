@@ -24,7 +24,7 @@ class Settings:
         megabytes: Of the file, the goal.
         rank: Rank everywhere, the goal.
         channels: Whether feed-forwards may lose channels.
-        measured_prices: Whether the prices were corrected by measurement.
+        measured_prices: Whether cuts were priced on held-out text.
         objective: What the size is a share of.
         others: All other settings, also of other versions, by name.
     """
@@ -152,7 +152,7 @@ class Stage:
         predicted_loss_difference: Rise of the loss by the prices, nats, over the model that the
             stage before left; None where the metric predicts nothing.
         recovery: The training after it.
-        measured_prices: What corrected its prices.
+        measured_prices: How the prices of its parts came out on held-out text.
         failures: Reason by layer name, of layers that stayed dense.
     """
 

@@ -218,7 +218,7 @@ def test_the_report_shows_what_is_left(tmp_path: Any):
     assert Report.load(tmp_path / "report.json").experts == report.experts
 
 
-def test_a_sweep_ends_dense_and_prices_are_corrected():
+def test_a_sweep_ends_dense_and_prices_are_measured():
     model = mixtral()
     before, text = snapshot(model), written_batches(model, 6)
     config = CONFIG.replace(measured_prices=True)

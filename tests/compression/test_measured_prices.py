@@ -233,7 +233,7 @@ def test_a_tolerance_is_searched_with_these_prices(text):
 def test_held_out_text_is_taken_from_the_calibration_text_or_asked_for(text):
     report = compress(tiny_llama(), CONFIG, text[:8], progress=False)
     assert report.data.calibration_tokens == sum(b["input_ids"].numel() for b in text[:6])
-    with pytest.raises(DataError, match="prices are corrected"):
+    with pytest.raises(DataError, match="cuts are priced"):
         compress(tiny_llama(), CONFIG, text[:1], progress=False)
     roles = CompressionArguments(param_ratio=[0.5], measured_prices=True).text_roles()
     assert roles["held_out"] == 32
