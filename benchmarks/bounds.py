@@ -10,10 +10,11 @@ from typing import Any
 
 import torch
 
+from benchmarks.theorems import output_error_bound
 from hf_lowrank.config import option
 from hf_lowrank.errors import ConfigError
 from hf_lowrank.report.provenance import write_result
-from hf_lowrank.training.bounds import output_error_bound
+from hf_lowrank.value_checks import check_count
 
 DELTAS = (0.05, 0.1, 0.2, 0.4, 0.8)
 
@@ -42,8 +43,7 @@ class BoundsArguments:
             ConfigError: A count is below 1, or a delta outside (0, 1).
         """
         for name in ("networks", "depth", "width", "inputs"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} must be an integer >= 1, got {getattr(self, name)}.")
+            check_count(name, getattr(self, name))
         for delta in self.deltas or DELTAS:
             if not 0 < delta < 1:
                 raise ConfigError(f"deltas must lie in (0, 1), got {delta}.")

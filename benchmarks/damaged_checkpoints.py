@@ -24,11 +24,11 @@ import hf_lowrank
 from benchmarks.mutations import MUTATIONS, Mutation, mutate_index
 from hf_lowrank import LowRankConfig, LowRankError
 from hf_lowrank.config import option
-from hf_lowrank.errors import ConfigError
 from hf_lowrank.format.layout import Layout
 from hf_lowrank.format.rebuild import replace_with_lowrank
 from hf_lowrank.modeling.marks import attach_config
 from hf_lowrank.report.provenance import write_result
+from hf_lowrank.value_checks import check_count
 from tests.tiny_models import tiny_bert_classifier, tiny_gpt2, tiny_llama, token_batches
 
 LAYER = "model.layers.0.self_attn.q_proj"
@@ -51,8 +51,7 @@ class DamagedArguments:
         Raises:
             ConfigError: The count is below 1.
         """
-        if self.count < 1:
-            raise ConfigError(f"count must be an integer >= 1, got {self.count}.")
+        check_count("count", self.count)
 
 
 class Case(NamedTuple):

@@ -15,10 +15,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from benchmarks.rank_within import rank_within
 from hf_lowrank.config import option
 from hf_lowrank.errors import ConfigError
 from hf_lowrank.format.forms.stored_form import stored_form
-from hf_lowrank.ranks.plan import rank_within
 from hf_lowrank.report.provenance import write_result
 
 FORMS = ("factors", "compact")

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 from transformers.utils import logging
 
 from hf_lowrank.config import option
-from hf_lowrank.errors import ConfigError
 from hf_lowrank.report.provenance import write_result
+from hf_lowrank.value_checks import check_count
 
 if TYPE_CHECKING:
     from benchmarks.killed_runs import Scenario
@@ -38,8 +38,7 @@ class KillsArguments:
         Raises:
             ConfigError: The count is below 1.
         """
-        if self.count < 1:
-            raise ConfigError(f"count must be an integer >= 1, got {self.count}.")
+        check_count("count", self.count)
 
 
 def kill_runs(args: KillsArguments) -> None:

@@ -14,7 +14,8 @@ from torch import nn
 from benchmarks.figures import draw_spectra
 from benchmarks.table import part_of
 from hf_lowrank.config import option
-from hf_lowrank.pruning.pruned_ranks import compare_ranks, mean_ranks, target_weights
+from hf_lowrank.errors import ConfigError
+from hf_lowrank.pruning.pruned_ranks import mean_ranks, target_weights
 from hf_lowrank.pruning.pruning_arguments import PruningArguments
 from hf_lowrank.pruning.pruning_trainer import PruningTrainer
 from hf_lowrank.pruning.scores import CRITERIA
@@ -106,3 +107,33 @@ def _prune_(model: nn.Module, task: Task, args: TaskArguments, criterion: str) -
             data_collator=task.collator,
         )
         trainer.train()
+
+
+def compare_ranks(
+    pruned: Mapping[str, Mapping[str, torch.Tensor]],
+    *,
+    largest_gap: float = 0.005,
+    **settings: float,
+) -> dict[str, Any]:
+    """Ranks of weights that were pruned in different ways to the same density.
+
+    Args:
+        pruned: Weights by layer name, by the way of pruning ("movement", "magnitude", ...).
+        largest_gap: How far the densities may be apart.
+        **settings: `threshold` and `energy` of `rank_profile`.
+
+    Returns:
+        `mean_ranks` of each way.
+
+    Raises:
+        ConfigError: The densities differ by more, or the layers are not the same.
+    """
+    names = {tuple(weights) for weights in pruned.values()}
+    if len(names) != 1:
+        raise ConfigError("The models to compare do not have the same layers.")
+    found = {way: mean_ranks(weights, **settings) for way, weights in pruned.items()}
+    densities = {way: result["density"] for way, result in found.items()}
+    if max(densities.values()) - min(densities.values()) > largest_gap:
+        text = ", ".join(f"{way} {density:.4f}" for way, density in densities.items())
+        raise ConfigError(f"Ranks compare at equal density only; got {text}.")
+    return found

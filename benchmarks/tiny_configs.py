@@ -17,7 +17,6 @@ from transformers import PretrainedConfig
 VOCABULARY = 99
 HIDDEN = 32
 HEADS = 4
-KEY_VALUE_HEADS = 2
 HEAD_DIM = 8
 POSITIONS = 64
 _LARGEST = 20_000_000  # parameters of a model that is still small

@@ -30,9 +30,6 @@ MOST_SECONDS_OF_IMPORT = 2.0  # 1 on a machine with nothing else to do
 EXTRAS = ("datasets", "evaluate", "gguf", "matplotlib", "optuna", "peft", "scipy", "sklearn")
 HEAVY = ("datasets", "jinja2", "matplotlib", "peft")
 
-# Longer than allowed; a file leaves the list when it is split.
-LONG_FILES: set[str] = set()
-
 
 def num_lines(path: Path) -> int:
     return len(path.read_text("utf-8").splitlines())
@@ -72,9 +69,7 @@ def test_no_benchmark_is_in_the_wheel():
 
 
 @pytest.mark.parametrize("name", SOURCES)
-def test_files_are_short(name: str, request: pytest.FixtureRequest):
-    if name in LONG_FILES:
-        request.applymarker(pytest.mark.xfail(strict=True, reason="to be split"))
+def test_files_are_short(name: str):
     assert num_lines(SOURCES[name]) <= MOST_LINES_OF_A_FILE
 
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import torch
 
+from benchmarks.rank_within import rank_within
 from benchmarks.searches.problem import RankProblem
-from hf_lowrank.ranks.plan import RankPlan, rank_within, useful_rank
+from hf_lowrank.ranks.plan import RankPlan, useful_rank
 
 SHARES = (0.2, 0.4, 0.6, 0.8)
 

@@ -14,6 +14,7 @@ from torch import nn
 from hf_lowrank.channels.expert_order import ExpertOrder
 from hf_lowrank.channels.order import REFIT, channel_order, channel_step
 from hf_lowrank.compression.cache import RunCache
+from hf_lowrank.compression.groups import grouped
 from hf_lowrank.compression.options import Run
 from hf_lowrank.config import LowRankConfig
 from hf_lowrank.errors import NumericalError
@@ -24,7 +25,6 @@ from hf_lowrank.measuring.routing import Experts
 from hf_lowrank.modeling.expert_targets import experts_of
 from hf_lowrank.ranks.plan import ExpertsPlan
 
-BYTES = 4
 # Of widths: grouped kernels want rows of 16 bytes, also in 16 bits.
 _MULTIPLE = 8
 # Tokens of the layer's mean in an expert's price, beside its own: they decide where it saw few,
@@ -49,7 +49,7 @@ def analyze_experts(
         cache: Where finished groups are kept, None without one.
     """
     found, failures = dict[str, ExpertOrder](), dict[str, str]()
-    for group in _groups(experts_of(model, run.experts), run.options.moment_gib):
+    for group in grouped(experts_of(model, run.experts), _numbers, run.options.moment_gib):
         known = run.processes.decide(cache.read("experts", group) if cache else None)
         if known is None:
             with run.stopwatch.phase("statistics"):
@@ -88,20 +88,10 @@ def _moments(
         )
 
 
-def _groups(layers: Mapping[str, Experts], moment_gib: float) -> list[dict[str, Experts]]:
-    """Consecutive layers whose moments fit into memory together; at least one layer each."""
-    groups: list[dict[str, Experts]] = []
-    used = 0.0
-    for name, each in layers.items():
-        count, width, hidden = each.shape.size.experts, each.shape.size.width, each.shape.hidden
-        # One more of the channels' stays with the order.
-        size = BYTES * (count * (3 * width**2 + min(width, hidden) ** 2) + hidden**2)
-        if not groups or used + size > moment_gib * 2**30:
-            groups.append({})
-            used = 0.0
-        groups[-1][name] = each
-        used += size
-    return groups
+def _numbers(name: str, experts: Experts) -> int:
+    """Of a layer's moments; one more of the channels' stays with the order."""
+    size, hidden = experts.shape.size, experts.shape.hidden
+    return size.experts * (3 * size.width**2 + min(size.width, hidden) ** 2) + hidden**2
 
 
 def order_experts(

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 from torch import nn
 
@@ -11,6 +12,7 @@ from hf_lowrank.format.dense_linear import linear_shape
 from hf_lowrank.format.feed_forward import FeedForward
 
 BYTES_PER_MOMENT = 4
+Layer = TypeVar("Layer")
 SECOND_MOMENTS = frozenset({"input", "input_centred", "output"})
 
 
@@ -46,17 +48,33 @@ def moment_groups(
     whole: Sequence[str] = (),
 ) -> list[dict[str, nn.Module]]:
     """Consecutive layers whose moments fit into memory together; at least one layer each."""
-    limit = moment_gib * 2**30
-    groups: list[dict[str, nn.Module]] = [{}]
-    used = 0.0
-    for name, layer in targets.items():
+
+    def numbers(name: str, layer: nn.Module) -> int:
         rows, columns = linear_shape(layer)
-        size = BYTES_PER_MOMENT * (
+        return (
             len(needs & SECOND_MOMENTS) * min(rows, columns) ** 2
             + ("gradient" in needs) * rows * columns
             + 2 * (name in whole) * columns**2  # one stays with the channels' order
         )
-        if groups[-1] and used + size > limit:
+
+    return grouped(targets, numbers, moment_gib) or [{}]
+
+
+def grouped(
+    layers: Mapping[str, Layer], numbers: Callable[[str, Layer], int], moment_gib: float
+) -> list[dict[str, Layer]]:
+    """Consecutive layers whose moments fit into memory together; at least one layer each.
+
+    Args:
+        layers: Layers by name.
+        numbers: How many fp32 numbers the moments of a layer hold.
+        moment_gib: Memory for those of a group, GiB.
+    """
+    groups: list[dict[str, Layer]] = []
+    used = 0.0
+    for name, layer in layers.items():
+        size = BYTES_PER_MOMENT * numbers(name, layer)
+        if not groups or used + size > moment_gib * 2**30:
             groups.append({})
             used = 0.0
         groups[-1][name] = layer

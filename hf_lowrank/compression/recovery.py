@@ -27,6 +27,7 @@ from hf_lowrank.measuring.progress import track
 from hf_lowrank.modeling.lora import check_peft, lora_on_factors
 from hf_lowrank.modeling.surgery import swapped
 from hf_lowrank.report.sections import Recovery
+from hf_lowrank.value_checks import check_choice
 
 # What is trained, and at which peak rate of AdamW.
 RECOVERIES = {"factors": 1e-4, "lora": 1e-3}
@@ -61,8 +62,7 @@ class RecoverySettings:
 
     def __post_init__(self) -> None:
         """Checks the kind."""
-        if self.kind not in RECOVERIES:
-            raise ConfigError(f"recover must be one of {', '.join(RECOVERIES)}; got {self.kind!r}.")
+        check_choice("recover", self.kind, (*RECOVERIES,))
         if self.kind == "lora":
             check_peft()
 

@@ -18,6 +18,7 @@ from hf_lowrank.format.rebuild import compressed_layers
 from hf_lowrank.modeling.surgery import merge_
 from hf_lowrank.report.schema import Report
 from hf_lowrank.report.sections import Stage
+from hf_lowrank.value_checks import check_count
 
 
 def check_stages(config: LowRankConfig, stages: int, recover_steps: int) -> None:
@@ -27,8 +28,7 @@ def check_stages(config: LowRankConfig, stages: int, recover_steps: int) -> None
         ConfigError: There are fewer than one, or there are several without a size to reach or
             without a step of training for each.
     """
-    if not isinstance(stages, int) or isinstance(stages, bool) or stages < 1:
-        raise ConfigError(f"stages must be an integer >= 1, got {stages!r}.")
+    check_count("stages", stages)
     if stages == 1:
         return
     if config.ranks is not None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -10,11 +9,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from hf_lowrank.evaluation.speed import in_turn, now
+from hf_lowrank.evaluation.speed import in_turn, now, unless_it_fails, where_timed
 from hf_lowrank.measuring.items import eval_mode
 from hf_lowrank.modeling.surgery import swapped
 from hf_lowrank.report.embedding_report import EncoderSpeed, EncoderTiming
-from hf_lowrank.report.provenance import device_name
 
 # (sentences side by side, tokens of each)
 SHAPES = ((1, 32), (1, 128), (32, 32), (32, 128))
@@ -38,25 +36,17 @@ def encoder_speed(
     Returns:
         The times; None if the model can't be timed on tokens, then a warning says why.
     """
-    try:
+
+    def measure() -> EncoderSpeed:
         limit = getattr(model.config, "max_position_embeddings", None)
         timings = [
             _timing(model, originals, size, tokens)
             for size, tokens in shapes
             if limit is None or tokens <= limit
         ]
-    except Exception as error:  # a long compression is not lost because its speed is not known
-        reason = " ".join(str(error).split())[:300] or type(error).__name__
-        warnings.warn(f"The speed was not measured: {reason}", stacklevel=2)
-        return None
-    weight = next(model.parameters())
-    return EncoderSpeed(
-        timings,
-        device=str(weight.device),
-        hardware=device_name(weight.device),
-        threads=torch.get_num_threads(),
-        dtype=str(weight.dtype).removeprefix("torch."),
-    )
+        return EncoderSpeed(timings, **where_timed(model))
+
+    return unless_it_fails(measure)
 
 
 def _timing(

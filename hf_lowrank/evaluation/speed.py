@@ -149,25 +149,38 @@ def speed_before_and_after(
         The times of both, what was timed and where; None if the model can't be timed, then a
         warning says why.
     """
-    try:
+
+    def measure() -> Speed:
         chosen = settings or _settings_for(model)
         found = measure_speed(
             {"dense": partial(swapped, model, originals), "compressed": model}, chosen
         )
+        rounds = len(found["dense"].prefill)
+        conditions = SpeedConditions(**asdict(chosen), rounds=rounds, **where_timed(model))
+        return Speed(found["dense"], found["compressed"], conditions)
+
+    return unless_it_fails(measure)
+
+
+def unless_it_fails(measure: Callable[[], Times]) -> Times | None:
+    """What is measured; None where that fails, and a warning says why."""
+    try:
+        return measure()
     except Exception as error:  # a long compression is not lost because its speed is not known
         reason = " ".join(str(error).split())[:300] or type(error).__name__
-        warnings.warn(f"The speed was not measured: {reason}", stacklevel=2)
+        warnings.warn(f"The speed was not measured: {reason}", stacklevel=3)
         return None
+
+
+def where_timed(model: nn.Module) -> dict[str, Any]:
+    """Device, hardware, threads and dtype, for a report of times."""
     weight = next(model.parameters())
-    conditions = SpeedConditions(
-        **asdict(chosen),
-        rounds=len(found["dense"].prefill),
-        device=str(weight.device),
-        hardware=device_name(weight.device),
-        threads=torch.get_num_threads(),
-        dtype=str(weight.dtype).removeprefix("torch."),
-    )
-    return Speed(found["dense"], found["compressed"], conditions)
+    return {
+        "device": str(weight.device),
+        "hardware": device_name(weight.device),
+        "threads": torch.get_num_threads(),
+        "dtype": str(weight.dtype).removeprefix("torch."),
+    }
 
 
 def _settings_for(model: nn.Module) -> SpeedSettings:

@@ -126,12 +126,13 @@ class Layout:
                 "config.json names quant_method 'lowrank' but holds no ranks; the checkpoint is "
                 "incomplete."
             )
-        if not isinstance(narrowed, (dict, type(None))):
-            raise CheckpointError(f"narrowed must map names to shapes, got {narrowed!r}.")
-        if not isinstance(quantized, (dict, type(None))):
-            raise CheckpointError(f"quantized must map names to precisions, got {quantized!r}.")
-        if not isinstance(experts, (dict, type(None))):
-            raise CheckpointError(f"experts must map names to what is left, got {experts!r}.")
+        for name, value, content in (
+            ("narrowed", narrowed, "shapes"),
+            ("quantized", quantized, "precisions"),
+            ("experts", experts, "what is left"),
+        ):
+            if not isinstance(value, (dict, type(None))):
+                raise CheckpointError(f"{name} must map names to {content}, got {value!r}.")
         for name, rank in ranks.items():
             if rank is not None and not _is_count(rank):
                 raise CheckpointError(f"ranks[{name!r}] must be an integer >= 1, got {rank!r}.")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -174,6 +174,26 @@ def _check_model(
     return skeleton, shapes.keys() | converted
 
 
+def names_in_model(model: Any, keys: Iterable[str]) -> Iterator[tuple[str, str, bool]]:  # noqa: ANN401
+    """Each stored tensor, its name in a model, and whether transformers splits or joins it there.
+
+    Args:
+        model: A transformers model, maybe on the meta device.
+        keys: Names of tensors as they are stored.
+    """
+    conversions = get_model_conversion_mapping(model)
+    renamings = [each for each in conversions if isinstance(each, WeightRenaming)]
+    converters = [each for each in conversions if isinstance(each, WeightConverter)]
+    state = model.state_dict()
+    for key in keys:
+        name, converter = rename_source_key(
+            key, renamings, converters, model.base_model_prefix, state
+        )
+        if name not in state and key in state:
+            name, converter = key, None
+        yield key, name, converter is not None
+
+
 def _shapes_in_model(
     folder: str | Path,
     skeleton: Any,  # noqa: ANN401
@@ -184,23 +204,18 @@ def _shapes_in_model(
     Apart from them the names of the tensors that it also splits or joins while loading: it checks
     their shapes itself.
     """
-    conversions = get_model_conversion_mapping(skeleton)
-    renamings = [each for each in conversions if isinstance(each, WeightRenaming)]
-    converters = [each for each in conversions if isinstance(each, WeightConverter)]
-    prefix, state = skeleton.base_model_prefix, skeleton.state_dict()
+    state = skeleton.state_dict()
     shapes: dict[str, list[int]] = {}
     others: set[str] = set()
     joined: Counter[str] = Counter()
-    for key, shape in stored.items():
-        name, converted = rename_source_key(key, renamings, converters, prefix, state)
-        if name not in state and key in state:
-            name, converted = key, None
+    for key, name, is_converted in names_in_model(skeleton, stored):
+        shape = stored[key]
         if name in shapes:
             raise CheckpointError(f"{folder}: two tensors are for {name}, one of them {key}.")
-        if converted is None:
-            shapes[name] = shape
-        else:
+        if is_converted:
             others.add(name)
+        else:
+            shapes[name] = shape
         joined[name] += math.prod(shape)
     for module in small_experts(skeleton):
         for name in (key for key in state if key.rpartition(".")[0] == module):

@@ -84,21 +84,39 @@ def collect_moments(
     device = device_of(model)
     losses = 0
     with frozen(model), collector.installed(), torch.random.fork_rng():
-        for index, batch in enumerate(batches):
-            if not processes.owns(index):
-                continue
-            torch.manual_seed(seed + index)  # the same draws, whichever process has the batch
-            inputs = prepared(model, batch)
+        for _, inputs in own_batches(model, batches, seed, processes, on_batch):
             collector.start_batch(inputs, has_decoder=is_encoder_decoder(model))
             losses += run_batch(model, inputs, compute, needs_gradient)
             collector.active = False
-            if on_batch is not None:
-                on_batch()
     for moment in collector.moments.values():
         moment.losses = losses
     leaders = processes.merge(collector.shared.leaders)
     moments = sum_moments(collector.moments, device, processes)
     return _completed(moments, leaders, targets, whole if "input" in needs else ())
+
+
+def own_batches(
+    model: nn.Module,
+    batches: Iterable[Batch],
+    seed: int,
+    processes: Processes,
+    on_batch: Callable[[], None] | None,
+) -> Iterator[tuple[int, Batch]]:
+    """The batches that this process has to run, by their number, as calibration runs them.
+
+    Args:
+        model: The model that will read them.
+        batches: Those of all processes.
+        seed: Of what is drawn for the first; the next has the next.
+        processes: Those that share the batches out among them.
+        on_batch: Called after each.
+    """
+    for index, batch in enumerate(batches):
+        if processes.owns(index):
+            torch.manual_seed(seed + index)  # the same draws, whichever process has the batch
+            yield index, prepared(model, batch)
+            if on_batch is not None:
+                on_batch()
 
 
 def prepared(model: nn.Module, batch: Batch) -> Batch:

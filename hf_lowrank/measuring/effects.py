@@ -25,7 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from hf_lowrank.measuring.collection import frozen, prepared, run_batch
+from hf_lowrank.measuring.collection import frozen, own_batches, run_batch
 from hf_lowrank.measuring.distributed import ALONE, Processes
 from hf_lowrank.measuring.embeddings import embedding_loss
 from hf_lowrank.measuring.hooks import forward_hooks, watched
@@ -98,21 +98,17 @@ def measure_effects(
     """
     compute = loss_function or partial(item_losses, label_source="model")
     is_embedding = embedding_loss(model, loss_function) is not None
+    read = [without_labels(batch) for batch in batches] if is_embedding else batches
     watcher = _Watcher(targets, cuts)
     found: dict[tuple[int, int], dict[str, Effects]] = {}
     losses: dict[tuple[int, int], int] = {}
     with frozen(model), watcher.installed(), torch.random.fork_rng():
         for draw in range(draws):
-            for index, batch in enumerate(batches):
-                if not processes.owns(index):
-                    continue
-                torch.manual_seed(seed + 1 + draw * len(batches) + index)
-                inputs = prepared(model, without_labels(batch) if is_embedding else batch)
+            own_seed = seed + 1 + draw * len(batches)
+            for index, inputs in own_batches(model, read, own_seed, processes, on_batch):
                 watcher.start_batch(len(next(iter(inputs.values()))))
                 losses[draw, index] = run_batch(model, inputs, compute, True)
                 found[draw, index] = watcher.end_batch()
-                if on_batch is not None:
-                    on_batch()
     losses, found = processes.merge(losses), processes.merge(found)
     in_order = [found[place] for place in sorted(found)]
     effects = {

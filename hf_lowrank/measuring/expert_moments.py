@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from hf_lowrank.measuring.collection import frozen, prepared, run_batch
+from hf_lowrank.measuring.collection import frozen, own_batches, run_batch
 from hf_lowrank.measuring.distributed import ALONE, Processes
 from hf_lowrank.measuring.hooks import forward_hooks, watched
 from hf_lowrank.measuring.items import Batch, LossFunction, is_encoder_decoder
@@ -223,14 +223,9 @@ def collect_expert_moments(
     """
     hooks, losses = _Hooks(layers), 0
     with frozen(model), hooks.installed(), torch.random.fork_rng():
-        for index, batch in enumerate(batches):
-            if processes.owns(index):
-                torch.manual_seed(seed + index)
-                inputs = prepared(model, batch)
-                hooks.masks = BatchMasks.of(inputs, is_encoder_decoder(model))
-                losses += run_batch(model, inputs, loss, True)
-                if on_batch is not None:
-                    on_batch()
+        for _, inputs in own_batches(model, batches, seed, processes, on_batch):
+            hooks.masks = BatchMasks.of(inputs, is_encoder_decoder(model))
+            losses += run_batch(model, inputs, loss, True)
     for moments in hooks.moments.values():
         moments.losses = losses
     return {name: moments.summed(processes) for name, moments in hooks.moments.items()}

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from hf_lowrank.config import LowRankConfig
-from hf_lowrank.errors import ConfigError, NumericalError
+from hf_lowrank.errors import NumericalError
 from hf_lowrank.format.dense_linear import linear_weight
 from hf_lowrank.modeling.targets import find_targets
 
@@ -97,33 +97,3 @@ def mean_ranks(weights: Mapping[str, torch.Tensor], **settings: float) -> dict[s
     }
     layers = {name: asdict(profile) for name, profile in profiles.items()}
     return {"density": kept / entries, **means, "layers": layers}
-
-
-def compare_ranks(
-    pruned: Mapping[str, Mapping[str, torch.Tensor]],
-    *,
-    largest_gap: float = 0.005,
-    **settings: float,
-) -> dict[str, Any]:
-    """Ranks of weights that were pruned in different ways to the same density.
-
-    Args:
-        pruned: Weights by layer name, by the way of pruning ("movement", "magnitude", ...).
-        largest_gap: How far the densities may be apart.
-        **settings: `threshold` and `energy` of `rank_profile`.
-
-    Returns:
-        `mean_ranks` of each way.
-
-    Raises:
-        ConfigError: The densities differ by more, or the layers are not the same.
-    """
-    names = {tuple(weights) for weights in pruned.values()}
-    if len(names) != 1:
-        raise ConfigError("The models to compare do not have the same layers.")
-    found = {way: mean_ranks(weights, **settings) for way, weights in pruned.items()}
-    densities = {way: result["density"] for way, result in found.items()}
-    if max(densities.values()) - min(densities.values()) > largest_gap:
-        text = ", ".join(f"{way} {density:.4f}" for way, density in densities.items())
-        raise ConfigError(f"Ranks compare at equal density only; got {text}.")
-    return found

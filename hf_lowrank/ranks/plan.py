@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import bisect
 import math
 from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, field
@@ -152,14 +151,6 @@ def layer_cost(shape: tuple[int, int], rank: int | None, form: str = "factors") 
     if rank is None:
         return rows * columns
     return rank * (rows + columns - (rank if form == COMPACT else 0))
-
-
-def rank_within(shape: tuple[int, int], share: float, form: str = "factors") -> int:
-    """Largest rank whose parameters stay within a share of the dense layer's, maybe 0."""
-    budget = share * layer_cost(shape, None)
-    return bisect.bisect_right(
-        range(1, min(shape) + 1), budget, key=lambda rank: layer_cost(shape, rank, form)
-    )
 
 
 def useful_rank(shape: tuple[int, int], rank: int, form: str = "factors") -> int | None:

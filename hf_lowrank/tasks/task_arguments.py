@@ -9,6 +9,7 @@ from typing import Any
 from hf_lowrank.config import LowRankConfig, config_option, option
 from hf_lowrank.errors import ConfigError
 from hf_lowrank.inputs.sources import TRUST_HELP
+from hf_lowrank.value_checks import check_choice
 
 # What the extra `tasks` installs, by the names that are imported.
 _PACKAGES = ("evaluate", "scipy", "sklearn")
@@ -106,10 +107,7 @@ class TaskArguments:
             raise ConfigError(
                 f"Tasks need {', '.join(missing)}, not installed: pip install 'hf-lowrank[tasks]'."
             )
-        if self.method not in METHOD_NAMES:
-            raise ConfigError(
-                f"method must be one of {', '.join(METHOD_NAMES)}; got {self.method!r}."
-            )
+        check_choice("method", self.method, METHOD_NAMES)
         LowRankConfig(
             param_ratio=self.param_ratio, loss_tolerance=self.loss_tolerance, seed=self.seed
         )

@@ -6,8 +6,8 @@ from collections.abc import Iterable
 
 import torch
 
-from hf_lowrank.errors import ConfigError
 from hf_lowrank.format.forms.factors import LowRankLinear
+from hf_lowrank.value_checks import check_choice
 
 RANK_PENALTIES = ("hoyer", "nuclear", "none")
 
@@ -30,8 +30,7 @@ def rank_penalty(layers: Iterable[LowRankLinear], kind: str) -> torch.Tensor:
     Raises:
         ConfigError: The kind is unknown.
     """
-    if kind not in RANK_PENALTIES:
-        raise ConfigError(f"rank_penalty must be one of {', '.join(RANK_PENALTIES)}; got {kind!r}.")
+    check_choice("rank_penalty", kind, RANK_PENALTIES)
     total: torch.Tensor | None = None
     for layer in layers:
         s = layer.lowrank_s

@@ -11,6 +11,7 @@ from transformers import TrainingArguments
 from hf_lowrank.config import LABEL_SOURCES, LowRankConfig, option
 from hf_lowrank.errors import ConfigError
 from hf_lowrank.training.penalties import RANK_PENALTIES
+from hf_lowrank.value_checks import check_choice, check_not_negative
 
 SELECTION_RULES = ("price", "relative")
 TOLERANCE_REFERENCES = ("start", "best", "current")
@@ -95,9 +96,7 @@ class LowRankTrainingArguments(TrainingArguments):
         """Checks the added fields and refuses what can't work."""
         super().__post_init__()  # type: ignore[no-untyped-call]
         for name in ("orthogonality_weight", "rank_penalty_weight"):
-            value = getattr(self, name)
-            if not 0 <= value < math.inf:
-                raise ConfigError(f"{name} must be a number >= 0, got {value}.")
+            check_not_negative(name, getattr(self, name))
         if not 0 < self.selection_tolerance < math.inf:
             raise ConfigError(f"selection_tolerance must be > 0, got {self.selection_tolerance}.")
         if not 0 < self.selection_precision < 1:
@@ -120,10 +119,7 @@ class LowRankTrainingArguments(TrainingArguments):
             ("tolerance_reference", TOLERANCE_REFERENCES),
             ("break_even", BREAK_EVEN_CHOICES),
         ):
-            if getattr(self, name) not in allowed:
-                raise ConfigError(
-                    f"{name} must be one of {', '.join(allowed)}; got {getattr(self, name)!r}."
-                )
+            check_choice(name, getattr(self, name), allowed)
         if self.deepspeed or self.fsdp:
             strategy = "DeepSpeed" if self.deepspeed else "FSDP"
             raise ConfigError(

@@ -5,12 +5,12 @@ import math
 import pytest
 import torch
 
-from hf_lowrank.errors import ConfigError
-from hf_lowrank.training.bounds import (
+from benchmarks.theorems import (
     cross_entropy_threshold,
     distance_threshold,
     output_error_bound,
 )
+from hf_lowrank.errors import ConfigError
 
 
 def network(seed, depth=3, width=8):

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from hf_lowrank.errors import ConfigError, NumericalError
-from hf_lowrank.pruning.pruned_ranks import compare_ranks, mean_ranks, rank_profile, target_weights
+from hf_lowrank.errors import NumericalError
+from hf_lowrank.pruning.pruned_ranks import mean_ranks, rank_profile, target_weights
 from tests.tiny_models import tiny_bert_classifier
 
 
@@ -45,19 +45,6 @@ def test_an_empty_matrix_has_rank_0_and_nan_is_refused():
     assert rank_profile(torch.zeros(3, 2)).energy_rank == 0
     with pytest.raises(NumericalError, match="holds NaN or infinity"):
         rank_profile(torch.tensor([[float("nan")]]))
-
-
-def test_ways_of_pruning_compare_at_equal_density_only():
-    one, two = torch.eye(4), torch.zeros(4, 4)
-    two[0] = 1.0
-    found = compare_ranks({"movement": {"a": two}, "magnitude": {"a": one}})
-    assert found["movement"]["matrix_rank"] == 1
-    assert found["magnitude"]["matrix_rank"] == 4
-    two[1] = 1.0
-    with pytest.raises(ConfigError, match=r"movement 0\.5000, magnitude 0\.2500"):
-        compare_ranks({"movement": {"a": two}, "magnitude": {"a": one}})
-    with pytest.raises(ConfigError, match="same layers"):
-        compare_ranks({"movement": {"b": two}, "magnitude": {"a": one}})
 
 
 def test_target_weights_are_the_encoder_s():

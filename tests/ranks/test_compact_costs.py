@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 
-from hf_lowrank.ranks.plan import RankPlan, break_even_rank, layer_cost, rank_within, useful_rank
+from hf_lowrank.ranks.plan import RankPlan, break_even_rank, layer_cost, useful_rank
 from hf_lowrank.ranks.rules import RULES
 from hf_lowrank.ranks.threshold import (
     plan_for_budget,
@@ -26,18 +26,6 @@ def test_a_rank_costs_its_free_numbers_and_never_more_than_the_matrix():
         assert break_even_rank(*shape, "compact") == min(shape)
         assert useful_rank(shape, min(shape) - 1, "compact") == min(shape) - 1
         assert useful_rank(shape, min(shape), "compact") is None
-
-
-@pytest.mark.parametrize("form", ["factors", "compact"])
-@pytest.mark.parametrize("share", [0.0, 0.3, 0.5, 0.77, 1.0])
-def test_the_rank_within_a_share_is_the_largest(form, share):
-    for shape in ((4, 12), (9, 9), (31, 17)):
-        fitting = [
-            k
-            for k in range(1, min(shape) + 1)
-            if layer_cost(shape, k, form) <= share * layer_cost(shape, None)
-        ]
-        assert rank_within(shape, share, form) == max(fitting, default=0)
 
 
 def test_a_plan_counts_what_its_form_stores():

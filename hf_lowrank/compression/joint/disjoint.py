@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 import torch
 
 from hf_lowrank.errors import DataError
+from hf_lowrank.inputs.digest import update_digest
 from hf_lowrank.measuring.batches import token_mask
 from hf_lowrank.measuring.items import Batch
 
@@ -60,9 +61,7 @@ def _fingerprints(item: dict[str, torch.Tensor]) -> Iterator[bytes]:
     if tokens is None:
         digest = hashlib.blake2b(digest_size=16)
         for name in sorted(set(item) - set(_NO_CONTENT)) or sorted(item):
-            tensor = item[name].detach().cpu().contiguous()
-            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-            digest.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
+            update_digest(digest, name, item[name])
         yield digest.digest()
         return
     if "attention_mask" in item:

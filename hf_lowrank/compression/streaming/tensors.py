@@ -10,15 +10,11 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import (
-    WeightConverter,
-    WeightRenaming,
-    convert_and_load_state_dict_in_model,
-    rename_source_key,
-)
+from transformers.core_model_loading import convert_and_load_state_dict_in_model
 from transformers.modeling_utils import LoadStateDictConfig
 from transformers.utils import logging
 
+from hf_lowrank.format.strict import names_in_model
 from hf_lowrank.inputs.sources import refuse_wrong_keys
 
 
@@ -34,20 +30,12 @@ class CheckpointTensors:
     def __init__(self, model: Any, files: Sequence[Path], device: torch.device) -> None:  # noqa: ANN401
         self.model, self.files, self.device = model, list(files), device
         self.conversions: list[Any] = get_model_conversion_mapping(model)
-        renamings = [each for each in self.conversions if isinstance(each, WeightRenaming)]
-        converters = [each for each in self.conversions if isinstance(each, WeightConverter)]
-        state = model.state_dict()
         self.places: dict[str, tuple[str, Path]] = {}
         self.converts = False
         for path in files:
             with safe_open(path, framework="pt") as file:
-                for key in file.keys():  # noqa: SIM118
-                    name, converter = rename_source_key(
-                        key, renamings, converters, model.base_model_prefix, state
-                    )
-                    if name not in state and key in state:
-                        name, converter = key, None
-                    self.converts |= converter is not None
+                for key, name, is_converted in names_in_model(model, file.keys()):
+                    self.converts |= is_converted
                     self.places[key] = (name, path)
 
     def check(self, source: str) -> None:
