@@ -16,8 +16,9 @@ from transformers import HfArgumentParser
 from transformers.hf_argparser import string_to_bool
 
 from hf_lowrank.cli.job_arguments import JobArguments
+from hf_lowrank.compression.options import run_option
 from hf_lowrank.compression.recipe import with_recipe
-from hf_lowrank.compression.recovery import RECOVERIES, recovery_settings
+from hf_lowrank.compression.recovery import recovery_settings
 from hf_lowrank.compression.stages import check_stages
 from hf_lowrank.config import LowRankConfig, config_option, option
 from hf_lowrank.errors import ConfigError, DataError, LowRankError
@@ -190,21 +191,7 @@ class CompressionArguments(JobArguments):
         "Also try ranks and factors steered along the loss gradient, and keep what held-out text "
         "confirms; for one size or a loss_tolerance (0: no rise).",
     )
-    recover_steps: int = option(
-        0,
-        "Steps of training the factors after the cut, towards the dense model; with several stages "
-        "of all of them together.",
-    )
-    recover: str | None = option(
-        None,
-        f"What these steps train: {' or '.join(RECOVERIES)} (adapters on the factors, merged into "
-        "them afterwards; needs peft). Default: factors.",
-    )
-    stages: int = option(
-        1,
-        "Cuts in which a param_ratio is reached, with a part of recover_steps after each, towards "
-        "the dense model, and new moments before the next.",
-    )
+    stages: int = run_option("stages")
     batch_size: int = option(4, "Token windows in a batch.")
     sample_prompt: list[str] | None = option(
         None,
@@ -219,11 +206,6 @@ class CompressionArguments(JobArguments):
     )
     max_memory: str | None = option(
         None, "Memory that may be used, such as 2GB; decides whether to --stream."
-    )
-    speed: bool = option(
-        True,
-        "Time the dense and the compressed model in turn, for the report: prompts read at once, "
-        "then token by token.",
     )
 
     def to_config(self) -> LowRankConfig:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from hf_lowrank.cli.job_arguments import JobArguments
-from hf_lowrank.compression.recovery import RECOVERIES, recovery_settings
+from hf_lowrank.compression.recovery import recovery_settings
 from hf_lowrank.config import LowRankConfig, option
 from hf_lowrank.errors import ConfigError, DataError
 from hf_lowrank.inputs.demo_text import DEMO, DEMO_GRAPHS
@@ -77,23 +77,12 @@ class EncoderArguments(JobArguments):
     )
     max_length: int = option(128, "Tokens of each sentence that are read, if the model reads more.")
     batch_size: int = option(32, "Sentences in a batch.")
-    recover_steps: int = option(
-        0, "Steps of training the factors after the cut, towards the dense embeddings."
-    )
-    recover: str | None = option(
-        None, f"What these steps train: {' or '.join(RECOVERIES)} (needs peft). Default: factors."
-    )
     onnx: bool = option(
         False,
         "Write onnx/model.onnx into the output folder, too; needs onnx, onnxscript, onnxruntime.",
     )
     onnx_int8: bool = option(
         False, "And onnx/model_quint8.onnx, quantized by onnxruntime; switches onnx on."
-    )
-    speed: bool = option(
-        True,
-        "Time the dense and the compressed model in turn, for the report: 1 and 32 sentences of "
-        "32 and 128 tokens.",
     )
 
     def to_config(self) -> LowRankConfig:

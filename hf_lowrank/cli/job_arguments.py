@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from hf_lowrank.compression.options import run_option
 from hf_lowrank.config import LowRankConfig, config_option, option
 from hf_lowrank.errors import ConfigError
 from hf_lowrank.inputs.sources import TRUST_HELP
@@ -31,11 +32,10 @@ class JobArguments:
         True, "Write report.html, with figures, into the output folder; needs matplotlib."
     )
     seed: int = config_option("seed")
-    cache_dir: str | None = option(
-        None,
-        "Folder for moments and spectra, so that a killed or repeated run goes on from there; "
-        "training is done again.",
-    )
+    cache_dir: str | None = run_option("cache_dir")
+    recover_steps: int = run_option("recover_steps")
+    recover: str | None = run_option("recover")
+    speed: bool = run_option("speed", default=True)
 
     def check_numbers(self, least: Mapping[str, int]) -> None:
         """Refuses sizes and counts out of range.

@@ -8,10 +8,11 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 
-from hf_lowrank.config import LowRankConfig
+from hf_lowrank.config import LowRankConfig, option
 from hf_lowrank.decomposition.metrics import METRICS
 from hf_lowrank.errors import DataError
 from hf_lowrank.measuring.batches import checked_batches
@@ -51,30 +52,51 @@ class Texts:
 
 @dataclass(frozen=True)
 class RunOptions:
-    """How a run works, apart from what it decides.
+    """How a run works, apart from what it decides; the help text of each field says what it does.
 
-    Attributes:
-        loss_function: Loss of a batch; by default the model's own task loss.
-        cache_dir: Folder for moments and spectra, to go on from after a kill.
-        moment_gib: Memory for moments; more layers take more passes over the data.
-        recover_steps: Steps of training the factors after the cut, towards the dense model.
-        recover: What these steps train: "factors" (the default) or "lora", adapters on the
-            factors that are merged into them.
-        stages: In how many cuts a `param_ratio` is reached; after each the factors are trained for
-            a part of the steps, and the next one starts from new moments. See stages.py.
-        speed: Whether to time the model before and after, in turn, for the report; of causal
-            language models only, see `speed_before_and_after`.
-        progress: Whether to show progress bars.
+    The verbs take these as keywords, and the command line as options (`run_option`).
     """
 
-    loss_function: LossFunction | None = None
-    cache_dir: str | Path | None = None
-    moment_gib: float = 8.0
-    recover_steps: int = 0
-    recover: str | None = None
-    stages: int = 1
-    speed: bool = False
-    progress: bool = True
+    loss_function: LossFunction | None = option(
+        None, "Loss of a batch. Default: the model's own task loss."
+    )
+    cache_dir: str | Path | None = option(
+        None,
+        "Folder for moments and spectra, so that a killed or repeated run goes on from there; "
+        "training is done again.",
+    )
+    moment_gib: float = option(
+        8.0, "Memory for moments, GiB; more layers take more passes over the data."
+    )
+    recover_steps: int = option(
+        0,
+        "Steps of training the factors after the cut, towards the dense model (of an encoder its "
+        "embeddings); with several stages of all of them together.",
+    )
+    recover: str | None = option(
+        None,
+        "What these steps train: factors or lora (adapters on the factors, merged into them "
+        "afterwards; needs peft). Default: factors.",
+    )
+    stages: int = option(
+        1,
+        "Cuts in which a param_ratio is reached, with a part of recover_steps after each, towards "
+        "the dense model, and new moments before the next.",
+    )
+    speed: bool = option(
+        False,
+        "Time the dense and the compressed model in turn, for the report: a language model on "
+        "prompts read at once, then token by token; an encoder on 1 and 32 sentences of 32 and 128 "
+        "tokens.",
+    )
+    progress: bool = option(True, "Show progress.")
+
+
+def run_option(name: str, **overrides: Any) -> Any:  # noqa: ANN401
+    """A dataclass field with the default and the help text of a `RunOptions` field."""
+    (source,) = (each for each in dataclasses.fields(RunOptions) if each.name == name)
+    settings: dict[str, Any] = {"default": source.default, "metadata": source.metadata}
+    return dataclasses.field(**settings | overrides)
 
 
 class Stopwatch:

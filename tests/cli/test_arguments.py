@@ -19,6 +19,9 @@ from hf_lowrank.cli.arguments import (
     parse_several,
     user_errors,
 )
+from hf_lowrank.cli.encoder_arguments import EncoderArguments
+from hf_lowrank.compression.options import RunOptions
+from hf_lowrank.compression.recovery import RECOVERIES
 from hf_lowrank.config import LowRankConfig, config_option, option
 from hf_lowrank.errors import ConfigError, LowRankError
 
@@ -344,3 +347,14 @@ def test_every_error_of_the_library_is_also_a_builtin_one():
     for name, kind in kinds.items():
         assert issubclass(kind, LowRankError), name
         assert issubclass(kind, (ValueError, RuntimeError)), name
+
+
+@pytest.mark.parametrize("arguments", [CompressionArguments, EncoderArguments])
+def test_how_a_run_works_is_explained_once(arguments: type):
+    run = {field.name: field for field in dataclasses.fields(RunOptions)}
+    shared = [field for field in dataclasses.fields(arguments) if field.name in run]
+    assert {"cache_dir", "recover_steps", "recover", "speed"} <= {field.name for field in shared}
+    for field in shared:
+        assert field.metadata["help"] == run[field.name].metadata["help"]
+        assert field.default == (True if field.name == "speed" else run[field.name].default)
+    assert all(kind in run["recover"].metadata["help"] for kind in RECOVERIES)
