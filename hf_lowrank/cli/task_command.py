@@ -34,6 +34,7 @@ def task_command(
     args, publishing = parse_several((arguments, PublishingArguments), description)
     with user_errors():
         args.check()
+        args.check_readers()
         folder = Path(args.output_dir) if args.output_dir else None
         if folder:
             check_output_folder(folder, overwrite=False, cache=Path(args.cache_dir))

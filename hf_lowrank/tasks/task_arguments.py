@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 from hf_lowrank.config import LowRankConfig, config_option, option
@@ -40,6 +40,20 @@ PRUNING_STARTS = ("fine-tuned", "pre-trained")
 # Cut along the gradient, with ranks and factors that held-out examples accept.
 JOINT = "joint"
 METHOD_NAMES = ("dense", *CUTS, JOINT, *SELECTION_RULES, *CUTTLEFISH_VARIANTS, *LPAF_VARIANTS)
+_PRUNING = tuple(name for name, parts in LPAF_VARIANTS.items() if parts.get("prune", True))
+# Methods that read a setting which others don't: with those it would do nothing, and is refused.
+READERS: dict[str, tuple[str, ...]] = {
+    "param_ratio": METHOD_NAMES[1:],
+    "loss_tolerance": METHOD_NAMES[1:],
+    "form": (*CUTS, JOINT, *CUTTLEFISH_VARIANTS, *LPAF_VARIANTS),
+    "selection_samples": (*SELECTION_RULES,),
+    "selections_per_epoch": (*SELECTION_RULES, *CUTTLEFISH_VARIANTS),
+    "full_rank_share": (*CUTTLEFISH_VARIANTS,),
+    "final_density": _PRUNING,
+    "pruning_share": _PRUNING,
+    "gate": _PRUNING,
+    "pruning_start": (*LPAF_VARIANTS,),
+}
 
 
 @dataclass
@@ -96,6 +110,20 @@ class TaskArguments:
     bf16: bool = option(True, "Train under bf16 autocast.")
     seed: int = option(0, "Seed of everything random.")
     form: str | None = config_option("form")
+
+    def check_readers(self) -> None:
+        """Refuses settings that the method does not read; a table's rows have those of all methods.
+
+        Raises:
+            ConfigError: With the first, and the methods that read it.
+        """
+        for field in fields(self):
+            value, readers = getattr(self, field.name), READERS.get(field.name, METHOD_NAMES)
+            if self.method not in readers and value != field.default:
+                raise ConfigError(
+                    f"{field.name}={value!r} would do nothing with method {self.method!r}: it is "
+                    f"read by {', '.join(readers)}. Leave it out, or choose such a method."
+                )
 
     def check(self) -> None:
         """Refuses settings that are certain to fail.
