@@ -25,8 +25,8 @@ from benchmarks.mutations import MUTATIONS, Mutation, mutate_index
 from hf_lowrank import LowRankConfig, LowRankError
 from hf_lowrank.config import option
 from hf_lowrank.format.layout import Layout
-from hf_lowrank.format.rebuild import replace_with_lowrank
-from hf_lowrank.modeling.marks import attach_config
+from hf_lowrank.format.rebuild import replace_with_lowrank_
+from hf_lowrank.modeling.marks import attach_config_
 from hf_lowrank.report.provenance import write_result
 from hf_lowrank.value_checks import check_count
 from tests.tiny_models import tiny_bert_classifier, tiny_gpt2, tiny_llama, token_batches
@@ -127,8 +127,8 @@ def make_checkpoints(place: Path) -> dict[str, Path]:
         if name.endswith("narrowed"):
             hf_lowrank.compress(model, narrow, token_batches(2), progress=False)
         elif name.endswith("usv"):
-            replace_with_lowrank(model, Layout({LAYER: 6}, form="usv"))
-            attach_config(model, LowRankConfig(ranks={LAYER: 6}, form="usv"))
+            replace_with_lowrank_(model, Layout({LAYER: 6}, form="usv"))
+            attach_config_(model, LowRankConfig(ranks={LAYER: 6}, form="usv"))
         else:
             words = name.split()
             form = "factors" if "factors" in words else "compact"

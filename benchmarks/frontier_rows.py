@@ -35,7 +35,7 @@ from hf_lowrank.format.dense_linear import linear_shape
 from hf_lowrank.format.torchao_weights import assemble_
 from hf_lowrank.inputs.sources import load_any_causal_lm
 from hf_lowrank.measuring.embeddings import embedding_loss
-from hf_lowrank.modeling.marks import attach_config
+from hf_lowrank.modeling.marks import attach_config_
 from hf_lowrank.modeling.surgery import factorize_, replace_layer_, restore_
 from hf_lowrank.modeling.targets import find_targets
 from hf_lowrank.ranks.plan import RankPlan
@@ -208,7 +208,7 @@ class Workshop:
             settings = LowRankConfig(param_ratio=row.ratio or 1.0, weights=row.weights)
             config = decided_config(settings, plan)
             quantize(model, plan.ranks, config, self.run)
-            attach_config(model, config)
+            attach_config_(model, config)
         model.save_pretrained(folder)
         self.tokenizer.save_pretrained(folder)
 

@@ -31,7 +31,7 @@ from hf_lowrank.evaluation.size import compare
 from hf_lowrank.format.dense_linear import linear_shape
 from hf_lowrank.measuring.collection import collect_moments
 from hf_lowrank.measuring.items import Batch
-from hf_lowrank.modeling.marks import attach_config
+from hf_lowrank.modeling.marks import attach_config_
 from hf_lowrank.modeling.surgery import factorize_, restore_, swapped
 from hf_lowrank.modeling.targets import find_targets
 from hf_lowrank.ranks.plan import RankPlan
@@ -221,7 +221,7 @@ class _Bench:
             return found | self._quality({n: linear_shape(m) for n, m in originals.items()})
         finally:
             restore_(self.model, originals)
-            attach_config(self.model, None)
+            attach_config_(self.model, None)
 
     def _structured(self, system: System, param_ratio: float) -> dict[str, Any]:
         method = METHODS[system.name]

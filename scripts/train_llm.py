@@ -13,7 +13,7 @@ from pathlib import Path
 
 from hf_lowrank.cli.arguments import PublishingArguments, parse_several, user_errors
 from hf_lowrank.cli.jobs import check_publishing, name_models, save_and_publish
-from hf_lowrank.cli.language_model import (
+from hf_lowrank.cli.training_command import (
     LanguageModelArguments,
     LanguageModelTrainingArguments,
     train_language_model,

@@ -13,7 +13,7 @@ from benchmarks.commands import COMMANDS
 from hf_lowrank.cli.arguments import CompressionArguments, PublishingArguments
 from hf_lowrank.cli.encoder_arguments import EncoderArguments
 from hf_lowrank.cli.export_command import ExportArguments
-from hf_lowrank.cli.language_model import LanguageModelArguments, LanguageModelTrainingArguments
+from hf_lowrank.cli.training_command import LanguageModelArguments, LanguageModelTrainingArguments
 from hf_lowrank.tasks.glue import GlueArguments
 from hf_lowrank.tasks.qa import QaArguments
 from tests.scripts import ROOT, script_module

@@ -27,7 +27,7 @@ from hf_lowrank.evaluation.speed import speed_before_and_after
 from hf_lowrank.format.layout import Precision
 from hf_lowrank.measuring.embeddings import embedding_loss
 from hf_lowrank.measuring.items import is_causal_lm
-from hf_lowrank.modeling.marks import attach_config
+from hf_lowrank.modeling.marks import attach_config_
 from hf_lowrank.modeling.surgery import factorize_, restore_
 from hf_lowrank.modeling.weight_precision import Weights, planned_precisions, quantize_weights_
 from hf_lowrank.ranks.plan import RankPlan
@@ -84,7 +84,7 @@ def dense_on_error(model: nn.Module, layers: Mapping[str, nn.Module]) -> Iterato
 def make_dense_again(model: nn.Module, layers: Mapping[str, nn.Module]) -> None:
     """Puts the dense layers back and takes the marks off the config, in place."""
     restore_(model, layers)
-    attach_config(model, None)
+    attach_config_(model, None)
 
 
 def cut(
@@ -117,11 +117,11 @@ def apply(model: nn.Module, decision: Decision, dense: Dense, run: Run) -> Repor
         with run.stopwatch.phase("surgery"):
             cut_layers = factorize_(model, analysis.factors, plan, analysis.orders)
             decided = decided_config(config, plan)
-            attach_config(model, decided)
+            attach_config_(model, decided)
         recovery = _recover(model, config, dense, run)
         quantization = quantize(model, plan.ranks, config, run, decision.bits)
         if quantization is not None:
-            attach_config(model, decided)
+            attach_config_(model, decided)
         report = report_on(model, decision, decided, dense, run, is_cut=bool(cut_layers))
         report.recovery, report.quantization = recovery, quantization
         return report

@@ -16,7 +16,7 @@ from hf_lowrank.format.native_classes import REMOTE_MODULE, auto_map, foreign_en
 from hf_lowrank.format.rebuild import compressed_layers
 
 
-def mark_as_lowrank(model: nn.Module, quantizer: HfQuantizer) -> None:
+def mark_as_lowrank_(model: nn.Module, quantizer: HfQuantizer) -> None:
     """Makes `model.save_pretrained` write a checkpoint that loads as low-rank.
 
     Sets `quantization_config` and `auto_map` on a config of the model's own and `hf_quantizer`,
@@ -42,8 +42,8 @@ def _own_config(model: Any) -> Any:  # noqa: ANN401
     return new
 
 
-def unmark_as_lowrank(model: nn.Module) -> None:
-    """Undoes `mark_as_lowrank`, for a model whose layers are dense again."""
+def unmark_as_lowrank_(model: nn.Module) -> None:
+    """Undoes `mark_as_lowrank_`, for a model whose layers are dense again."""
     for owner, attribute in (
         (model, "hf_quantizer"),
         (model, "save_pretrained"),

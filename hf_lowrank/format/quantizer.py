@@ -16,11 +16,11 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from hf_lowrank.format.forms.compact import CompactLinear
 from hf_lowrank.format.fused_experts import full_experts, small_experts
 from hf_lowrank.format.layout import FORMAT_VERSION, QUANT_METHOD, Layout
-from hf_lowrank.format.marking import mark_as_lowrank, unmark_as_lowrank
+from hf_lowrank.format.marking import mark_as_lowrank_, unmark_as_lowrank_
 from hf_lowrank.format.rebuild import (
     compressed_layers,
     factorized_layers,
-    replace_with_lowrank,
+    replace_with_lowrank_,
 )
 from hf_lowrank.format.torchao_weights import assemble_, check_torchao
 
@@ -83,7 +83,7 @@ class LowRankQuantizer(HfQuantizer):
         **kwargs: Any,
     ) -> None:
         if self.pre_quantized:
-            replace_with_lowrank(model, Layout.from_settings(self.quantization_config.to_dict()))
+            replace_with_lowrank_(model, Layout.from_settings(self.quantization_config.to_dict()))
             _leave_uninitialized(model)
 
     def _process_model_after_weight_loading(
@@ -95,7 +95,7 @@ class LowRankQuantizer(HfQuantizer):
         for name, layer in factorized_layers(model).items():
             if isinstance(layer, CompactLinear) and not layer.lowrank_order.is_meta:
                 layer.check_order(name)
-        mark_as_lowrank(model, self)
+        mark_as_lowrank_(model, self)
         return model
 
     def is_serializable(self, **kwargs: Any) -> bool:
@@ -122,7 +122,7 @@ class LowRankQuantizer(HfQuantizer):
             model.set_submodule(name, layer.to_dense())
         for name, module in small_experts(model).items():
             model.set_submodule(name, full_experts(name, module))
-        unmark_as_lowrank(model)
+        unmark_as_lowrank_(model)
         return model
 
 

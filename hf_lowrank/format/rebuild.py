@@ -44,7 +44,7 @@ def compressed_layers(model: nn.Module) -> dict[str, CompressedLayer]:
     return {n: m for n, m in model.named_modules() if isinstance(m, CompressedLayer)}
 
 
-def replace_with_lowrank(model: nn.Module, layout: Layout) -> None:
+def replace_with_lowrank_(model: nn.Module, layout: Layout) -> None:
     """Replaces the listed layers by empty compressed ones, and experts by smaller ones, in place.
 
     Quantized weights are left as what a file holds of them, see `assemble_`.

@@ -29,7 +29,7 @@ from hf_lowrank.format.forms.stored_form import (
 from hf_lowrank.format.fused_experts import small_experts
 from hf_lowrank.format.headers import Checked, check_checkpoint, pinned
 from hf_lowrank.format.layout import Layout
-from hf_lowrank.format.rebuild import narrowed_layers, replace_with_lowrank, resolve_module_name
+from hf_lowrank.format.rebuild import narrowed_layers, replace_with_lowrank_, resolve_module_name
 
 # Saved numbers that a model may have beyond four times its tensors' elements.
 _SPARE_ELEMENTS = 10_000_000
@@ -160,7 +160,7 @@ def _check_model(
     layout = checked.layout
     with torch.device("meta"):
         skeleton = model_class(config)
-        replace_with_lowrank(skeleton, layout)
+        replace_with_lowrank_(skeleton, layout)
     _check_sizes(folder, skeleton, sum(math.prod(shape) for shape in checked.shapes.values()))
     shapes, converted = _shapes_in_model(folder, skeleton, checked.shapes)
     _check_layers(folder, skeleton, layout, shapes)

@@ -7,13 +7,13 @@ from torch import nn
 from hf_lowrank.config import LowRankConfig
 from hf_lowrank.format.fused_experts import experts_shape, small_experts
 from hf_lowrank.format.layout import EXPERTS_VERSION, FORMAT_VERSION
-from hf_lowrank.format.marking import mark_as_lowrank, unmark_as_lowrank
+from hf_lowrank.format.marking import mark_as_lowrank_, unmark_as_lowrank_
 from hf_lowrank.format.quantizer import LowRankQuantizer
 from hf_lowrank.format.rebuild import narrowed_layers
 from hf_lowrank.format.torchao_weights import quantized_settings
 
 
-def attach_config(model: nn.Module, config: LowRankConfig | None) -> None:
+def attach_config_(model: nn.Module, config: LowRankConfig | None) -> None:
     """Marks a model's config with what was decided, so that it is saved as low-rank.
 
     Which layers are narrowed or quantized, and what is left of experts, is read off the model. With
@@ -22,7 +22,7 @@ def attach_config(model: nn.Module, config: LowRankConfig | None) -> None:
     if not hasattr(model, "config") or not hasattr(model, "save_pretrained"):
         return
     if config is None:
-        unmark_as_lowrank(model)
+        unmark_as_lowrank_(model)
     else:
         layers = narrowed_layers(model)
         left = {
@@ -34,4 +34,4 @@ def attach_config(model: nn.Module, config: LowRankConfig | None) -> None:
             experts=left or None,
             format_version=EXPERTS_VERSION if left else FORMAT_VERSION,
         )
-        mark_as_lowrank(model, LowRankQuantizer(config, pre_quantized=True))
+        mark_as_lowrank_(model, LowRankQuantizer(config, pre_quantized=True))

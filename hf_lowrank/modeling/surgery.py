@@ -27,7 +27,7 @@ from hf_lowrank.format.forms.compact import CompactLinear
 from hf_lowrank.format.forms.factors import LowRankLinear
 from hf_lowrank.format.forms.stored_form import stored_form
 from hf_lowrank.format.fused_experts import full_experts, small_experts
-from hf_lowrank.format.marking import unmark_as_lowrank
+from hf_lowrank.format.marking import unmark_as_lowrank_
 from hf_lowrank.format.rebuild import compressed_layers
 from hf_lowrank.format.torchao_weights import quantized_modules
 from hf_lowrank.measuring.passes import stream_of
@@ -77,7 +77,7 @@ def lowrank_from_factors(
     """A layer of a rank that approximates another, with its bias, dtype and device."""
     lowrank = empty_lowrank(layer, rank, form)
     if isinstance(lowrank, CompactLinear):
-        fill_compact(lowrank, factors.left, factors.right)
+        fill_compact_(lowrank, factors.left, factors.right)
         return lowrank
     factor_a, factor_b = factors.balanced(rank)
     lowrank.lowrank_A.weight.copy_(factor_a)
@@ -86,7 +86,7 @@ def lowrank_from_factors(
 
 
 @torch.no_grad()
-def fill_compact(layer: CompactLinear, left: torch.Tensor, right: torch.Tensor) -> None:
+def fill_compact_(layer: CompactLinear, left: torch.Tensor, right: torch.Tensor) -> None:
     """Fills a compact layer with the best approximation of its rank to `left @ right`, in place.
 
     Args:
@@ -238,7 +238,7 @@ def merge_(model: nn.Module) -> nn.Module:
         replace_layer_(model, name, dense)
     restore_(model, whole)
     if hasattr(model, "config"):
-        unmark_as_lowrank(model)
+        unmark_as_lowrank_(model)
     return model
 
 

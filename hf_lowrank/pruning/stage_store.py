@@ -17,7 +17,7 @@ from hf_lowrank.config import LowRankConfig
 from hf_lowrank.errors import CheckpointError
 from hf_lowrank.files import atomic_folder
 from hf_lowrank.inputs.digest import update_digest
-from hf_lowrank.modeling.marks import attach_config
+from hf_lowrank.modeling.marks import attach_config_
 from hf_lowrank.modeling.surgery import empty_lowrank, replace_layer_
 
 _WEIGHTS, _RECORD = "model.safetensors", "record.json"
@@ -79,7 +79,7 @@ def factorize_empty_(model: nn.Module, config: LowRankConfig) -> None:
     for name, rank in (config.ranks or {}).items():
         if rank is not None:
             replace_layer_(model, name, empty_lowrank(model.get_submodule(name), rank))
-    attach_config(model, config)
+    attach_config_(model, config)
 
 
 def digest_of(*parts: Any) -> str:

@@ -23,7 +23,7 @@ from hf_lowrank.format.rebuild import factorized_layers
 from hf_lowrank.measuring.batches import checked_batches
 from hf_lowrank.measuring.items import Batch
 from hf_lowrank.measuring.losses import check_losses
-from hf_lowrank.modeling.marks import attach_config
+from hf_lowrank.modeling.marks import attach_config_
 from hf_lowrank.ranks.plan import RankPlan, useful_rank
 from hf_lowrank.ranks.threshold import check_budget
 from hf_lowrank.report.sections import Training
@@ -298,7 +298,7 @@ class LowRankTrainer(CheckedTrainer):
 
     def _describe_ranks(self, form: str = "usv") -> None:
         ranks = current_ranks(self.model, self.lowrank_shapes)
-        attach_config(self.model, self.lowrank_config.replace(ranks=ranks, form=form))
+        attach_config_(self.model, self.lowrank_config.replace(ranks=ranks, form=form))
 
     def _measure(self, batches: Sequence[Batch]) -> LossMeasurement:
         return measure_loss(self.model, batches)

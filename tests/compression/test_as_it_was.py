@@ -11,14 +11,14 @@ CONFIG = LowRankConfig(param_ratio=0.5)
 ERRORS = [RuntimeError, KeyboardInterrupt, MemoryError]
 # What is called in each phase after the cut, in the module that calls it.
 AFTER_THE_CUT = [
-    "attach_config",
+    "attach_config_",
     "recover_",
     "quantize",
     "measure_loss",
     "speed_before_and_after",
     "Report",
 ]
-SECOND_SIZE = {"attach_config": 3, "measure_loss": 3}
+SECOND_SIZE = {"attach_config_": 3, "measure_loss": 3}
 OPTIONS = {"recover_steps": 2, "speed": True, "progress": False}
 
 
@@ -154,7 +154,7 @@ def test_stages(text, monkeypatch, module, name, at):
     before.check()
 
 
-@pytest.mark.parametrize("name", ["attach_config", "measure_loss", "Report"])
+@pytest.mark.parametrize("name", ["attach_config_", "measure_loss", "Report"])
 def test_the_joint_system(text, monkeypatch, name):
     before = Untouched()
     fail(monkeypatch, application, name, RuntimeError, at=2 if name == "measure_loss" else 1)

@@ -19,7 +19,7 @@ from hf_lowrank.compression import expert_analysis
 from hf_lowrank.errors import CheckpointError
 from hf_lowrank.format.fused_experts import experts_shape, find_router, small_experts
 from hf_lowrank.format.layout import ExpertsLeft, Layout
-from hf_lowrank.format.rebuild import replace_with_lowrank
+from hf_lowrank.format.rebuild import replace_with_lowrank_
 from tests.format import BATCH, edit_config, edit_tensors, load_clean, refused, same_tensors
 from tests.format.conftest import Saved
 from tests.format.test_remote_code import SCRIPT
@@ -163,9 +163,9 @@ def test_a_field_that_is_no_mapping_is_refused():
 def test_names_that_are_no_experts_are_refused():
     left = ExpertsLeft(2, 8)
     with pytest.raises(ValueError, match=r"config\.json says what is left of x, but Mixtral"):
-        replace_with_lowrank(mixtral(), Layout({}, experts={"x": left}))
+        replace_with_lowrank_(mixtral(), Layout({}, experts={"x": left}))
     with pytest.raises(ValueError, match="mlp: MixtralSparseMoeBlock holds no fused experts"):
-        replace_with_lowrank(mixtral(), Layout({}, experts={"model.layers.0.mlp": left}))
+        replace_with_lowrank_(mixtral(), Layout({}, experts={"model.layers.0.mlp": left}))
 
 
 def test_groups_of_experts_and_what_stands_beside_the_router_keep_all_experts():
@@ -178,4 +178,4 @@ def test_groups_of_experts_and_what_stands_beside_the_router_keep_all_experts():
     block.register_buffer("correction", torch.zeros(EXPERTS))
     assert find_router(model, NAME) is None
     with pytest.raises(ValueError, match=f"experts: no router of {EXPERTS} rows stands beside it"):
-        replace_with_lowrank(model, Layout({}, experts={NAME: ExpertsLeft(EXPERTS - 1, WIDTH)}))
+        replace_with_lowrank_(model, Layout({}, experts={NAME: ExpertsLeft(EXPERTS - 1, WIDTH)}))

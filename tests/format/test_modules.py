@@ -8,7 +8,7 @@ from transformers.pytorch_utils import Conv1D
 from hf_lowrank.format.dense_linear import linear_shape
 from hf_lowrank.format.forms.factors import LowRankLinear
 from hf_lowrank.format.layout import Layout
-from hf_lowrank.format.rebuild import replace_with_lowrank, resolve_module_name
+from hf_lowrank.format.rebuild import replace_with_lowrank_, resolve_module_name
 from hf_lowrank.ranks.plan import break_even_rank
 from tests.tiny_models import tiny_gpt2, tiny_llama
 
@@ -161,7 +161,7 @@ def test_replace_builds_empty_layers_of_the_given_ranks():
     model = tiny_gpt2()
     name = "transformer.h.0.attn.c_attn"
     kept = model.transformer.h[1].attn.c_attn
-    replace_with_lowrank(model, Layout({name: 5, "transformer.h.1.attn.c_attn": None}, form="usv"))
+    replace_with_lowrank_(model, Layout({name: 5, "transformer.h.1.attn.c_attn": None}, form="usv"))
     layer = model.get_submodule(name)
     assert isinstance(layer, LowRankLinear)
     assert (layer.out_features, layer.in_features, layer.rank) == (96, 32, 5)
@@ -183,4 +183,4 @@ def test_replace_builds_empty_layers_of_the_given_ranks():
 )
 def test_replace_refuses_what_does_not_fit_the_model(name, rank, message):
     with pytest.raises(ValueError, match=message):
-        replace_with_lowrank(tiny_llama(), Layout({name: rank}))
+        replace_with_lowrank_(tiny_llama(), Layout({name: rank}))

@@ -19,8 +19,8 @@ from transformers import (
 import hf_lowrank
 from hf_lowrank import LowRankConfig, compress
 from hf_lowrank.format.layout import Layout
-from hf_lowrank.format.rebuild import replace_with_lowrank
-from hf_lowrank.modeling.marks import attach_config
+from hf_lowrank.format.rebuild import replace_with_lowrank_
+from hf_lowrank.modeling.marks import attach_config_
 from tests.format import BATCH, LAYER, RANK, edit_config, load_clean, same_tensors
 from tests.tiny_models import logits, num_lowrank, tiny_llama
 
@@ -121,9 +121,9 @@ def test_another_head_on_the_same_body(llama, tmp_path):
 
 def test_training_form_survives_saving(tmp_path):
     model, ranks = tiny_llama(), {LAYER: RANK, "model.layers.1.mlp.up_proj": 4}
-    replace_with_lowrank(model, Layout(ranks, form="usv"))
+    replace_with_lowrank_(model, Layout(ranks, form="usv"))
     torch.nn.init.normal_(model.get_submodule(LAYER).lowrank_s)
-    attach_config(model, LowRankConfig(ranks=ranks, form="usv"))
+    attach_config_(model, LowRankConfig(ranks=ranks, form="usv"))
     model.save_pretrained(tmp_path)
     again = hf_lowrank.load(tmp_path)
     assert again.get_submodule(LAYER).form == "usv"

@@ -11,9 +11,9 @@ from hf_lowrank import LowRankConfig, LowRankLinear
 from hf_lowrank.format.dense_linear import linear_weight
 from hf_lowrank.format.forms.stored_form import form_names
 from hf_lowrank.format.layout import FORMAT_VERSION, Layout
-from hf_lowrank.format.rebuild import compressed_layers, replace_with_lowrank
+from hf_lowrank.format.rebuild import compressed_layers, replace_with_lowrank_
 from hf_lowrank.format.torchao_weights import NUMBERS, SCALE
-from hf_lowrank.modeling.marks import attach_config
+from hf_lowrank.modeling.marks import attach_config_
 from tests.format import LAYER, edit_config
 from tests.scripts import ROOT
 from tests.test_docs import python_blocks, run_blocks
@@ -58,9 +58,9 @@ def test_the_page_s_reader_reads_shards(reader, saved, tmp_path):
 def test_the_page_s_reader_reads_the_training_form(reader, build, tmp_path):
     model = build()
     name = LAYER if build is tiny_llama else "transformer.h.0.attn.c_attn"
-    replace_with_lowrank(model, Layout({name: 3}, form="usv"))
+    replace_with_lowrank_(model, Layout({name: 3}, form="usv"))
     torch.nn.init.normal_(model.get_submodule(name).lowrank_s)
-    attach_config(model, LowRankConfig(ranks={name: 3}, form="usv"))
+    attach_config_(model, LowRankConfig(ranks={name: 3}, form="usv"))
     model.save_pretrained(tmp_path)
     check(reader, tmp_path, model)
 

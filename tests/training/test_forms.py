@@ -11,7 +11,7 @@ import hf_lowrank
 from hf_lowrank.config import LowRankConfig
 from hf_lowrank.errors import TargetError
 from hf_lowrank.format.rebuild import factorized_layers, narrowed_layers
-from hf_lowrank.modeling.marks import attach_config
+from hf_lowrank.modeling.marks import attach_config_
 from hf_lowrank.training.form_changes import current_ranks, to_inference_form_, to_training_form_
 from hf_lowrank.training.truncation import get_factors, set_factors_
 from tests.tiny_models import logits, tiny_gpt2, tiny_llama, tiny_opt, token_batches
@@ -74,7 +74,7 @@ def test_narrowed_layers_stay_as_they_are(tmp_path):
     assert layers
     assert set(narrowed_layers(model)) == names
     torch.testing.assert_close(logits(model, batch), before, atol=3e-5, rtol=1e-4)
-    attach_config(model, LowRankConfig(ranks=current_ranks(model, layers), form="usv"))
+    attach_config_(model, LowRankConfig(ranks=current_ranks(model, layers), form="usv"))
     model.save_pretrained(tmp_path)  # with a config that says nothing of channels
     assert torch.equal(logits(hf_lowrank.load(tmp_path), batch), logits(model, batch))
 

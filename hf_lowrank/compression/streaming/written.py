@@ -26,9 +26,9 @@ from hf_lowrank.files import atomic_file
 from hf_lowrank.format.headers import header_shapes
 from hf_lowrank.format.layout import Layout
 from hf_lowrank.format.marking import saved_names_are_lost, write_loading_code
-from hf_lowrank.format.rebuild import replace_with_lowrank
+from hf_lowrank.format.rebuild import replace_with_lowrank_
 from hf_lowrank.measuring.progress import track
-from hf_lowrank.modeling.marks import attach_config
+from hf_lowrank.modeling.marks import attach_config_
 from hf_lowrank.ranks.plan import RankPlan
 
 
@@ -58,8 +58,8 @@ def write_compressed(
     model: Any = stream.model
     key = plan_key(plan)
     place = folder / f"written-{key}"
-    replace_with_lowrank(model, Layout(plan.ranks, plan.narrowed, plan.form))
-    attach_config(model, decided)
+    replace_with_lowrank_(model, Layout(plan.ranks, plan.narrowed, plan.form))
+    attach_config_(model, decided)
     reverts = not saved_names_are_lost(model)
     count = len(stream) + 1
     files = [place / f"model-{i + 1:05}-of-{count:05}.safetensors" for i in range(count)]
