@@ -147,8 +147,11 @@ def options_of(script: str) -> set[str]:
     kinds = ARGUMENTS.get(file.removesuffix(".py"), ())
     if command:
         kinds = (COMMANDS[command[0]][0],)
-    fields = {field.name for kind in kinds for field in dataclasses.fields(kind)}
-    return fields or set(re.findall(r"\w+", (ROOT / "scripts" / file).read_text("utf-8")))
+    fields = [field for kind in kinds for field in dataclasses.fields(kind)]
+    switches = {f"no_{field.name}" for field in fields if "bool" in str(field.type)}
+    return {field.name for field in fields} | switches or set(
+        re.findall(r"\w+", (ROOT / "scripts" / file).read_text("utf-8"))
+    )
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
