@@ -13,14 +13,14 @@ from hf_lowrank.ranks.plan import RankPlan
 from hf_lowrank.report.text.table import describe_run, format_report
 from tests.tiny_models import tiny_llama, token_batches
 
-SHAPE, WIDE = (8, 8), (32, 8)
+SHAPE, WIDE, SQUARE = (8, 8), (32, 8), (5, 5)
 
 
 def hand_made():
-    seconds = {SHAPE: 1.0, WIDE: 3.0}
+    seconds = {SHAPE: 1.0, WIDE: 3.0, SQUARE: 2.0}
     each = {
         "dense": seconds,
-        "ranked": {SHAPE: {2: 0.6, 4: 1.2}, WIDE: {2: 1.0, 4: 2.0}},
+        "ranked": {SHAPE: {2: 0.6, 4: 1.2}, WIDE: {2: 1.0, 4: 2.0}, SQUARE: {2: 1.96, 4: 2.5}},
         "rows": {SHAPE: {4: 0.6, 8: 1.0}, WIDE: {16: 2.0, 32: 3.0}},
         "columns": {SHAPE: {4: 0.5, 8: 1.0}, WIDE: {4: 2.0, 8: 3.0}},
     }
@@ -33,6 +33,9 @@ def hand_made():
     [
         (SHAPE, None, 1.0),
         (SHAPE, 3, 0.9),
+        (SHAPE, 4, 1.2),
+        (SQUARE, 2, 2.0),  # 1.96 is no gain over 2.0
+        (SQUARE, 4, 2.5),
         (SHAPE, 6, 1.8),  # beyond what was timed
         (SHAPE, 1, 0.3),
         ((6, 8), None, 0.8),  # a smaller square is nearer than a wide one
