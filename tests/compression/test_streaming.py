@@ -336,12 +336,13 @@ def anonymous_bytes() -> int:
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="Linux tells the memory")
 def test_freed_memory_goes_back_to_the_system_though_pieces_of_it_are_held():
+    give_back_freed()
+    before = anonymous_bytes()
     blocks, held = [], []
     for _ in range(500):
         blocks.append(torch.ones(16_000))  # below what the C library maps apart
         held.append(torch.ones(8))
     blocks.clear()
-    before = anonymous_bytes()
     give_back_freed()
-    assert anonymous_bytes() < before - 16_000_000
+    assert anonymous_bytes() < before + 16_000_000  # of 32
     assert len(held) == 500
