@@ -202,7 +202,7 @@ def cheapest(parts: Sequence[Part], budget: float) -> list[tuple[int, list[int]]
     Raises:
         ConfigError: Even the smallest steps exceed the budget.
     """
-    smallest = sum(min(sum(float(c.costs.min()) for c in way) for way in part) for part in parts)
+    smallest = smallest_cost(parts)
     if smallest > budget:
         raise ConfigError(
             f"The budget is {budget:.6g}, but the smallest channels and ranks need "
@@ -218,6 +218,11 @@ def cheapest(parts: Sequence[Part], budget: float) -> list[tuple[int, list[int]]
         else:
             low = middle
     return choice
+
+
+def smallest_cost(parts: Sequence[Part]) -> float:
+    """What the cheapest step of every part costs together."""
+    return sum(min(sum(float(c.costs.min()) for c in way) for way in part) for part in parts)
 
 
 def _at_price(parts: Sequence[Part], price: float) -> list[tuple[int, list[int]]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
-from hf_lowrank.channels.budget import cheapest, layer_parts
+from hf_lowrank.channels.budget import cheapest, layer_parts, smallest_cost
 from hf_lowrank.channels.expert_order import Orders
 from hf_lowrank.channels.order import ChannelOrder
 from hf_lowrank.decomposition.spectrum import Spectrum
@@ -67,3 +67,24 @@ def plan_for_latency(
             is_dense = place == len(curve.costs) - 1
             ranks[name] = None if is_dense else min_rank + place
     return RankPlan({name: ranks[name] for name in shapes}, dict(shapes), narrowed, form)
+
+
+def smallest_time(
+    shapes: Shapes,
+    spectra: Mapping[str, Spectrum],
+    orders: Orders,
+    times: Callable[[tuple[int, int], int | None], float],
+    *,
+    min_rank: int,
+    fixed: Mapping[str, int | None],
+    form: str,
+) -> float:
+    """The smallest share that `plan_for_latency` accepts; arguments as there."""
+
+    def cost(shape: tuple[int, int], rank: int | None, form: str) -> float:
+        return times(shape, rank)
+
+    _, _, parts = layer_parts(
+        shapes, spectra, orders, fixed, min_rank=min_rank, form=form, cost=cost
+    )
+    return smallest_cost(parts) + sum(times(shapes[name], rank) for name, rank in fixed.items())

@@ -178,7 +178,7 @@ def analyze(
     found.fixed = fixed_ranks(targets, config)
     found.fixed |= dict.fromkeys(found.failures.keys() & found.shapes.keys())
     found.tokens = sum(num_tokens(batch) for batch in calibration or [])
-    if config.objective == "latency":
+    if config.objective == "latency" and config.ranks is None:
         found.times = run.processes.decide(shape_times(targets, config.inference_form))
     if config.measured_prices and config.ranks is None:
         with run.stopwatch.phase("prices"):

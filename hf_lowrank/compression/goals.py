@@ -7,22 +7,30 @@ from typing import Any
 
 from torch import nn
 
-from hf_lowrank.channels.budget import channel_curve, rank_curve
+from hf_lowrank.channels.budget import channel_curve
 from hf_lowrank.channels.expert_order import of_experts, of_feed_forwards
+from hf_lowrank.channels.latency import smallest_time
 from hf_lowrank.channels.order import channel_step
 from hf_lowrank.compression.analysis import Analysis
 from hf_lowrank.config import LowRankConfig
 from hf_lowrank.errors import ConfigError
 from hf_lowrank.format.dense_linear import linear_shape
 from hf_lowrank.format.feed_forward import FeedForward
-from hf_lowrank.measuring.shape_times import shape_times
+from hf_lowrank.measuring.shape_times import ShapeTimes, shape_times
 from hf_lowrank.modeling.targets import fixed_ranks
 from hf_lowrank.ranks.plan import RankPlan, layer_cost
 from hf_lowrank.ranks.threshold import check_budget, smallest_ratio
 
 
-def check_goal(targets: Mapping[str, nn.Module], config: LowRankConfig) -> None:
+def check_goal(
+    targets: Mapping[str, nn.Module], config: LowRankConfig, times: ShapeTimes | None = None
+) -> None:
     """Refuses a goal that can't be met, before any long work.
+
+    Args:
+        targets: Target layers by name.
+        config: What to do.
+        times: What their shapes take to run, where that has been measured.
 
     Raises:
         ConfigError: Even the smallest ranks exceed `param_ratio`, with the parameters allowed and
@@ -31,7 +39,8 @@ def check_goal(targets: Mapping[str, nn.Module], config: LowRankConfig) -> None:
     if (config.narrowed or config.experts) and not config.channels:
         raise ConfigError("To make the narrowed layers of a config again, set channels=True.")
     if config.objective == "latency":
-        _check_time(targets, config)
+        if config.ranks is None:
+            _check_time(targets, config, times or shape_times(targets, config.inference_form))
     elif config.param_ratio is not None and not config.channels_only:
         shapes = {name: linear_shape(layer) for name, layer in targets.items()}
         fixed = fixed_ranks(targets, config)
@@ -39,13 +48,20 @@ def check_goal(targets: Mapping[str, nn.Module], config: LowRankConfig) -> None:
         check_budget(shapes, config.param_ratio, fixed=fixed, **limits)
 
 
-def _check_time(targets: Mapping[str, nn.Module], config: LowRankConfig) -> None:
-    times = shape_times(targets, config.inference_form)
-    least = sum(times.smallest(linear_shape(layer)) for layer in targets.values())
+def _check_time(targets: Mapping[str, nn.Module], config: LowRankConfig, times: ShapeTimes) -> None:
+    fixed = fixed_ranks(targets, config)
+    shapes = {name: linear_shape(layer) for name, layer in targets.items()}
+    least_rank = None if config.channels_only else config.min_rank
+    least = sum(
+        times(shape, fixed[name])
+        if name in fixed
+        else times.smallest(shape, least_rank, narrows=config.channels is not False)
+        for name, shape in shapes.items()
+    )
     if config.param_ratio is not None and config.param_ratio < least:
         raise ConfigError(
             f"param_ratio {config.param_ratio:g} with objective 'latency': here even the smallest "
-            f"ranks and widths take {least:.2f} of the dense layers' time; raise param_ratio."
+            f"ranks and widths take {least:.3f} of the dense layers' time; raise param_ratio."
         )
 
 
@@ -111,13 +127,8 @@ def plan_for_goal(analysis: Analysis) -> RankPlan | None:
 def smallest_share(analysis: Analysis) -> float:
     """Smallest `param_ratio` that the smallest ranks, and the smallest experts, allow."""
     if (times := analysis.times) is not None:
-        limits = analysis.limits
-        ranks = (limits["min_rank"], limits["form"], lambda shape, rank, form: times(shape, rank))
-        return sum(
-            times(shape, analysis.fixed[name])
-            if name in analysis.fixed
-            else float(rank_curve(analysis.spectra[name], *ranks).costs.min())
-            for name, shape in analysis.shapes.items()
+        return smallest_time(
+            analysis.shapes, analysis.spectra, analysis.orders, times, **analysis.limits
         )
     share = smallest_ratio(analysis.shapes, **analysis.limits)
     kept = share * (dense := sum(layer_cost(each, None) for each in analysis.shapes.values()))

@@ -75,9 +75,16 @@ class ShapeTimes:
             for phase in PHASES
         }
 
-    def smallest(self, shape: Shape) -> float:
-        """The least that a layer can be brought to: the smallest rank or width that was timed."""
-        return min(self(shape, 1), self((shape[0], 1), None), self((1, shape[1]), None))
+    def smallest(self, shape: Shape, least_rank: int | None, *, narrows: bool) -> float:
+        """The least that a layer can be brought to: dense, at any rank, or narrowed to one."""
+        found = [self(shape, None)]
+        if least_rank is not None:
+            timed = {rank for each in self.ranked.values() for rank in each[shape]}
+            ranks = {least_rank, *(rank for rank in timed if rank > least_rank)}
+            found += [self(shape, rank) for rank in ranks]
+        if narrows:
+            found += [self((shape[0], 1), None), self((1, shape[1]), None)]
+        return min(found)
 
     def _narrowed(self, phase: str, shape: Shape) -> float:
         """Of the dense layers that a narrowed one can come from, the smallest is nearest."""
@@ -199,5 +206,5 @@ def _once(layer: nn.Module, inputs: torch.Tensor, repeats: int) -> float:
 
 
 def _finish(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    if device.type != "cpu":
+        getattr(torch, device.type).synchronize()

@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from accelerate.utils import extract_model_from_parallel
 from torch import nn
 from transformers import TrainingArguments
 
@@ -198,6 +199,8 @@ class _Run:
                 )
                 trainer.train()
                 overhead = trainer.overhead()
+                # Trainer leaves its autocast on the model; scores and moments are without.
+                extract_model_from_parallel(self.model, keep_fp32_wrapper=False)
         seconds = time.perf_counter() - start
         ranks = mean_ranks({name: linear_weight(layer) for name, layer in self.targets.items()})
         ranks["layers"] = {name: p["numerical_rank"] for name, p in ranks["layers"].items()}
@@ -223,7 +226,7 @@ class _Run:
             compression_seconds=found.seconds,
             predicted_loss_difference=found.predicted_loss_difference,
             failures=found.failures,
-            held_out=found.held_out,
+            held_out=None if found.held_out is None else asdict(found.held_out),
         )
 
     def fine_tune(

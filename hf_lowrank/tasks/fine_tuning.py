@@ -61,6 +61,14 @@ def training_length(args: TaskArguments, part: float = 1.0) -> dict[str, float]:
     return {"num_train_epochs": part * args.epochs}
 
 
+def split_length(args: TaskArguments, share: float) -> tuple[dict[str, float], dict[str, float]]:
+    """The lengths of two parts of that training, which sum to it; a share of 0 leaves it whole."""
+    if not args.steps or not share:
+        return training_length(args, share), training_length(args, 1 - share)
+    first = min(args.steps - 1, max(1, round(share * args.steps)))
+    return {"max_steps": first}, {"max_steps": args.steps - first}
+
+
 def fine_tune(
     model: nn.Module,
     task: Task,

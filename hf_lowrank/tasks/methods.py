@@ -25,6 +25,7 @@ from hf_lowrank.report.sections import Settings
 from hf_lowrank.tasks.fine_tuning import (
     SPECTRA_FOLDER,
     fine_tune,
+    split_length,
     teacher_of,
     training_length,
     training_settings,
@@ -226,7 +227,7 @@ def prune_cut_train(
         set_seed(args.seed)  # of the fresh head
         model.load_state_dict(task.new_model().state_dict())
     config = cut_config(args, metric)
-    pruning = args.pruning_share if prune else 0.0
+    pruning, mixing = split_length(args, args.pruning_share if prune else 0.0)
     shared = training_settings(args, "", {}, args.learning_rate, teacher)
     for name in ("output_dir", "eval_strategy", "save_strategy"):
         del shared[name]
@@ -239,11 +240,11 @@ def prune_cut_train(
             prune=prune,
             mixed_rank=mixed_rank,
             pruning={
-                **training_length(args, pruning),
+                **pruning,
                 "final_density": args.final_density,
                 "pruning_criterion": criterion,
             },
-            fine_tuning=training_length(args, 1 - pruning),
+            fine_tuning=mixing,
             training=shared,
         ),
         calibration=task.batches(task.train, args.batch_size, args.calibration_samples),

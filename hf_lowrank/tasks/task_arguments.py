@@ -52,7 +52,7 @@ READERS: dict[str, tuple[str, ...]] = {
     "final_density": _PRUNING,
     "pruning_share": _PRUNING,
     "gate": _PRUNING,
-    "pruning_start": (*LPAF_VARIANTS,),
+    "pruning_start": _PRUNING,
 }
 
 
@@ -161,8 +161,13 @@ class TaskArguments:
         for name in ("distillation_weight", "gate"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ConfigError(f"{name} must lie in [0, 1], got {getattr(self, name)}.")
-        if self.steps < 0:
-            raise ConfigError(f"steps must be >= 0, got {self.steps}.")
+        if not 0 < self.final_density <= 1:
+            raise ConfigError(f"final_density must lie in (0, 1], got {self.final_density}.")
+        least = 2 if self.method in _PRUNING else 1
+        if self.steps != 0 and self.steps < least:
+            raise ConfigError(
+                f"steps must be 0 or, with method {self.method}, >= {least}; got {self.steps}."
+            )
         for name in ("batch_size", "max_length", "calibration_samples", "selections_per_epoch"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be >= 1, got {getattr(self, name)}.")

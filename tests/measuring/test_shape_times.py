@@ -1,10 +1,12 @@
 """What shapes take to run: measured, and interpolated between what was measured."""
 
+import dataclasses
+
 import pytest
 from torch import nn
 
 from hf_lowrank import LowRankConfig, compress
-from hf_lowrank.compression import analysis, goals
+from hf_lowrank.compression import analysis, goals, verbs
 from hf_lowrank.compression.goals import check_goal
 from hf_lowrank.errors import ConfigError
 from hf_lowrank.format.dense_linear import linear_shape
@@ -82,7 +84,7 @@ def as_numbers(targets, form):
 
 @pytest.mark.default_recipe
 def test_a_model_within_a_share_of_the_time_says_what_it_takes(monkeypatch):
-    for user in (analysis, goals):
+    for user in (analysis, goals, verbs):
         monkeypatch.setattr(user, "shape_times", as_numbers)
     model = tiny_llama(hidden_size=64, intermediate_size=128)
     config = LowRankConfig(param_ratio=0.7, objective="latency")
@@ -93,6 +95,60 @@ def test_a_model_within_a_share_of_the_time_says_what_it_takes(monkeypatch):
     assert "70.0% of the targeted layers' time kept" in describe_run(report)
     said = "targeted layers' time over dense, as their shapes were timed: decode 0."
     assert said in format_report(report)
+
+
+def slow_ranks(targets, form):
+    found = as_numbers(targets, form)
+    each = {phase: {s: {1: 1e6, 8: 1e6} for s in points} for phase, points in found.ranked.items()}
+    return dataclasses.replace(found, ranked=each)
+
+
+def of_shapes(*shapes):
+    return {str(i): nn.Linear(n, m, bias=False) for i, (m, n) in enumerate(shapes)}
+
+
+def test_what_can_be_met_is_not_refused_where_ranks_are_slow(monkeypatch):
+    monkeypatch.setattr(goals, "shape_times", slow_ranks)
+    config = LowRankConfig(param_ratio=1.0, objective="latency", channels=False)
+    check_goal(of_shapes((64, 64), (128, 64)), config)
+    with pytest.raises(ConfigError, match=r"take 1\.000 of the dense layers' time"):
+        check_goal(of_shapes((64, 64), (128, 64)), config.replace(param_ratio=0.99))
+
+
+@pytest.mark.parametrize(
+    "settings", [{"min_rank": 40}, {"rank_pattern": {"*": None}}, {"channels_only": True}]
+)
+def test_what_holds_a_layer_large_counts_in_the_early_check(settings, monkeypatch):
+    monkeypatch.setattr(goals, "shape_times", as_numbers)
+    few = {} if "channels_only" in settings else {"channels": False}
+    config = LowRankConfig(param_ratio=0.3, objective="latency", **few)
+    check_goal(of_shapes((64, 64), (128, 64)), config)
+    if "channels_only" in settings:  # widths are counted for every layer, more than can be
+        check_goal(of_shapes((64, 64), (128, 64)), config.replace(**settings))
+        return
+    with pytest.raises(ConfigError, match="smallest ranks and widths take"):
+        check_goal(of_shapes((64, 64), (128, 64)), config.replace(**settings))
+
+
+def test_a_config_with_ranks_is_made_again_without_a_clock(monkeypatch):
+    monkeypatch.setattr(goals, "shape_times", slow_ranks)
+    config = LowRankConfig(param_ratio=0.5, objective="latency", ranks={"0": 3})
+    check_goal(of_shapes((64, 64)), config)
+
+
+def test_layers_of_two_columns_have_a_time():
+    times = shape_times(of_shapes((32, 2), (32, 32)), "factors")
+    assert times((32, 2), 1) >= 0
+
+
+@pytest.mark.default_recipe
+def test_a_tolerance_is_met_by_channels_alone(monkeypatch):
+    for user in (analysis, goals, verbs):
+        monkeypatch.setattr(user, "shape_times", as_numbers)
+    config = LowRankConfig(loss_tolerance=1.0, objective="latency", channels_only=True)
+    report = compress(tiny_llama(), config, token_batches(), held_out=token_batches())
+    assert report.probes
+    assert report.narrowed
 
 
 def test_a_share_that_no_plan_can_reach_is_refused_before_any_long_work():

@@ -121,10 +121,12 @@ def test_runs_with_another_teacher_share_no_stage(tmp_path: Path):
         ("sparsity", {"loss_tolerance": 0.5}),
     ],
 )
-def test_metrics_and_goals_of_the_library_apply(metric: str, goal: dict[str, float]):
+def test_metrics_and_goals_of_the_library_apply(
+    metric: str, goal: dict[str, float], tmp_path: Path
+):
     model, report = run(
         lpaf_settings(metric, goal=goal), calibration=sentence_batches(4),
-        held_out=sentence_batches(2, seed=5),
+        held_out=sentence_batches(2, seed=5), work_dir=tmp_path,
     )  # fmt: skip
     assert factorized_layers(model)
     assert (report["compression"]["held_out"] is not None) == ("loss_tolerance" in goal)
