@@ -119,18 +119,18 @@ class Report:
         data |= {"config": self.config.to_dict(), "data": self.data.to_dict()}
         return {name: jsonable(value) for name, value in data.items()}
 
-    def save(self, path: Path) -> None:
+    def save(self, path: str | Path) -> None:
         """Writes the report as JSON, each list of numbers on one line."""
-        path.write_text(report_text(self.to_dict()), encoding="utf-8")
+        Path(path).write_text(report_text(self.to_dict()), encoding="utf-8")
 
     @classmethod
-    def load(cls: type[AnyReport], path: Path) -> AnyReport:
+    def load(cls: type[AnyReport], path: str | Path) -> AnyReport:
         """Reads a report, or the `report.json` of a folder; fields it does not know are left out.
 
         Raises:
             DataError: There is no such file, or it is no report.
         """
-        path = path / "report.json" if path.is_dir() else path
+        path = Path(path) / "report.json" if Path(path).is_dir() else Path(path)
         try:
             report = read_section(cls, json.loads(path.read_text("utf-8")), "")
         except OSError as error:

@@ -12,9 +12,9 @@ from hf_lowrank.report.card.card_parts import (
     CardParts,
     base_link,
     base_name,
-    channel_note,
     is_factorized,
     kept_share,
+    layers_note,
     model_kind,
     sentences,
 )
@@ -56,9 +56,7 @@ def _intro(report: TaskReport) -> str:
     if not is_factorized(report):
         return f"{start} by hf_lowrank.\nAll its layers are dense."
     return (
-        f"{start} and made smaller by hf_lowrank:\n"
-        "its linear layers are products of two thin matrices, each layer with a rank of its own."
-        f"{channel_note(report)}"
+        f"{start} and made smaller by hf_lowrank:\n{layers_note(report, 'the method named below')}"
     )
 
 

@@ -21,7 +21,7 @@ pytestmark = pytest.mark.skipif(not RESULTS.exists(), reason="rows are not in th
 
 # Lines of README's table of systems by their names in the results.
 SELECTION = {
-    "`--channels`": "price+channels",
+    "ranks and channels": "price+channels",
     "ranks alone": "kfac+price",
     "SP3": "sp3",
     "LoRAP": "lorap",
@@ -177,7 +177,7 @@ def test_recovery_has_its_measured_perplexities():
     _, *shown = table("docs/results.md", "cut by", "text")
     files = [("recovery_0.8", "recovery"), ("recovery_lora",), ("recovery_channels",)]
     lines = iter(shown)
-    for names in [*files, ("recovery_stages",)]:
+    for names in [*files, ("recovery_stages",), ("recovery_compact",)]:
         rows = {row["param_ratio"]: row for name in names for row in result(name)["rows"]}
         for text, label in (("wiki.test.raw", "WikiText-2"), ("c4.utf8", "C4")):
             _, said, *cells = next(lines)

@@ -8,6 +8,7 @@ import pytest
 from huggingface_hub import ModelCard
 
 from hf_lowrank.report.card.card import TAGS, model_card
+from hf_lowrank.report.card.card_parts import layers_note
 from hf_lowrank.report.schema import Report
 from hf_lowrank.report.sections import Settings, Training
 from hf_lowrank.tasks.task_report import TaskData, TaskReport, load_report
@@ -176,3 +177,26 @@ def test_reports_of_both_kinds_come_back_as_what_they_were(tmp_path: Path):
     saved = json.loads((tmp_path / "0.json").read_text())
     assert "selections" not in saved
     assert "evaluation" not in saved
+
+
+@pytest.mark.parametrize(
+    ("form", "ranks", "said"),
+    [
+        (
+            "compact",
+            {"a.up": 3},
+            "its linear layers are of low rank, in a compact form, with a rank",
+        ),
+        (
+            "factors",
+            {"a.up": 3},
+            "its linear layers are products of two thin matrices, with a rank",
+        ),
+        (None, {"a.up": 3}, "its linear layers are products of two thin matrices, with"),
+        ("compact", {"a.up": None}, "every layer is an ordinary one, some of them smaller."),
+    ],
+)
+def test_what_the_layers_are_depends_on_their_form(form: Any, ranks: Any, said: str):
+    others = {} if form is None else {"form": form}
+    text = layers_note(report(ranks=ranks, config=Settings(others=others)), "its effect")
+    assert text.startswith(said)

@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 from huggingface_hub import EvalResult
 
+from hf_lowrank.ranks.plan import COMPACT
 from hf_lowrank.report.schema import Report
 
 
@@ -90,6 +91,21 @@ def is_factorized(report: Report) -> bool:
     ranks = any(rank is not None for rank in report.ranks.values())
     shapes = bool(report.narrowed) or any(each.is_cut for each in report.experts.values())
     return ranks or shapes or report.quantization is not None
+
+
+def layers_note(report: Report, effect: str) -> str:
+    """What the layers of a compressed model are, with a sentence on lost channels or experts.
+
+    Args:
+        report: Of the model.
+        effect: What each rank was chosen by, "its effect on the loss".
+    """
+    if not any(report.ranks.values()):
+        return f"every layer is an ordinary one, some of them smaller.{channel_note(report)}"
+    is_compact = report.config.others.get("form") == COMPACT
+    what = "of low rank, in a compact form" if is_compact else "products of two thin matrices"
+    note = channel_note(report)
+    return f"its linear layers are {what}, with a rank for every layer chosen by {effect}.{note}"
 
 
 def channel_note(report: Report) -> str:

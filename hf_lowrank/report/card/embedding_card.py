@@ -9,9 +9,9 @@ from hf_lowrank.report.card.card_parts import (
     CardParts,
     base_link,
     base_name,
-    channel_note,
     kept_share,
     last_component,
+    layers_note,
     sentences,
     without_folders,
 )
@@ -29,8 +29,7 @@ def embedding_card_parts(report: EmbeddingReport) -> CardParts:
         title=f"{base_name(report)}, low-rank, {kept_share(report):.1%} of the parameters",
         intro=(
             f"{base_link(report)}, made smaller by hf_lowrank:\n"
-            "its linear layers are products of two thin matrices, with a rank for every layer "
-            f"chosen by its effect on the embeddings.{channel_note(report)}"
+            f"{layers_note(report, 'its effect on the embeddings')}"
         ),
         quality=embedding_rows(report),
         made=describe_run(report) + stored_note(report),

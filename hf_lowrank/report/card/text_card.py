@@ -11,8 +11,8 @@ from hf_lowrank.report.card.card_parts import (
     CardParts,
     base_link,
     base_name,
-    channel_note,
     kept_share,
+    layers_note,
     model_kind,
     sentences,
     without_folders,
@@ -35,8 +35,7 @@ def card_parts(report: Report) -> CardParts:
         title=_title(report),
         intro=(
             f"{base_link(report)}, made smaller by hf_lowrank:\n"
-            "its linear layers are products of two thin matrices, with a rank for every layer "
-            f"chosen by its effect on the loss.{channel_note(report)}"
+            f"{layers_note(report, 'its effect on the loss')}"
         ),
         quality=[*_quality(report), *speed_rows(report)],
         made=describe_run(report) + stored_note(report),
