@@ -208,7 +208,7 @@ class LowRankConfig(QuantizationConfigMixin):
             if self.rule == "price" and self.metric != "kfac":
                 raise ConfigError(
                     f"rule 'price' needs metric 'kfac', whose singular values are prices; got "
-                    f"{self.metric!r}."
+                    f"metric {self.metric!r}. Choose another rule or metric 'kfac'."
                 )
         for name in ("channels", "measured_prices"):
             self._check_prices(name)

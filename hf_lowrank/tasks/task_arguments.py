@@ -163,10 +163,11 @@ class TaskArguments:
                 raise ConfigError(f"{name} must lie in [0, 1], got {getattr(self, name)}.")
         if not 0 < self.final_density <= 1:
             raise ConfigError(f"final_density must lie in (0, 1], got {self.final_density}.")
-        least = 2 if self.method in _PRUNING else 1
-        if self.steps != 0 and self.steps < least:
+        if self.steps < 0:
+            raise ConfigError(f"steps must be >= 0, got {self.steps}.")
+        if self.steps == 1 and self.method in _PRUNING:
             raise ConfigError(
-                f"steps must be 0 or, with method {self.method}, >= {least}; got {self.steps}."
+                f"method {self.method} prunes and then trains: set steps to 2 or more."
             )
         for name in ("batch_size", "max_length", "calibration_samples", "selections_per_epoch"):
             if getattr(self, name) < 1:

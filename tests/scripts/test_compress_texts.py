@@ -10,7 +10,7 @@ import pytest
 from transformers import AutoTokenizer
 
 import hf_lowrank
-from hf_lowrank.cli import jobs
+from hf_lowrank.cli import compress_command
 from hf_lowrank.inputs import sources
 from tests.scripts import InProcess, Inputs, Refusal
 from tests.scripts.outputs import read_report
@@ -20,13 +20,13 @@ def test_held_out_text_is_not_calibration_text(
     compress_llm: InProcess, inputs: Inputs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     seen = {}
-    compress = jobs.compress
+    compress = compress_command.compress
 
     def spy(model: Any, config: Any, **kwargs: Any) -> Any:
         seen.update(kwargs)
         return compress(model, config, **kwargs)
 
-    monkeypatch.setattr(jobs, "compress", spy)
+    monkeypatch.setattr(compress_command, "compress", spy)
     compress_llm(*inputs.arguments(loss_tolerance=0.1))
     tokenizer = AutoTokenizer.from_pretrained(inputs.model)
     tokens = tokenizer(inputs.calibration.read_text("utf-8"))["input_ids"]

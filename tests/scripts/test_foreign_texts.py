@@ -9,7 +9,7 @@ import torch
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from hf_lowrank.cli import jobs
+from hf_lowrank.cli import compress_command
 from hf_lowrank.errors import DataError
 from hf_lowrank.inputs.sources import load_causal_lm
 from hf_lowrank.inputs.text import token_batches
@@ -37,13 +37,13 @@ def starting(inputs: Inputs, tmp_path: Path) -> Inputs:
 def seen(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """The batches that `compress` gets."""
     found: dict[str, Any] = {}
-    compress = jobs.compress
+    compress = compress_command.compress
 
     def spy(model: Any, config: Any, **kwargs: Any) -> Any:
         found.update(kwargs)
         return compress(model, config, **kwargs)
 
-    monkeypatch.setattr(jobs, "compress", spy)
+    monkeypatch.setattr(compress_command, "compress", spy)
     return found
 
 

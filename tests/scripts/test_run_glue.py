@@ -264,6 +264,16 @@ def test_a_part_of_the_training_has_its_share_of_the_steps_or_epochs():
     assert fine_tuning.training_length(args, 0.3) == {"max_steps": 1}
 
 
+@pytest.mark.parametrize("steps", [2, 3, 5, 1200])
+@pytest.mark.parametrize("share", [0.05, 0.5, 0.9])
+def test_two_parts_of_a_training_have_its_steps_together(steps: int, share: float):
+    args = GlueArguments(steps=steps)
+    first, second = (each["max_steps"] for each in fine_tuning.split_length(args, share))
+    assert first + second == steps
+    assert min(first, second) >= 1
+    assert abs(first - share * steps) <= 1 or min(first, second) == 1
+
+
 @pytest.mark.parametrize(("method", "metric"), [
     ("cuttlefish", "plain"), ("cuttlefish-kfac", "kfac"),
 ])  # fmt: skip
@@ -386,6 +396,8 @@ def test_the_best_epoch_is_kept(place: Path, tmp_path: Path):
         ({"distillation_weight": 1.5}, "distillation_weight must lie in [0, 1], got 1.5."),
         ({"gate": -1.0}, "gate must lie in [0, 1], got -1.0."),
         ({"steps": -1}, "steps must be >= 0, got -1."),
+        ({"method": "lpaf", "steps": 1}, "lpaf prunes and then trains: set steps to 2 or more."),
+        ({"method": "lpaf", "final_density": 0.0}, "final_density must lie in (0, 1], got 0.0."),
         ({"pruning_start": "dense"}, "must be one of fine-tuned, pre-trained; got 'dense'."),
         ({"batch_size": 0}, "batch_size must be >= 1, got 0."),
         (
