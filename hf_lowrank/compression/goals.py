@@ -16,21 +16,15 @@ from hf_lowrank.config import LowRankConfig
 from hf_lowrank.errors import ConfigError
 from hf_lowrank.format.dense_linear import linear_shape
 from hf_lowrank.format.feed_forward import FeedForward
-from hf_lowrank.measuring.shape_times import ShapeTimes, shape_times
+from hf_lowrank.measuring.distributed import current_processes
+from hf_lowrank.measuring.shape_times import shape_times
 from hf_lowrank.modeling.targets import fixed_ranks
 from hf_lowrank.ranks.plan import RankPlan, layer_cost
 from hf_lowrank.ranks.threshold import check_budget, smallest_ratio
 
 
-def check_goal(
-    targets: Mapping[str, nn.Module], config: LowRankConfig, times: ShapeTimes | None = None
-) -> None:
+def check_goal(targets: Mapping[str, nn.Module], config: LowRankConfig) -> None:
     """Refuses a goal that can't be met, before any long work.
-
-    Args:
-        targets: Target layers by name.
-        config: What to do.
-        times: What their shapes take to run, where that has been measured.
 
     Raises:
         ConfigError: Even the smallest ranks exceed `param_ratio`, with the parameters allowed and
@@ -40,7 +34,7 @@ def check_goal(
         raise ConfigError("To make the narrowed layers of a config again, set channels=True.")
     if config.objective == "latency":
         if config.ranks is None:
-            _check_time(targets, config, times or shape_times(targets, config.inference_form))
+            _check_time(targets, config)
     elif config.param_ratio is not None and not config.channels_only:
         shapes = {name: linear_shape(layer) for name, layer in targets.items()}
         fixed = fixed_ranks(targets, config)
@@ -48,7 +42,9 @@ def check_goal(
         check_budget(shapes, config.param_ratio, fixed=fixed, **limits)
 
 
-def _check_time(targets: Mapping[str, nn.Module], config: LowRankConfig, times: ShapeTimes) -> None:
+def _check_time(targets: Mapping[str, nn.Module], config: LowRankConfig) -> None:
+    # One clock for all processes, so that all refuse or none does.
+    times = current_processes().decide(shape_times(targets, config.inference_form))
     fixed = fixed_ranks(targets, config)
     shapes = {name: linear_shape(layer) for name, layer in targets.items()}
     least_rank = None if config.channels_only else config.min_rank

@@ -33,7 +33,6 @@ from hf_lowrank.format.feed_forward import find_feed_forwards
 from hf_lowrank.measuring.distributed import current_processes
 from hf_lowrank.measuring.embeddings import embedding_loss
 from hf_lowrank.measuring.items import Batch, LossFunction
-from hf_lowrank.measuring.shape_times import shape_times
 from hf_lowrank.modeling.weight_precision import check_quantizable
 from hf_lowrank.report.schema import Report
 
@@ -222,10 +221,7 @@ def check_run(
         ConfigError, DataError, TargetError: With the reason.
     """
     texts, options = run.texts, run.options
-    times = None
-    if config.objective == "latency" and config.ranks is None:  # one clock for all processes
-        times = run.processes.decide(shape_times(targets, config.inference_form))
-    check_goal(targets, config, times)
+    check_goal(targets, config)
     if config.objective == "latency" and run.experts:
         raise ConfigError("objective 'latency' does not know what fused experts take to run.")
     check_quantizable(targets, config.weights or ("int4" if config.megabytes else None))

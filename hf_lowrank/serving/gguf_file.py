@@ -58,6 +58,8 @@ def check_llama(source: str, model: Any, tokenizer: Any) -> None:  # noqa: ANN40
     elif _split(tokenizer) is None:
         known = " and ".join(name for name, _ in _SPLITS)
         reason = f"has a tokenizer other than the byte-level BPE that llama.cpp calls {known}"
+    elif max(tokenizer.get_vocab().values()) >= config.vocab_size:
+        reason = f"has tokens beyond its {config.vocab_size} embeddings, which would be lost"
     if reason:
         raise ConfigError(f"{source}: {reason}; serve it with another engine, see docs/serving.md.")
 
@@ -65,7 +67,8 @@ def check_llama(source: str, model: Any, tokenizer: Any) -> None:  # noqa: ANN40
 def _split(tokenizer: Any) -> str | None:  # noqa: ANN401
     """llama.cpp's name of how a tokenizer splits text; None for an unknown one."""
     parts = _parts(tokenizer)
-    if parts.get("model", {}).get("type") != "BPE" or parts["model"].get("byte_fallback"):
+    model = parts.get("model", {})
+    if model.get("type") != "BPE" or model.get("byte_fallback") or parts.get("normalizer"):
         return None
     found = parts.get("pre_tokenizer")
     return next((name for name, known in _SPLITS if known == found), None)

@@ -73,6 +73,15 @@ def test_auto_keeps_the_stored_dtype(tmp_path: Path, stored: torch.dtype):
     assert next(load_causal_lm(str(folder))[0].parameters()).dtype == stored
 
 
+def test_a_build_that_does_not_know_about_bfloat16_is_not_warned_of(monkeypatch: Any):
+    def unknown() -> bool:
+        raise RuntimeError("no such operator")
+
+    assert sources._computes_bfloat16() in (True, False)
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", unknown)
+    assert sources._computes_bfloat16()
+
+
 @pytest.mark.parametrize(
     ("dtype", "computes", "says"),
     [("bfloat16", False, True), ("bfloat16", True, False), ("float32", False, False)],

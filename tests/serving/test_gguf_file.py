@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
+from tokenizers.normalizers import NFC
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from hf_lowrank.errors import ConfigError
@@ -123,3 +124,14 @@ def test_a_tokenizer_that_is_not_known_is_refused():
     with pytest.raises(ConfigError, match=r"byte-level BPE that llama\.cpp calls gpt-2 and smollm"):
         check_llama("here", tiny_llama(), word_tokenizer())
     assert gguf_file._split(byte_tokenizer()) == "gpt-2"
+    rewriting = byte_tokenizer()
+    rewriting.backend_tokenizer.normalizer = NFC()
+    with pytest.raises(ConfigError, match="has a tokenizer other than"):
+        check_llama("here", tiny_llama(), rewriting)
+
+
+def test_tokens_without_an_embedding_are_refused():
+    tokenizer = byte_tokenizer()
+    check_llama("here", llama(vocab_size=len(tokenizer)), tokenizer)
+    with pytest.raises(ConfigError, match=r"has tokens beyond its .* embeddings"):
+        check_llama("here", llama(vocab_size=len(tokenizer) - 1), tokenizer)
