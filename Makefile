@@ -7,12 +7,14 @@
 #   PIP_FLAGS     extra flags for pip install, such as another index
 #   PYTEST_FLAGS  flags for pytest
 #   GROUPS        groups of tests/mutation/groups.toml; all by default
+#   MINUTES       minutes for each of them, after which those that are left are left; all by default
 
 PYTHON ?= python3
 VENV ?= .venv
 PIP_FLAGS ?=
 PYTEST_FLAGS ?= -n 2 --dist worksteal
 GROUPS ?=
+MINUTES ?=
 
 BIN := $(VENV)/bin
 PROMPT ?= In Python, a list is
@@ -70,7 +72,7 @@ test-newest: ## Run them with the newest dependencies that the index has, torch 
 
 mutants: venv ## Plant bugs and count those that the tests find; GROUPS="ranks ..." for some.
 	$(BIN)/python -m pip install $(PIP_FLAGS) -c constraints.txt -e '.[mutation]'
-	HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false OMP_NUM_THREADS=1 $(BIN)/python tests/mutation/plant.py $(GROUPS)
+	HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false OMP_NUM_THREADS=1 $(BIN)/python tests/mutation/plant.py $(if $(MINUTES),--minutes $(MINUTES)) $(GROUPS)
 
 test-remote-4.57: venv ## Load checkpoints in transformers 4.57, by the code beside their weights.
 	test -x .venv-4.57/bin/python || $(PYTHON) -m venv .venv-4.57

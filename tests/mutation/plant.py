@@ -2,16 +2,19 @@
 
 cosmic-ray makes the mutants, in place. Each is tested in a fork of a process that has imported
 everything but this package, so that a mutant takes seconds. A stopped run goes on where it was;
-the sessions are in outputs/mutants.
+the sessions are in outputs/mutants. Mutants come in random order, so those of the first minutes are
+a fair sample of all; the share is then followed by its standard error.
 
-python tests/mutation/plant.py                    every group of groups.toml
-python tests/mutation/plant.py ranks channels     some of them
+python tests/mutation/plant.py                             every group of groups.toml
+python tests/mutation/plant.py --minutes 30 ranks channels half an hour each of some
 """
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import json
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -23,18 +26,22 @@ SKIPPED = ["core/ReplaceBinaryOperator_BitOr_.*"]  # most stand in annotations, 
 HERE = Path(__file__).resolve().parent
 
 
-def main(names: list[str]) -> None:
+def main() -> None:
     import tomllib  # not in Python 3.10
 
     groups = tomllib.loads((HERE / "groups.toml").read_text("utf-8"))
-    if unknown := sorted(set(names) - set(groups)):
-        raise SystemExit(f"no group {', '.join(unknown)}; groups: {', '.join(groups)}")
+    parser = argparse.ArgumentParser(description="Plants bugs and counts those that tests find.")
+    parser.add_argument("names", nargs="*", help=f"Groups: {', '.join(groups)}; default all.")
+    parser.add_argument("--minutes", type=float, help="Stop a group after these.")
+    args = parser.parse_args()
+    if unknown := sorted(set(args.names) - set(groups)):
+        parser.error(f"no group {', '.join(unknown)}; groups: {', '.join(groups)}")
     FOLDER.mkdir(parents=True, exist_ok=True)
-    for name in names or groups:
-        run_group(name, groups[name])
+    for name in args.names or groups:
+        run_group(name, groups[name], args.minutes)
 
 
-def run_group(name: str, group: dict[str, Any]) -> None:
+def run_group(name: str, group: dict[str, Any], minutes: float | None) -> None:
     config, session = FOLDER / f"{name}.toml", FOLDER / f"{name}.sqlite"
     address = str(FOLDER / f"{name}.socket")
     command = f"{sys.executable} -S {HERE / 'server.py'} ask {address}"
@@ -59,12 +66,23 @@ def run_group(name: str, group: dict[str, Any]) -> None:
             subprocess.run([tool, "init", str(config), str(session)], cwd=ROOT, check=True)
             skip = tool.replace("cosmic-ray", "cr-filter-operators")
             subprocess.run([skip, str(session), str(config)], cwd=ROOT, check=True)
-        subprocess.run([tool, "exec", str(config), str(session)], cwd=ROOT, check=True)
+        plant([tool, "exec", str(config), str(session)], minutes)
         if server.poll() is not None:  # without it every mutant counts as killed
             raise SystemExit(f"{name}: the test server ended; remove {session} and start again")
     finally:
         server.terminate()
     report(name, tool, session)
+
+
+def plant(command: list[str], minutes: float | None) -> None:
+    """Runs cosmic-ray, for some minutes at most; an interrupt has it put the file back."""
+    planter = subprocess.Popen(command, cwd=ROOT)
+    try:
+        if planter.wait(minutes and 60 * minutes):
+            raise SystemExit(f"{' '.join(command)} ended with {planter.returncode}")
+    except subprocess.TimeoutExpired:
+        planter.send_signal(signal.SIGINT)
+        planter.wait()
 
 
 def wait_for(address: str, server: subprocess.Popen[bytes]) -> None:
@@ -86,10 +104,12 @@ def report(name: str, tool: str, session: Path) -> None:
         place = f"{each['module_path']}:{each['start_pos'][0]}"
         print(f"survived: {place}: {each['operator_name']} {each['occurrence']}")
     share = 1 - len(alive) / max(1, len(done))
-    print(
-        f"{name}: {len(done) - len(alive)} of {len(done)} mutants killed, {share:.1%}", flush=True
-    )
+    killed = f"{len(done) - len(alive)} of {len(done)} mutants killed, {share:.1%}"
+    if left := sum(result is None for _, result in pairs):
+        error = (share * (1 - share) / max(1, len(done))) ** 0.5
+        killed += f" +- {error:.1%}; {left} are left"
+    print(f"{name}: {killed}", flush=True)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main()
