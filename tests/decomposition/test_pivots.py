@@ -45,7 +45,10 @@ def test_a_matrix_made_against_pivoting_gets_bounded_coefficients():
     """Rows of Wilkinson's kind, on which LU with partial pivoting grows by 2 with every row."""
     lower = torch.eye(24, dtype=torch.float64) - torch.ones(24, 24, dtype=torch.float64).tril(-1)
     lower[:, -1] = 1.0
-    for hard in (lower[:, :12].T.contiguous(), kahan(24)[:12]):
+    wilkinson = lower[:, :12].T.contiguous()
+    # The column that has to change places is not the first of the rest.
+    parted = torch.cat((wilkinson[:, :12], 1e-3 * random(12, 5), wilkinson[:, 12:]), dim=1)
+    for hard in (wilkinson, parted, kahan(24)[:12]):
         order, coefficients = pivot_columns(hard)
         assert coefficients.abs().max() <= LARGEST_COEFFICIENT
         found = hard[:, order[:12]] @ coefficients
