@@ -3,6 +3,10 @@
 Every model has a process of its own, which waits while another computes: they take turns within a
 run, so that what disturbs the machine disturbs all of them. Processor time counts, since others may
 use the machine, too.
+
+`random_layers` makes the models: a Llama of TinyLlama's widths and random weights, and its cuts by
+the default recipe, with compact factors alone and with two factors. Its vocabulary has the share
+of the numbers that TinyLlama's has with 22 blocks.
 """
 
 from __future__ import annotations
@@ -12,13 +16,19 @@ import os
 import statistics
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
+from transformers import AutoModelForCausalLM
+
+from benchmarks.streaming import StreamingArguments, make_llama
+from hf_lowrank import LowRankConfig, compress
 from hf_lowrank.config import option
 from hf_lowrank.errors import ConfigError, DataError
 from hf_lowrank.report.provenance import write_result
@@ -30,6 +40,11 @@ CELLS = {
     "prefill 16 x 64": (16, 64, 1),
     "decode 1": (1, 8, 32),
     "decode 16": (16, 8, 32),
+}
+WAYS: dict[str, dict[str, Any]] = {
+    "default": {"measured_prices": False},
+    "compact": {"channels": False, "metric": "plain", "rule": "uniform"},
+    "factors": {"channels": False, "metric": "plain", "rule": "uniform", "form": "factors"},
 }
 # One thread, and the engine in the process that is timed.
 ENVIRONMENT = {
@@ -47,6 +62,13 @@ class VllmSpeedArguments:
     """Arguments of the comparison of models in vLLM; run it where vLLM is installed."""
 
     models: list[str] | None = option(None, "Folders: the dense model, then compressed ones.")
+    random_layers: int = option(0, "Blocks of a random Llama to make and to cut; without models.")
+    param_ratio: list[float] = field(
+        default_factory=lambda: [0.8, 0.5], metadata={"help": "Sizes of its cuts."}
+    )
+    ways: list[str] = field(
+        default_factory=lambda: list(WAYS), metadata={"help": f"How it is cut: {', '.join(WAYS)}."}
+    )
     rounds: int = option(5, "How often each model is timed in each cell; one more warms up.")
     dtype: str = option("bfloat16", "Data type that is served in.")
     eager: bool = option(True, "Without torch.compile, which takes a minute to start.")
@@ -57,14 +79,19 @@ def compare_in_vllm(args: VllmSpeedArguments) -> None:
     """Writes a row for each model and cell.
 
     Raises:
-        ConfigError: There are fewer than two models.
+        ConfigError: There are fewer than two models, or models where they are to be made.
         DataError: vLLM does not start with one of them.
     """
     models = args.models or []
-    if len(models) < 2:
+    if args.random_layers and (models or set(args.ways) - set(WAYS)):
+        raise ConfigError(f"random_layers goes without models, and ways are {', '.join(WAYS)}.")
+    if len(models) < 2 and not args.random_layers:
         raise ConfigError("models must name a dense model's folder and then a compressed one's.")
     options = {"dtype": args.dtype, "enforce_eager": args.eager, "max_model_len": 320}
     with ExitStack() as stack:
+        if args.random_layers:
+            place = stack.enter_context(tempfile.TemporaryDirectory())
+            models = make_models(Path(place), args)
         workers = {}
         for model in models:
             command = [*WORKER, model, json.dumps({**options, "max_num_seqs": 16})]
@@ -73,6 +100,24 @@ def compare_in_vllm(args: VllmSpeedArguments) -> None:
         rows = compare_in_turn(timers, CELLS, args.rounds)
     print(format_rows(rows))
     write_result(Path(args.output), {"arguments": vars(args), "rows": rows})
+
+
+def make_models(place: Path, args: VllmSpeedArguments) -> list[str]:
+    """Writes the random Llama and its cuts into folders of their own; returns these."""
+    shape = StreamingArguments()
+    layers = args.random_layers
+    shape.vocabulary = shape.vocabulary * layers // 22
+    dense = place / "dense"
+    make_llama(dense, shape, layers)
+    folders = [str(dense)]
+    batches = [{"input_ids": torch.randint(shape.vocabulary, (1, 256))} for _ in range(4)]
+    for way in args.ways:
+        for ratio in args.param_ratio:
+            model: Any = AutoModelForCausalLM.from_pretrained(dense, dtype=torch.float32)
+            compress(model, LowRankConfig(param_ratio=ratio, **WAYS[way]), batches)
+            model.to(torch.bfloat16).save_pretrained(place / f"{way}-{ratio:g}")
+            folders.append(str(place / f"{way}-{ratio:g}"))
+    return folders
 
 
 def _started(command: list[str]) -> subprocess.Popen[str]:
