@@ -197,25 +197,49 @@ def quantize(
         run: Times the work.
         bits: By matrix, where types are mixed.
     """
-    weights: Weights = bits or config.weights
-    decided = None if config.ranks is None else config.quantized
-    if not weights and decided is None:
-        return None
     with run.stopwatch.phase("quantization"):
-        if decided is not None:
-            precisions = {n: Precision.from_json(n, each) for n, each in decided.items()}
-        else:
-            precisions = planned_precisions(model, names, weights)
+        precisions = decided_precisions(model, names, config, bits)
+        if precisions is None:
+            return None
         size, every = weight_bytes(model, precisions), planned_precisions(model, names, "int8")
         quantize_weights_(model, precisions)
-        groups = Counter(max(each.block) for each in precisions.values() if each.bits == 4)
-        return Quantization(
-            weights=config.weights or MIXED,
-            matrices=len(precisions),
-            groups={str(size): count for size, count in sorted(groups.items())},
-            bytes=Sizes(size, weight_bytes(model, precisions)),
-            kept=len(every) - len(precisions),
-        )
+        sizes = Sizes(size, weight_bytes(model, precisions))
+        return quantization_of(config, precisions, sizes, len(every))
+
+
+def decided_precisions(
+    model: nn.Module,
+    names: Iterable[str],
+    config: LowRankConfig,
+    bits: Mapping[str, int] | None = None,
+) -> dict[str, Precision] | None:
+    """Precision by matrix, see `quantize`; None if all stay as they are."""
+    weights: Weights = bits or config.weights
+    decided = None if config.ranks is None else config.quantized
+    if decided is not None:
+        return {name: Precision.from_json(name, each) for name, each in decided.items()}
+    return planned_precisions(model, names, weights) if weights else None
+
+
+def quantization_of(
+    config: LowRankConfig, precisions: Mapping[str, Precision], sizes: Sizes, matrices: int
+) -> Quantization:
+    """What a report says of quantized weights.
+
+    Args:
+        config: Says of which type they are.
+        precisions: By matrix.
+        sizes: Of these matrices, before and after.
+        matrices: How many there are with those that stay as they are.
+    """
+    groups = Counter(max(each.block) for each in precisions.values() if each.bits == 4)
+    return Quantization(
+        weights=config.weights or MIXED,
+        matrices=len(precisions),
+        groups={str(size): count for size, count in sorted(groups.items())},
+        bytes=sizes,
+        kept=matrices - len(precisions),
+    )
 
 
 def _measure(model: nn.Module, description: str, run: Run) -> dict[str, LossMeasurement]:

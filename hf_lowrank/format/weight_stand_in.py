@@ -50,5 +50,8 @@ class WeightStandIn(torch.Tensor):
             "or use its dense_weight()."
         )
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> WeightStandIn:
+        return torch.empty(self.shape, dtype=self.dtype, device="meta").as_subclass(WeightStandIn)
+
     def __repr__(self) -> str:  # type: ignore[override]
         return f"WeightStandIn(shape={tuple(self.shape)}, dtype={self.dtype})"

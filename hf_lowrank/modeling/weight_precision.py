@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, cast
 
 import torch
@@ -169,12 +169,17 @@ def rounding_share(weight: torch.Tensor, bits: int) -> float:
 
 
 @torch.no_grad()
-def quantize_weights_(model: nn.Module, precisions: Mapping[str, Precision]) -> None:
+def quantize_weights_(
+    model: nn.Module,
+    precisions: Mapping[str, Precision],
+    change: Callable[[nn.Linear, Precision], None] = quantize_,
+) -> None:
     """Quantizes the named matrices, in place; dense layers become `QuantizedLinear`.
 
     Args:
         model: The model after the cut.
         precisions: Precision by the name of a factor, a narrowed or a dense layer.
+        change: What is done to each; `expect_` makes room for what a file holds instead.
     """
     for name, precision in precisions.items():
         layer = model.get_submodule(name)
@@ -183,7 +188,7 @@ def quantize_weights_(model: nn.Module, precisions: Mapping[str, Precision]) -> 
             layer = _quantized_linear(layer)
             model.set_submodule(name, layer)
         assert isinstance(layer, nn.Linear)
-        quantize_(layer, precision)
+        change(layer, precision)
 
 
 def _quantized_linear(layer: nn.Module) -> QuantizedLinear:

@@ -100,6 +100,8 @@ def content(folder: Path) -> dict[str, bytes]:
         ("gemma", {"loss_tolerance": 0.02, "channels": True}),
         ("gemma", {"param_ratio": 0.7, "metric": "whitened"}),
         ("gpt2", {"param_ratio": 0.7, "form": "compact", **BOTH}),
+        ("gpt2", {"param_ratio": 0.7, "weights": "int4", "form": "factors", **BOTH}),
+        ("llama", {"rank_pattern": {"*.1.*": None}, "weights": "int8", "rank": 8}),
         ("qwen", {"rank": 12, "rank_pattern": {"*.0.mlp.up_proj": None}}),
     ],
 )
@@ -120,6 +122,8 @@ def test_the_model_is_the_one_made_in_memory(
     assert streamed.parameters == report.parameters
     assert streamed.untouched == report.untouched
     assert streamed.measured_prices == report.measured_prices
+    assert streamed.quantization == report.quantization
+    assert streamed.bytes == report.bytes
     assert streamed.evaluation.loss_before == pytest.approx(report.evaluation.loss_before, rel=1e-5)
     assert streamed.evaluation.loss_after == pytest.approx(report.evaluation.loss_after, rel=1e-5)
     assert [each.param_ratio for each in streamed.probes] == [
@@ -280,8 +284,8 @@ def test_needs_and_progress_are_said(
 
 
 def test_goals_that_need_the_whole_model_are_refused(folders: dict[str, Path], tmp_path: Path):
-    config = LowRankConfig(param_ratio=0.6, weights="int8")
-    with pytest.raises(ConfigError, match=r"and objective .latency. are not done block"):
+    config = LowRankConfig(megabytes=1)
+    with pytest.raises(ConfigError, match=r"megabytes and objective .latency. are not done block"):
         compress_checkpoint(folders["llama"], tmp_path / "out", config)
 
 

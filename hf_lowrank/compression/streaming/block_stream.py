@@ -23,6 +23,7 @@ from hf_lowrank.compression.streaming.states import DENSE, States
 from hf_lowrank.compression.streaming.tensors import CheckpointTensors
 from hf_lowrank.decomposition.spectrum import Factors
 from hf_lowrank.errors import TargetError
+from hf_lowrank.format.torchao_weights import assemble_
 from hf_lowrank.measuring.items import Batch, eval_mode, is_encoder_decoder
 from hf_lowrank.measuring.losses import forward_body
 from hf_lowrank.measuring.passes import Compute, Stream, feed
@@ -115,6 +116,7 @@ class BlockStream(Stream):
         replace_layer_(self.model, place, block)
         try:
             self.tensors.read(lambda name: name.startswith(self.prefix(index)))
+            assemble_(block)
             part = None if self._cut is None else self._cut.within(self.prefix(index))
             if part is not None:
                 orders = {

@@ -74,7 +74,7 @@ def compress_checkpoint(
     Args:
         folder: Dense checkpoint in safetensors files: a folder, a Hub id, or "demo".
         out: Folder for the compressed checkpoint; written under a temporary name first.
-        config: As in `compress`; `weights` and `megabytes` are not done block by block.
+        config: As in `compress`; `megabytes` and times are not done block by block.
         calibration: As in `compress`, as the next three.
         evaluation: Batches for the report's before and after.
         held_out: Batches for searches and prices.
@@ -101,10 +101,10 @@ def compress_checkpoint(
     """
     config, out = config or LowRankConfig(), Path(out)
     source = str(demo_folder()) if folder == DEMO else str(folder)
-    if config.weights is not None or config.megabytes or config.objective == "latency":
+    if config.megabytes or config.objective == "latency":
         raise ConfigError(
-            "weights, megabytes and objective 'latency' are not done block by block; leave them "
-            "out, or compress in memory."
+            "megabytes and objective 'latency' are not done block by block; leave them out, or "
+            "compress in memory."
         )
     check_output_folder(out, overwrite, source=Path(source))
     work = Path(work_dir) if work_dir else out.with_name(f".{out.name}.stream")
@@ -172,7 +172,7 @@ def _compress(
     decision = decide(model, analysis, run)
     decided = decided_config(decision.analysis.config, decision.plan)
     with run.stopwatch.phase("surgery"):
-        write_compressed(
+        quantization = write_compressed(
             stream,
             decision.analysis.factors,
             decision.plan,
@@ -181,7 +181,9 @@ def _compress(
             place,
             run.progress,
         )
-    return report_on(model, decision, decided, dense, run, is_cut=False)
+    report = report_on(model, decision, decided, dense, run, is_cut=False)
+    report.quantization = quantization
+    return report
 
 
 @dataclasses.dataclass(frozen=True)
@@ -208,7 +210,7 @@ def _digest(stream: BlockStream, config: LowRankConfig, run: Run, more: tuple[st
     for path in stream.tensors.files:
         stat = path.resolve().stat()
         digest.update(f"{path.resolve().name} {stat.st_size} {stat.st_mtime_ns}".encode())
-    goals = dict.fromkeys(("param_ratio", "loss_tolerance", "rank"))
+    goals = dict.fromkeys(("param_ratio", "loss_tolerance", "rank", "weights"))
     settings = dataclasses.asdict(config) | goals
     versions = (__version__, torch.__version__, transformers.__version__)
     digest.update(json.dumps([settings, more, versions], sort_keys=True, default=str).encode())

@@ -17,19 +17,25 @@ from transformers.modeling_utils import remove_tied_weights_from_state_dict
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
 from hf_lowrank.channels.order import ChannelOrder
+from hf_lowrank.compression.application import decided_precisions, quantization_of
 from hf_lowrank.compression.streaming.block_stream import BlockStream, plan_key
 from hf_lowrank.compression.streaming.tensors import CheckpointTensors
 from hf_lowrank.config import LowRankConfig
 from hf_lowrank.decomposition.spectrum import Factors
 from hf_lowrank.errors import StorageError
+from hf_lowrank.evaluation.size import weight_bytes
 from hf_lowrank.files import atomic_file
 from hf_lowrank.format.headers import header_shapes
 from hf_lowrank.format.layout import Layout
 from hf_lowrank.format.marking import saved_names_are_lost, write_loading_code
 from hf_lowrank.format.rebuild import replace_with_lowrank_
+from hf_lowrank.format.torchao_weights import assemble_, expect_
 from hf_lowrank.measuring.progress import track
 from hf_lowrank.modeling.marks import attach_config_
+from hf_lowrank.modeling.weight_precision import planned_precisions, quantize_weights_
 from hf_lowrank.ranks.plan import RankPlan
+from hf_lowrank.report.quantization import Quantization
+from hf_lowrank.report.sections import Sizes
 
 
 def write_compressed(
@@ -40,8 +46,10 @@ def write_compressed(
     decided: LowRankConfig,
     folder: Path,
     progress: bool,
-) -> None:
+) -> Quantization | None:
     """Writes a plan's checkpoint; from now on the model is that one, and its blocks come from it.
+
+    Weights that the config wants in fewer bits are quantized as they are written.
 
     Args:
         stream: The dense model; afterwards its modules are the compressed ones, on meta.
@@ -52,28 +60,41 @@ def write_compressed(
         folder: Where the files go; those that are there are kept.
         progress: Whether to show progress.
 
+    Returns:
+        What the report says of quantized weights; None without such.
+
     Raises:
         StorageError: A file could not be written.
     """
     model: Any = stream.model
-    key = plan_key(plan)
-    place = folder / f"written-{key}"
     replace_with_lowrank_(model, Layout(plan.ranks, plan.narrowed, plan.form))
     attach_config_(model, decided)
+    precisions = decided_precisions(model, plan.ranks, decided) or {}
+    size, matrices = weight_bytes(model, precisions), planned_precisions(model, plan.ranks, "int8")
+    key = "-".join(filter(None, (plan_key(plan), decided.weights)))
+    place = folder / f"written-{key}"
     reverts = not saved_names_are_lost(model)
     count = len(stream) + 1
     files = [place / f"model-{i + 1:05}-of-{count:05}.safetensors" for i in range(count)]
     todo = [index for index in range(count) if not files[index].exists()]
     for index in track(todo, "write" if progress else None, "files"):
         if index < len(stream):
+            own = {n: each for n, each in precisions.items() if n.startswith(stream.prefix(index))}
             with stream.cut(factors, plan, orders), stream.block(index):
+                quantize_weights_(model, own)
                 _write(model, _state(stream, index), files[index], reverts)
         else:
             with stream.ends():
                 _write(model, _state(stream, None), files[index], reverts)
-    tensors = CheckpointTensors(model, files, stream.tensors.device)
-    stream.read_from(tensors, f"written-{key}")
+    quantize_weights_(model, precisions, expect_)
+    stream.read_from(CheckpointTensors(model, files, stream.tensors.device), place.name)
+    assemble_(model)
+    attach_config_(model, decided)
     model.save_pretrained = SavedFiles(model, files)
+    if not precisions:
+        return None
+    sizes = Sizes(size, weight_bytes(model, precisions))
+    return quantization_of(decided, precisions, sizes, len(matrices))
 
 
 def _state(stream: BlockStream, index: int | None) -> dict[str, torch.Tensor]:
