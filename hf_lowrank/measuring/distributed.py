@@ -49,6 +49,11 @@ class Processes:
         """Whether `share` holds the item at this position."""
         return position % self.count == self.index
 
+    def wait(self) -> None:
+        """Returns when all processes are here."""
+        if self.count > 1:
+            PartialState().wait_for_everyone()  # type: ignore[no-untyped-call]
+
     def decide(self, value: Item) -> Item:
         """The main process's value, on every process."""
         if self.count == 1:
@@ -74,7 +79,9 @@ def current_processes() -> Processes:
     """This process among those of `accelerate launch` or `torchrun`; joins them if need be."""
     if int(os.environ.get("WORLD_SIZE", "1")) < 2 and not dist.is_initialized():
         return ALONE
-    state: Any = PartialState()
+    # Unless it is told of the CPU, accelerate takes processes without a device for single ones.
+    devices = getattr(torch, "accelerator", torch.cuda)  # before torch 2.6 there is none
+    state: Any = PartialState(cpu=not devices.is_available())
     return Processes(state.process_index, state.num_processes)
 
 

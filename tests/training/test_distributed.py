@@ -1,16 +1,12 @@
 """Two processes on the CPU, as `accelerate launch --num_processes 2` starts them."""
 
 import json
-import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.scripts import ROOT
+from tests.processes import needs_gloo, run_together
 
 WORKER = """
 import json, os, sys
@@ -52,58 +48,15 @@ if torch.distributed.is_initialized():
 """
 
 
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
-
-
 def launch(folder: Path, processes: int, batch_size: int) -> list[dict[str, Any]]:
     folder.mkdir()
     script = folder / "worker.py"
     script.write_text(WORKER)
-    shared = {
-        "PYTHONPATH": str(ROOT),
-        "PYTHONDONTWRITEBYTECODE": "1",
-        "HF_HUB_OFFLINE": "1",
-        "OMP_NUM_THREADS": "1",
-        "CUDA_VISIBLE_DEVICES": "",
-    }
-    port = str(free_port())
-    running = []
-    for rank in range(processes):
-        place = {
-            "RANK": str(rank),
-            "LOCAL_RANK": str(rank),
-            "WORLD_SIZE": str(processes),
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": port,
-            "ACCELERATE_USE_CPU": "true",
-        }
-        environment = {**os.environ, **shared, **(place if processes > 1 else {})}
-        command = [sys.executable, str(script), str(folder), str(batch_size)]
-        running.append(
-            subprocess.Popen(
-                command,
-                cwd=ROOT,
-                env=environment,
-                stderr=subprocess.PIPE,
-                stdout=subprocess.DEVNULL,
-                text=True,
-            )
-        )
-    try:
-        errors = [process.communicate(timeout=120)[1] for process in running]
-    finally:
-        for process in running:
-            process.kill()
-    assert [process.returncode for process in running] == [0] * processes, "\n".join(
-        error[-2000:] for error in errors
-    )
+    run_together(script, processes, folder, batch_size)
     return [json.loads((folder / f"result-{rank}.json").read_text()) for rank in range(processes)]
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="needs gloo on the loopback device")
+@needs_gloo
 def test_two_processes_end_as_one_with_the_same_global_batch(tmp_path: Path):
     (alone,) = launch(tmp_path / "alone", 1, 8)
     first, second = launch(tmp_path / "both", 2, 4)

@@ -164,18 +164,23 @@ class BlockAnalyst:
         order = range(self.aimed[-1] + 1)
         if self.needs_gradient:
             order = range(len(self.stream) - 1, self.aimed[0] - 1, -1)
+        processes = self.run.processes
         todo = [index for index in order if not self._results(index).exists()]
-        if todo:
+        if todo := processes.decide(todo):
             states = self.stream.states([*self.batches, *self.priced])
             with self.run.stopwatch.phase("statistics"):
-                if self.needs_gradient and not self._has_gradients(todo[0] + 1):
+                has_gradients = processes.decide(self._has_gradients(todo[0] + 1))
+                if self.needs_gradient and not has_gradients:
                     self.stream.forward(states, "forward" if self.run.progress else None)
                     self._output_gradients(states)
+                    processes.wait()
             phase = "analyze" if self.run.progress else None
             with Progress(phase, len(todo), "blocks") as shown:
                 for index in todo:
                     self._analyze(index, states)
-                    self._drop(index, states)
+                    processes.wait()
+                    if processes.is_main:
+                        self._drop(index, states)
                     shown.update(note=f"block {index + 1} of {len(self.stream)}")
         self.stream.moment_of = self._moment
         return self._joined()
@@ -197,7 +202,8 @@ class BlockAnalyst:
         # The same draws as in memory: see `collect_moments` and `measure_effects`.
         seeds = [*range(len(self.batches)), *range(1, 1 + len(self.priced))]
         with stream.ends(), frozen(model), torch.random.fork_rng():
-            for number, batch in enumerate([*self.batches, *self.priced]):
+            numbered = [*enumerate([*self.batches, *self.priced])]
+            for number, batch in self.run.processes.share(numbered):
                 torch.manual_seed(self.config.seed + seeds[number])
                 loss = partial(item_losses, label_source=sources[number])
                 last = states.read(level, number, stream.tensors.device).requires_grad_()
@@ -232,8 +238,10 @@ class BlockAnalyst:
             else:
                 found = Analysis(self.config, {})
                 with frozen(model):
-                    for batch in numbered:
+                    for batch in self.run.processes.share(numbered):
                         run_batch(model, stream.on_device(batch), loss, self.needs_gradient)
+        if not self.run.processes.is_main:
+            return
         moments = {name: order.moment for name, order in found.orders.items()}
         write_stored(self._factors(index), {"factors": found.factors, "moments": moments})
         kept = (
@@ -261,7 +269,8 @@ class BlockAnalyst:
         count = len(self.batches)
         texts = Texts(calibration=numbered[:count] if self.needs_data else None)
         plain = config.replace(measured_prices=False)
-        found = analyze(model, layers, plain, Run(texts, options, self.run.stopwatch))
+        run = Run(texts, options, self.run.stopwatch, self.run.processes)
+        found = analyze(model, layers, plain, run)
         if self.priced:
             with self.run.stopwatch.phase("prices"):
                 found.held_out = measure_prices(
@@ -272,6 +281,7 @@ class BlockAnalyst:
                     draws=1,
                     loss_function=loss,
                     progress=False,
+                    processes=self.run.processes,
                 )
         return found
 

@@ -24,6 +24,7 @@ from hf_lowrank.compression.streaming.tensors import CheckpointTensors
 from hf_lowrank.decomposition.spectrum import Factors
 from hf_lowrank.errors import TargetError
 from hf_lowrank.format.torchao_weights import assemble_
+from hf_lowrank.measuring.distributed import ALONE, Processes
 from hf_lowrank.measuring.items import Batch, eval_mode, is_encoder_decoder
 from hf_lowrank.measuring.losses import forward_body
 from hf_lowrank.measuring.passes import Compute, Stream, feed
@@ -62,7 +63,8 @@ class BlockStream(Stream):
         model: The model, in eval mode.
         targets: Names of its targeted layers; they say which of its lists holds the blocks.
         tensors: The checkpoint.
-        folder: Where hidden states go.
+        folder: Where hidden states go; all processes' own.
+        processes: Those that share the batches out among them. All make the same calls.
 
     Attributes:
         once: Digests of batches that only the dense and the final model read, so that no more than
@@ -78,8 +80,10 @@ class BlockStream(Stream):
         targets: Iterable[str],
         tensors: CheckpointTensors,
         folder: Path,
+        processes: Processes = ALONE,
     ) -> None:
         self.model, self.tensors, self.folder = model, tensors, folder
+        self.processes = processes
         self.name = block_list(model, targets)
         found = model.get_submodule(self.name)
         assert isinstance(found, nn.ModuleList)
@@ -207,9 +211,9 @@ class BlockStream(Stream):
         folder = self.folder / digest_of(batches)
         states = States(folder, DENSE, len(batches))
         todo = [number for number in range(len(batches)) if not states.has_calls(number)]
-        if todo:
+        if todo := self.processes.decide(todo):
             with self.ends(), eval_mode(self.model), torch.random.fork_rng():
-                for number in todo:
+                for number in self.processes.share(todo):
                     recorder = CallRecorder(self.model, len(self), self._hand_on)
                     try:
                         with self._replaced(recorder):
@@ -220,13 +224,14 @@ class BlockStream(Stream):
                     assert recorder.hidden is not None  # there is a block
                     states.write(0, number, recorder.hidden)
                     states.keep_calls(number, recorder.calls)
+            self.processes.wait()
         if self._cut is None and self.key == DENSE:
             return states
         key = self.key if self._cut is None else plan_key(self._cut.plan)
         first = 0 if self._cut is None else self._first_changed(self._cut)
         while first and not states.is_complete(first):
             first -= 1
-        return States(folder, key, len(batches), first)
+        return States(folder, key, len(batches), self.processes.decide(first))
 
     def _first_changed(self, cut: PlanInForce) -> int:
         changed = (i for i in range(len(self)) if cut.within(self.prefix(i)) is not None)
@@ -243,21 +248,22 @@ class BlockStream(Stream):
         """
         levels = range(states.first, len(self) + 1)
         start = max((level for level in levels if states.is_complete(level)), default=0)
-        left = range(start, len(self))
+        left = range(self.processes.decide(start), len(self))
         with eval_mode(self.model), Progress(progress, len(left) * states.count) as shown:
             for index in left:
                 self._advance(index, states, shown)
-                if not keep:
+                self.processes.wait()
+                if not keep and self.processes.is_main:
                     states.drop(index)
 
     def _advance(self, index: int, states: States, shown: Progress) -> None:
         """All batches through one block; no name of it is left when the next one is read."""
         with self.block(index) as block:
-            for number in range(states.count):
+            for number in self.processes.share(range(states.count)):
                 if not states.has(index + 1, number):
                     hidden = states.read(index, number, self.tensors.device)
                     states.write(index + 1, number, states.call(number, index)(block, hidden))
-                shown.update(note=f"block {index + 1} of {len(self)}")
+                shown.update(self.processes.count, note=f"block {index + 1} of {len(self)}")
 
     def passes(
         self, batches: Sequence[Batch], compute: Compute[Result], progress: str | None

@@ -36,6 +36,7 @@ from hf_lowrank.evaluation.size import DenseSize
 from hf_lowrank.files import atomic_folder, check_output_folder
 from hf_lowrank.inputs.on_disk import open_causal_lm
 from hf_lowrank.inputs.sources import DEMO, check_place, demo_folder, load_tokenizer
+from hf_lowrank.measuring.distributed import current_processes
 from hf_lowrank.measuring.items import Batch
 from hf_lowrank.measuring.losses import prepare_losses
 from hf_lowrank.modeling.qualification import refuse_rescaling, without_unfit
@@ -67,7 +68,8 @@ def compress_checkpoint(
     """Compresses a causal language model from disk to disk, with one block in memory at a time.
 
     The result is that of `compress`, to rounding: the same code, fed block by block. Weights are
-    read twice, and once more for each measurement of a loss. Every step is kept in `work_dir`, so
+    read twice, and once more for each measurement of a loss. Under `accelerate launch` processes
+    of one machine share batches and layers out among them. Every step is kept in `work_dir`, so
     that a killed run that is started again goes on from there; a run of another model, text or
     setting starts afresh. See docs/methods.md.
 
@@ -114,14 +116,18 @@ def compress_checkpoint(
     options = RunOptions(moment_gib=moment_gib, progress=progress)
     recipe, run = _prepare(stream, named, config, texts, options)
     place = work / f"stream-{_digest(stream, recipe, run, (dtype, device))}"
-    if work_dir is None:
+    is_main = stream.processes.is_main
+    if work_dir is None and is_main:
         _clear(work, place)
-    check_space(stream, named, run, place, progress)
+    check_space(stream, named, run, place, run.progress)
+    stream.processes.wait()
     stream.folder = place / "states"
     report = _compress(stream, named, recipe, run, place)
-    (save or _Saved(source, out, overwrite, trust_remote_code))(stream.model, report)
-    if work_dir is None:
-        shutil.rmtree(work)
+    if is_main:
+        (save or _Saved(source, out, overwrite, trust_remote_code))(stream.model, report)
+        if work_dir is None:
+            shutil.rmtree(work)
+    stream.processes.wait()
     return report
 
 
@@ -129,12 +135,13 @@ def _opened(
     source: str, config: LowRankConfig, work: Path, dtype: str, device: str, trusted: bool
 ) -> tuple[BlockStream, dict[str, nn.Module]]:
     """A checkpoint's model without its weights, and the layers that the config asks for."""
+    processes = current_processes()
     model, files = open_causal_lm(source, dtype, trusted)
     tensors = CheckpointTensors(model, files, check_place(dtype, device))
     tensors.check(source)
     refuse_rescaling(model)
     named = find_targets(model, config)
-    return BlockStream(model, named, tensors, work), named
+    return BlockStream(model, named, tensors, work, processes), named
 
 
 def _prepare(
@@ -154,7 +161,7 @@ def _prepare(
             if batches:
                 prepare_losses(model, stream.on_device(batches[0]))
         recipe = possible_recipe(model, config, recipe, named)
-        run = Run(split, options)
+        run = Run(split, options, processes=stream.processes)
         check_run(model, named, recipe, run)
     stream.once = {digest_of(batches) for batches in split.reported.values()}
     return recipe, run

@@ -76,8 +76,9 @@ def write_compressed(
     reverts = not saved_names_are_lost(model)
     count = len(stream) + 1
     files = [place / f"model-{i + 1:05}-of-{count:05}.safetensors" for i in range(count)]
-    todo = [index for index in range(count) if not files[index].exists()]
-    for index in track(todo, "write" if progress else None, "files"):
+    processes = stream.processes
+    todo = processes.decide([index for index in range(count) if not files[index].exists()])
+    for index in track(processes.share(todo), "write" if progress else None, "files"):
         if index < len(stream):
             own = {n: each for n, each in precisions.items() if n.startswith(stream.prefix(index))}
             with stream.cut(factors, plan, orders), stream.block(index):
@@ -86,6 +87,7 @@ def write_compressed(
         else:
             with stream.ends():
                 _write(model, _state(stream, None), files[index], reverts)
+    processes.wait()
     quantize_weights_(model, precisions, expect_)
     stream.read_from(CheckpointTensors(model, files, stream.tensors.device), place.name)
     assemble_(model)
