@@ -13,6 +13,7 @@ from benchmarks.architecture_table import format_page
 from benchmarks.embeddings import format_embeddings
 from benchmarks.experts import format_experts
 from benchmarks.form_speed import format_speeds
+from benchmarks.frontier_table import format_frontier
 from benchmarks.recipe import format_recipes
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -295,6 +296,12 @@ def test_cuts_priced_on_held_out_text_have_their_measured_rises():
     assert table("docs/results.md", "calibration", "size", "predicted") in tables(
         format_recipes(rows) + "\n"
     )
+
+
+def test_the_frontier_has_its_measured_rows():
+    rows = [json.loads(path.read_text("utf-8")) for path in (RESULTS / "frontier").iterdir()]
+    assert len(rows) >= 14
+    assert table("docs/results.md", "row", "MB") in tables(format_frontier(rows) + "\n")
 
 
 def test_an_encoder_has_its_measured_accuracy_in_both_forms():
