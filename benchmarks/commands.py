@@ -2,67 +2,62 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import importlib
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from benchmarks.architectures import ArchitecturesArguments, sweep_architectures
-from benchmarks.assisted import AssistedArguments, compare_assisted
-from benchmarks.bounds import BoundsArguments, check_bounds
-from benchmarks.damaged_checkpoints import DamagedArguments, try_damaged_checkpoints
-from benchmarks.embeddings import EmbeddingsArguments, compare_embeddings
-from benchmarks.experts import ExpertsArguments, compare_experts
-from benchmarks.export_speed import ExportSpeedArguments, compare_exports
-from benchmarks.form_numerics import FormNumericsArguments, measure_numerics
-from benchmarks.form_speed import FormSpeedArguments, compare_speeds
-from benchmarks.frontier import FrontierArguments, measure_frontier
-from benchmarks.frontier_embeddings import (
-    EmbeddingFrontierArguments,
-    measure_embedding_frontier,
-)
-from benchmarks.glue import GlueTableArguments, fill_glue_table
-from benchmarks.glue_size import GlueSizeArguments, find_smallest_sizes
-from benchmarks.kills import KillsArguments, kill_runs
-from benchmarks.language_models import (
-    MetricsArguments,
-    RecoveryArguments,
-    SystemsArguments,
-    compare_all_metrics,
-    compare_all_systems,
-    measure_recoveries,
-)
-from benchmarks.perturbation import PerturbationArguments, measure_perturbations
-from benchmarks.pruned_ranks import PrunedRanksArguments, compare_pruned_ranks
-from benchmarks.qa import QaTableArguments, fill_qa_table
-from benchmarks.recipe import RecipeArguments, compare_recipes
-from benchmarks.size_in_bytes import SizeInBytesArguments, compare_types
-from benchmarks.stored_rows import ShowArguments, show_rows
-from benchmarks.streaming import StreamingArguments, compare_streaming
-from benchmarks.vllm_speed import VllmSpeedArguments, compare_in_vllm
+Command = tuple[type, Callable[[Any], None]]
 
-COMMANDS: dict[str, tuple[type, Callable[[Any], None]]] = {
-    "embeddings": (EmbeddingsArguments, compare_embeddings),
-    "bytes": (SizeInBytesArguments, compare_types),
-    "frontier": (FrontierArguments, measure_frontier),
-    "frontier-embeddings": (EmbeddingFrontierArguments, measure_embedding_frontier),
-    "recipe": (RecipeArguments, compare_recipes),
-    "recovery": (RecoveryArguments, measure_recoveries),
-    "metrics": (MetricsArguments, compare_all_metrics),
-    "systems": (SystemsArguments, compare_all_systems),
-    "show": (ShowArguments, show_rows),
-    "perturbation": (PerturbationArguments, measure_perturbations),
-    "glue": (GlueTableArguments, fill_glue_table),
-    "glue-size": (GlueSizeArguments, find_smallest_sizes),
-    "qa": (QaTableArguments, fill_qa_table),
-    "pruned-ranks": (PrunedRanksArguments, compare_pruned_ranks),
-    "bounds": (BoundsArguments, check_bounds),
-    "form-speed": (FormSpeedArguments, compare_speeds),
-    "form-numerics": (FormNumericsArguments, measure_numerics),
-    "architectures": (ArchitecturesArguments, sweep_architectures),
-    "damaged-checkpoints": (DamagedArguments, try_damaged_checkpoints),
-    "kills": (KillsArguments, kill_runs),
-    "vllm": (VllmSpeedArguments, compare_in_vllm),
-    "exports": (ExportSpeedArguments, compare_exports),
-    "experts": (ExpertsArguments, compare_experts),
-    "assisted": (AssistedArguments, compare_assisted),
-    "streaming": (StreamingArguments, compare_streaming),
+# Module, arguments, and what runs.
+_PLACES = {
+    "embeddings": ("embeddings", "EmbeddingsArguments", "compare_embeddings"),
+    "bytes": ("size_in_bytes", "SizeInBytesArguments", "compare_types"),
+    "frontier": ("frontier", "FrontierArguments", "measure_frontier"),
+    "frontier-embeddings": (
+        "frontier_embeddings",
+        "EmbeddingFrontierArguments",
+        "measure_embedding_frontier",
+    ),
+    "recipe": ("recipe", "RecipeArguments", "compare_recipes"),
+    "recovery": ("language_models", "RecoveryArguments", "measure_recoveries"),
+    "metrics": ("language_models", "MetricsArguments", "compare_all_metrics"),
+    "systems": ("language_models", "SystemsArguments", "compare_all_systems"),
+    "show": ("stored_rows", "ShowArguments", "show_rows"),
+    "perturbation": ("perturbation", "PerturbationArguments", "measure_perturbations"),
+    "glue": ("glue", "GlueTableArguments", "fill_glue_table"),
+    "glue-size": ("glue_size", "GlueSizeArguments", "find_smallest_sizes"),
+    "qa": ("qa", "QaTableArguments", "fill_qa_table"),
+    "pruned-ranks": ("pruned_ranks", "PrunedRanksArguments", "compare_pruned_ranks"),
+    "bounds": ("bounds", "BoundsArguments", "check_bounds"),
+    "form-speed": ("form_speed", "FormSpeedArguments", "compare_speeds"),
+    "form-numerics": ("form_numerics", "FormNumericsArguments", "measure_numerics"),
+    "architectures": ("architectures", "ArchitecturesArguments", "sweep_architectures"),
+    "damaged-checkpoints": ("damaged_checkpoints", "DamagedArguments", "try_damaged_checkpoints"),
+    "kills": ("kills", "KillsArguments", "kill_runs"),
+    "vllm": ("vllm_speed", "VllmSpeedArguments", "compare_in_vllm"),
+    "exports": ("export_speed", "ExportSpeedArguments", "compare_exports"),
+    "experts": ("experts", "ExpertsArguments", "compare_experts"),
+    "assisted": ("assisted", "AssistedArguments", "compare_assisted"),
+    "streaming": ("streaming", "StreamingArguments", "compare_streaming"),
 }
+
+
+class _Commands(Mapping[str, Command]):
+    """Imports a comparison where it is asked for: an engine's environment has not what all need."""
+
+    def __getitem__(self, name: str) -> Command:
+        module, arguments, run = _PLACES[name]
+        found = importlib.import_module(f"benchmarks.{module}")
+        return getattr(found, arguments), getattr(found, run)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(_PLACES)
+
+    def __len__(self) -> int:
+        return len(_PLACES)
+
+    def __contains__(self, name: object) -> bool:
+        return name in _PLACES
+
+
+COMMANDS = _Commands()
