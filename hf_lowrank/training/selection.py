@@ -143,7 +143,8 @@ def layer_spectra(
 
     For `price` the second factor `B` is decomposed in the `kfac` metric of its own inputs
     `z = s * (A x)` and outputs: `B Cov(z) B^T = W Cov(x) W^T`, so the singular values are those of
-    the whole layer, and the k x k sums of z and of `B^T g` are all that has to be collected.
+    the whole layer, its tokens weighted by `|g| / |z|` (`evenly`), and the k x k sums of z and of
+    `B^T g` are all that has to be collected.
     """
     if settings.rule == "relative":
         thin = {name: _thin_spectrum(layer) for name, layer in layers.items()}
@@ -157,6 +158,7 @@ def layer_spectra(
         second_factors,
         batches,
         kfac.needs,
+        even=kfac.even,
         label_source=settings.label_source,
         seed=settings.seed,
     )
