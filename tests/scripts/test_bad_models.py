@@ -264,6 +264,25 @@ def test_generate_refuses_a_checkpoint_without_a_tokenizer(
     assert str(folder) in generate("--model", folder).error
 
 
+def test_generate_runs_the_tokenizers_own_code_only_where_it_may(
+    generate: InProcess, small: Path, tmp_path: Path
+):
+    folder = Path(shutil.copytree(small, tmp_path / "small"))
+    code = (
+        "from transformers import PreTrainedTokenizerFast\nclass Own(PreTrainedTokenizerFast): ..."
+    )
+    (folder / "own.py").write_text(code, encoding="utf-8")
+    path = folder / "tokenizer_config.json"
+    settings = json.loads(path.read_text("utf-8"))
+    settings |= {"tokenizer_class": "Own", "auto_map": {"AutoTokenizer": [None, "own.Own"]}}
+    path.write_text(json.dumps(settings), encoding="utf-8")
+    request = ("--model", folder, "--prompt", "w01 w02", "--max_new_tokens", "3")
+    error = generate(*request).error
+    assert error.startswith(f"{folder}: comes with Python code of its own")
+    assert error.endswith("give --trust_remote_code.")
+    assert generate(*request, "--trust_remote_code").out.startswith("w01 w02")
+
+
 @pytest.mark.parametrize(("option", "value"), [("prompt", ""), ("max_new_tokens", "0")])
 def test_generate_refuses_a_request_for_nothing(
     generate: InProcess, small: Path, option: str, value: str
