@@ -21,7 +21,7 @@ from hf_lowrank.channels.expert_order import Orders, of_experts, of_feed_forward
 from hf_lowrank.channels.narrowing import narrowed
 from hf_lowrank.decomposition.pivots import compact_columns
 from hf_lowrank.decomposition.spectrum import Factors
-from hf_lowrank.errors import TargetError
+from hf_lowrank.errors import TargetError, in_layer
 from hf_lowrank.format.dense_linear import linear_shape
 from hf_lowrank.format.forms.compact import CompactLinear
 from hf_lowrank.format.forms.factors import LowRankLinear
@@ -32,6 +32,8 @@ from hf_lowrank.format.rebuild import compressed_layers
 from hf_lowrank.format.torchao_weights import quantized_modules
 from hf_lowrank.measuring.passes import stream_of
 from hf_lowrank.ranks.plan import RankPlan
+
+_ADVICE = "Exclude the layer, or use other calibration data."
 
 
 def replace_layer_(model: nn.Module, name: str, layer: nn.Module) -> None:
@@ -126,8 +128,9 @@ def factorize_(
         The dense layers that were replaced, by name; `restore_` puts them back.
 
     Raises:
-        TargetError: A planned layer is missing, has another shape, or has no spectrum. Nothing
-            has been edited then.
+        TargetError: A planned layer is missing, has another shape, or has no spectrum.
+        NumericalError: Nothing can be fitted to a layer's factors or channels. Nothing has been
+            edited in either case.
     """
     chosen = {name: rank for name, rank in plan.ranks.items() if rank is not None}
     originals = {name: _planned_layer(model, name, plan) for name in {**chosen, **plan.narrowed}}
@@ -147,9 +150,11 @@ def factorize_(
     layers = _smaller_experts(model, plan, orders)
     originals |= {name: model.get_submodule(name) for name in layers}
     for name, each in blocks.items():
-        layers |= narrowed(model, each.block, each.narrowing(model, plan.narrowed[name][1]))
+        with in_layer(name, _ADVICE):
+            layers |= narrowed(model, each.block, each.narrowing(model, plan.narrowed[name][1]))
     for name, rank in chosen.items():
-        layers[name] = lowrank_from_factors(originals[name], factors[name], rank, plan.form)
+        with in_layer(name, _ADVICE):
+            layers[name] = lowrank_from_factors(originals[name], factors[name], rank, plan.form)
     restore_(model, layers)
     return originals
 

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, Subset
 
 from hf_lowrank.config import LowRankConfig
 from hf_lowrank.decomposition.metrics import MetricSettings
-from hf_lowrank.errors import ConfigError, DataError
+from hf_lowrank.errors import ConfigError, DataError, in_layer
 from hf_lowrank.evaluation.perplexity import ItemLoss, LossMeasurement, measure_loss
 from hf_lowrank.format.dense_linear import linear_shape
 from hf_lowrank.format.forms.factors import LowRankLinear
@@ -109,8 +109,7 @@ class LowRankTrainer(CheckedTrainer):
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> Any:  # noqa: ANN401
         """The task loss, in training plus the two penalties; each is logged apart."""
-        found = super().compute_loss(model, inputs, True, num_items_in_batch)
-        loss, outputs = found
+        loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
         if model.training:
             layers = list(factorized_layers(self.model).values())
             orthogonality = orthogonality_penalty(layers).to(loss.device)
@@ -259,7 +258,8 @@ class LowRankTrainer(CheckedTrainer):
         for name, layer in layers.items():
             rank = selection.plan.ranks[name]
             if rank is not None and rank < layer.rank:
-                truncate_(layer, cut_factors(selection.factors[name], rank), self._optimizer())
+                with in_layer(name, self.advice):
+                    truncate_(layer, cut_factors(selection.factors[name], rank), self._optimizer())
                 changed = True
             elif rank is None and self.args.break_even == "dense":
                 make_dense_(self.model, name, layer, self._optimizer())

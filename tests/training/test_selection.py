@@ -10,7 +10,7 @@ from torch import nn
 
 from hf_lowrank.config import LowRankConfig
 from hf_lowrank.decomposition.metrics import MetricSettings
-from hf_lowrank.errors import ConfigError
+from hf_lowrank.errors import ConfigError, NumericalError
 from hf_lowrank.evaluation.perplexity import measure_loss
 from hf_lowrank.format.forms.factors import LowRankLinear
 from hf_lowrank.measuring.losses import item_losses
@@ -217,6 +217,15 @@ def test_an_unknown_rule_is_refused():
     model, layers = trained("bert")
     with pytest.raises(ConfigError, match="must be relative or price, got 'energy'"):
         layer_spectra(model, layers, [], settings("energy"))
+
+
+def test_factors_that_are_not_finite_are_refused_by_name():
+    model, layers = trained("bert")
+    name = next(iter(layers))
+    layers[name].lowrank_s.data[0] = float("nan")
+    advice = "Lower the learning rate, or exclude the layer."
+    with pytest.raises(NumericalError, match=f"^{name}: the weight holds NaN or .*. {advice}$"):
+        layer_spectra(model, layers, [], settings("relative"))
 
 
 def test_factors_are_not_copied():

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from transformers import TrainerCallback
 
-from hf_lowrank.errors import DataError
+from hf_lowrank.errors import DataError, NumericalError
 from hf_lowrank.evaluation.perplexity import LossMeasurement, measure_loss
 from hf_lowrank.format.dense_linear import linear_shape
 from hf_lowrank.format.rebuild import factorized_layers
@@ -321,3 +321,19 @@ def test_nothing_is_selected_after_the_export(rule: str, tmp_path: Path):
     after = trainer.model.state_dict()
     assert list(after) == list(exported)
     assert all(torch.equal(after[name], tensor) for name, tensor in exported.items())
+
+
+def test_a_cut_that_can_not_be_computed_names_the_layer_and_what_to_do(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    rows = sentence_rows()
+    trainer = trainer_for(tiny_bert_classifier(), rows, tmp_path, selection_tolerance=1.0)
+    monkeypatch.setattr(
+        "hf_lowrank.training.trainer.cut_factors",
+        lambda factors, rank: (factors.left[:, :rank] * torch.nan,) * 3,
+    )
+    with pytest.raises(NumericalError) as raised:
+        trainer.select_ranks()
+    name, _, rest = str(raised.value).partition(": ")
+    assert name in target_shapes(trainer)
+    assert rest == f"its factors are singular, or hold NaN or infinity. {trainer.advice}"
