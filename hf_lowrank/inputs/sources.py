@@ -34,6 +34,7 @@ from hf_lowrank.inputs.architectures import (
     refuse_other_head,
 )
 from hf_lowrank.inputs.hub import one_line, reading
+from hf_lowrank.value_checks import check_choice
 
 DEMO = "demo"
 DEMO_NAME = "SmolLM2-135M-Instruct"
@@ -101,10 +102,10 @@ def check_place(dtype: str, device: str) -> torch.device:
     """The device that a model is to be put on.
 
     Raises:
-        DataError: The data type is unknown, or the device is not there.
+        ConfigError: There is no such data type.
+        DataError: The device is not there.
     """
-    if dtype not in DTYPES:
-        raise DataError(f"dtype must be one of {', '.join(DTYPES)}; got {dtype!r}.")
+    check_choice("dtype", dtype, DTYPES)
     try:
         target = torch.device(device)
         torch.empty(0, device=target)

@@ -24,10 +24,10 @@ from hf_lowrank.tasks.models import check_max_length, new_model
 from hf_lowrank.tasks.prediction import predictions
 from hf_lowrank.tasks.squad_data import load_squad, split_by_article, take_questions
 from hf_lowrank.tasks.task import Collator, Task
-from hf_lowrank.tasks.task_arguments import TaskArguments
+from hf_lowrank.tasks.task_arguments import HELD_OUT_SHARE, TaskArguments
 from hf_lowrank.tasks.task_report import TaskData
+from hf_lowrank.value_checks import check_between, check_count
 
-HELD_OUT_SHARE = 0.1
 _POSITIONS = ("start_positions", "end_positions")
 
 
@@ -59,11 +59,9 @@ class QaArguments(TaskArguments):
         super().check()
         if not self.data_file:
             raise ConfigError("data_file is needed: questions in SQuAD's format.")
-        if not 0 < self.train_share < 1:
-            raise ConfigError(f"train_share must lie in (0, 1), got {self.train_share}.")
+        check_between("train_share", self.train_share, "(0, 1)")
         for name in ("questions", "doc_stride"):
-            if getattr(self, name) < 0:
-                raise ConfigError(f"{name} must be >= 0, got {getattr(self, name)}.")
+            check_count(name, getattr(self, name), 0)
 
 
 def load_qa_task(args: QaArguments) -> Task:

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 import hf_lowrank
 from hf_lowrank import LowRankConfig
-from hf_lowrank.errors import DataError, StorageError, TargetError
+from hf_lowrank.errors import ConfigError, DataError, StorageError, TargetError
 from hf_lowrank.inputs import sources
 from hf_lowrank.inputs.sources import DEMO_HUB_ID, DEMO_NAME, hub_id, load_causal_lm
 from tests.scripts import leftovers, must_not_happen, save_checkpoint, word_tokenizer
@@ -104,7 +104,7 @@ def test_dtype_can_be_chosen(checkpoint: str, name: str):
 def test_an_unknown_dtype(checkpoint: str, name: str, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(sources, "_load_pretrained", must_not_happen("the model was loaded"))
     with pytest.raises(
-        DataError, match=rf"dtype must be one of auto, float32, bfloat16, float16; got '{name}'\."
+        ConfigError, match=rf"dtype must be one of auto, float32, bfloat16, float16; got '{name}'\."
     ):
         load_causal_lm(checkpoint, name)
 

@@ -272,7 +272,7 @@ def test_wrong_arguments_are_refused(tmp_path: Path):
             {"pruning_criterion": "size"},
             "must be one of sensitivity, movement, magnitude; got 'size'",
         ),
-        ({"mask_interval": 0}, "mask_interval must be >= 1, got 0"),
+        ({"mask_interval": 0}, "mask_interval must be an integer >= 1, got 0"),
         (best, "load_best_model_at_end would bring back"),
     ):
         with pytest.raises(ConfigError, match=text):

@@ -130,9 +130,9 @@ def test_several_sizes_and_a_recovery(
         ({"min_cosine": 0.9}, "Give one goal: param_ratio or min_cosine."),
         (
             {"param_ratio": None, "min_cosine": 99},
-            "min_cosine must lie between 0 and 1, got 99.0.",
+            "min_cosine must lie in (0, 1), got 99.0.",
         ),
-        ({"batch_size": 0}, "batch_size must be at least 1, got 0."),
+        ({"batch_size": 0}, "batch_size must be an integer >= 1, got 0."),
         ({"pooling": "max"}, "pooling must be one of mean, cls, last, output; got 'max'."),
         ({"sts_columns": "a"}, "sts_columns are those of a file; give --sts_file as well."),
         (

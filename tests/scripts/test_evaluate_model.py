@@ -85,7 +85,7 @@ def test_one_model_without_speed_and_text(evaluate: InProcess, small: Path, tmp_
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--repeats", "0"], "repeats must be at least 1, got 0."),
+        (["--repeats", "0"], "repeats must be an integer >= 1, got 0."),
         (["--evaluation", "missing.txt"], "missing.txt: no such file."),
         (["--data_dir", "glue"], "data_dir holds GLUE's files; give --glue_task as well."),
         (["--limit", "8"], "limit is read with tasks alone; give --tasks as well."),
