@@ -130,7 +130,7 @@ def compare_ranks(
     """
     names = {tuple(weights) for weights in pruned.values()}
     if len(names) != 1:
-        raise ConfigError("The models to compare do not have the same layers.")
+        raise ConfigError("The models to compare have different layers; give those of one run.")
     found = {way: mean_ranks(weights, **settings) for way, weights in pruned.items()}
     densities = {way: result["density"] for way, result in found.items()}
     if max(densities.values()) - min(densities.values()) > largest_gap:

@@ -223,7 +223,9 @@ def check_run(
     texts, options = run.texts, run.options
     check_goal(targets, config)
     if config.objective == "latency" and run.experts:
-        raise ConfigError("objective 'latency' does not know what fused experts take to run.")
+        raise ConfigError(
+            "objective 'latency' does not know what fused experts take to run; leave it out."
+        )
     check_quantizable(targets, config.weights or ("int4" if config.megabytes else None))
     check_size_goal(model, targets, config, run.experts)
     if config.channels:

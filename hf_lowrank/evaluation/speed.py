@@ -242,7 +242,7 @@ def _check_model(name: str, model: nn.Module, settings: SpeedSettings) -> None:
     if not is_causal_lm(model):
         raise ConfigError(
             f"{name}: {type(model).__name__} is no causal language model, so it has no prefill and "
-            "decode to time."
+            "decode to time; leave the speed out."
         )
     limit = getattr(model.config, "max_position_embeddings", None)
     length = settings.prompt_tokens + settings.new_tokens

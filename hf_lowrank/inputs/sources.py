@@ -34,6 +34,7 @@ from hf_lowrank.inputs.architectures import (
     refuse_other_head,
 )
 from hf_lowrank.inputs.hub import one_line, reading
+from hf_lowrank.modeling.targets import already_quantized
 from hf_lowrank.value_checks import check_choice
 
 DEMO = "demo"
@@ -189,12 +190,12 @@ def load_classifier(
         model, info = loaded
         if missing := sorted(info["missing_keys"]):
             raise DataError(
-                f"{source}: was not fine-tuned for classification (it has no {missing[0]})."
+                f"{source}: was not fine-tuned for classification (no {missing[0]}); do it first."
             )
         refuse_left_over(source, model, info)
     if getattr(model.config, "num_labels", None) != num_labels:
         raise DataError(
-            f"{source}: has {model.config.num_labels} outputs, the task has {num_labels}."
+            f"{source}: has {model.config.num_labels} outputs, the task {num_labels}; name its own."
         )
     classifier: nn.Module = model.eval().to(target)
     return classifier
@@ -254,7 +255,7 @@ def refuse_wrong_keys(source: str, model: nn.Module, info: Mapping[str, Any]) ->
 
 def _load_gguf(path: Path, dtype: Any) -> tuple[Any, Any]:  # noqa: ANN401
     if not path.is_file():
-        raise DataError(f"{path}: no such file.")
+        raise DataError(f"{path}: no such file; correct the path.")
     if importlib.util.find_spec("gguf") is None:
         raise DataError(
             "Reading .gguf files needs the package gguf: pip install 'hf-lowrank[demo]'."
@@ -294,8 +295,7 @@ def refuse_quantized(source: str) -> None:
     Raises:
         DataError, TargetError: The model is compressed or quantized already.
     """
-    settings = _quantization(source)
-    if settings is None:
+    if (settings := _quantization(source)) is None:
         return
     if not isinstance(settings, dict):
         raise DataError(f"{source}: quantization_config must be an object, got {settings!r}.")
@@ -305,7 +305,7 @@ def refuse_quantized(source: str) -> None:
             f"{source}: is already compressed; start from the dense checkpoint, or load and merge "
             "it (hf_lowrank.load, hf_lowrank.merge) first."
         )
-    raise TargetError(f"{source}: is quantized ({method}); factorizing needs dense weights.")
+    raise already_quantized(f"{source}:", method)
 
 
 def check_windows(

@@ -135,11 +135,15 @@ def factorize_(
     chosen = {name: rank for name, rank in plan.ranks.items() if rank is not None}
     originals = {name: _planned_layer(model, name, plan) for name in {**chosen, **plan.narrowed}}
     for name in chosen.keys() - factors.keys():
-        raise TargetError(f"{name}: the plan gives it a rank, but it was not decomposed.")
+        raise TargetError(
+            f"{name}: the plan gives it a rank, but it was not decomposed; analyze it, too."
+        )
     blocks = {n: each for n, each in of_feed_forwards(orders).items() if n in plan.narrowed}
     covered = {name for each in blocks.values() for name in each.block.names}
     for name in plan.narrowed.keys() - covered:
-        raise TargetError(f"{name}: the plan narrows it, but its channels were not ordered.")
+        raise TargetError(
+            f"{name}: the plan narrows it, but its channels were not ordered; analyze them."
+        )
     for output, each in blocks.items():
         for name, shape in each.shapes(plan.shapes, plan.narrowed[output][1]).items():
             if tuple(plan.narrowed.get(name, plan.shapes[name])) != shape:
@@ -166,7 +170,9 @@ def _smaller_experts(
     known, layers = of_experts(orders), dict[str, nn.Module]()
     for name, left in plan.experts.items():
         if left.is_cut and name not in known:
-            raise TargetError(f"{name}: the plan takes experts away, but they were not ordered.")
+            raise TargetError(
+                f"{name}: the plan takes experts away, but they were not ordered; analyze them."
+            )
         layers |= known[name].smaller(model, left) if left.is_cut else {}
     return layers
 

@@ -48,7 +48,7 @@ def find_targets(model: nn.Module, config: LowRankConfig) -> dict[str, nn.Module
     quantizer = getattr(model, "hf_quantizer", None)
     method = quantizer.quantization_config.quant_method if quantizer is not None else QUANT_METHOD
     if method != QUANT_METHOD:
-        raise TargetError(f"The model is quantized ({method}); factorizing needs dense weights.")
+        raise already_quantized("The model", method)
     linears = {n: m for n, m in model.named_modules() if isinstance(m, (nn.Linear, Conv1D))}
     named = linears | {n: m for n, m in model.named_modules() if experts_shape(m)}
     if config.target_modules is None:
@@ -67,6 +67,14 @@ def find_targets(model: nn.Module, config: LowRankConfig) -> dict[str, nn.Module
     _refuse_head(model, targets)
     _check_ranks(targets, config)
     return targets
+
+
+def already_quantized(what: str, method: object) -> TargetError:
+    """What to say where another quantizer has made the weights."""
+    return TargetError(
+        f"{what} is quantized ({method}); factorizing needs dense weights, so take the model that "
+        "it was made from."
+    )
 
 
 def fixed_ranks(targets: Mapping[str, nn.Module], config: LowRankConfig) -> dict[str, int | None]:

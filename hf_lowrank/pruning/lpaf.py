@@ -149,7 +149,7 @@ class _Run:
         settings, config = self.settings, self.settings.compression
         check_goal(self.targets, config)
         if config.channels:
-            raise ConfigError("LPAF factorizes pruned weights and takes no channels out.")
+            raise ConfigError("LPAF takes no channels out; leave channels out of its config.")
         needs_data = bool(METRICS[config.metric].needs) or config.goal == "loss_tolerance"
         if needs_data and not texts.calibration:
             raise DataError(

@@ -50,7 +50,9 @@ class PruningArguments(DistillationArguments):
         if self.fp16:
             raise ConfigError("fp16 scales the gradients that pruning scores read; use bf16.")
         if self.deepspeed or self.fsdp:
-            raise ConfigError("Pruning reads whole weights, which FSDP and DeepSpeed shard.")
+            raise ConfigError(
+                "Pruning reads whole weights, which FSDP and DeepSpeed shard; leave both off."
+            )
 
 
 @dataclass
@@ -81,4 +83,6 @@ class MixedRankArguments(DistillationArguments):
                 "matrices is another; leave it off."
             )
         if self.deepspeed or self.fsdp or self.world_size > 1:
-            raise ConfigError("Mixed-rank fine-tuning runs in one process.")
+            raise ConfigError(
+                "Mixed-rank fine-tuning runs in one process; start one, without FSDP or DeepSpeed."
+            )

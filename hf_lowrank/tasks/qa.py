@@ -79,7 +79,9 @@ def load_qa_task(args: QaArguments) -> Task:
     tokenizer = load_tokenizer(args.model, args.trust_remote_code)
     check_max_length(args)
     if not tokenizer.is_fast:
-        raise ConfigError(f"{args.model}: question answering needs a fast tokenizer.")
+        raise ConfigError(
+            f"{args.model}: question answering needs a fast tokenizer; save it as one."
+        )
     questions, validation = _read(args)
     train, held_out = split_by_article(questions, 1 - HELD_OUT_SHARE, args.seed)
     parts = (train, held_out, validation)

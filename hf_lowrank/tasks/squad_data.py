@@ -38,7 +38,7 @@ def load_squad(path: str | Path) -> Dataset:
         raise DataError(f"{path}: can't be read as JSON ({error}).") from error
     rows = list(_rows(path, content))
     if not rows:
-        raise DataError(f"{path}: holds no questions.")
+        raise DataError(f"{path}: holds no questions; give another file.")
     unanswerable = sum(not row["answers"]["text"] for row in rows)
     if unanswerable:
         raise DataError(

@@ -282,7 +282,7 @@ def test_a_gguf_file_can_be_compressed_and_saved_as_a_folder(tmp_path: Path):
 
 
 def test_a_gguf_file_that_is_missing(tmp_path: Path):
-    with pytest.raises(DataError, match=r"a\.gguf: no such file\.$"):
+    with pytest.raises(DataError, match=r"a\.gguf: no such file; correct the path\.$"):
         load_causal_lm(str(tmp_path / "a.gguf"))
 
 

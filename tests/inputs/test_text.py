@@ -349,7 +349,7 @@ def test_a_folder_is_no_text(tmp_path: Path):
 def test_a_file_without_text(tmp_path: Path, content: bytes, suffix: str):
     path = tmp_path / f"a.{suffix}"
     path.write_bytes(content)
-    with pytest.raises(DataError, match=rf"{path.name}: holds no text\.$"):
+    with pytest.raises(DataError, match=rf"{path.name}: holds no text; give another one\.$"):
         read_text(str(path))
 
 
@@ -357,14 +357,14 @@ def test_a_file_without_text(tmp_path: Path, content: bytes, suffix: str):
 def test_bytes_that_are_no_text(tmp_path: Path, suffix: str):
     path = tmp_path / f"a.{suffix}"
     path.write_bytes(b"abc\xff\xfe\x00")
-    with pytest.raises(DataError, match=rf"{path.name}: is not UTF-8 text\.$"):
+    with pytest.raises(DataError, match=rf"{path.name}: is not UTF-8 text; convert it first\.$"):
         read_text(str(path))
 
 
 def test_a_broken_row_is_named_by_its_line(tmp_path: Path):
     path = tmp_path / "rows.jsonl"
     path.write_text('{"text": "a"}\n\n{"text": "b"\n{"text": "c"}\n')
-    with pytest.raises(DataError, match=r"rows\.jsonl: line 3 is not a JSON object\.$"):
+    with pytest.raises(DataError, match=r"rows\.jsonl: line 3 is not a JSON object; mend it\.$"):
         read_text(str(path))
 
 

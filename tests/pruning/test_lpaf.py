@@ -234,7 +234,11 @@ def test_what_would_fail_later_is_refused_at_once():
     settings = lpaf_settings()
     cases = [
         (lpaf_settings("kfac"), DataError, "metric 'kfac' with goal param_ratio needs calibration"),
-        (lpaf_settings("kfac", goal={"channels": True}), ConfigError, "takes no channels out"),
+        (
+            lpaf_settings("kfac", goal={"channels": True}),
+            ConfigError,
+            "takes no channels out; leave",
+        ),
         (lpaf_settings(goal={"param_ratio": 0.001}), ConfigError, "param_ratio"),
         (
             lpaf_settings(pruning={"num_train_epochs": 0}),

@@ -274,6 +274,7 @@ def test_wrong_arguments_are_refused(tmp_path: Path):
         ),
         ({"mask_interval": 0}, "mask_interval must be an integer >= 1, got 0"),
         (best, "load_best_model_at_end would bring back"),
+        ({"fsdp": "full_shard"}, "which FSDP and DeepSpeed shard; leave both off"),
     ):
         with pytest.raises(ConfigError, match=text):
             PruningArguments(**settings(tmp_path, **changes))

@@ -202,7 +202,8 @@ def test_a_checkpoint_already_compressed_whose_ranks_are_damaged(
 def test_a_quantized_model(refused: Refusal, broken: Path):
     change_config(broken, quantization_config={"quant_method": "gptq", "bits": 4})
     assert refused(model=broken) == (
-        f"{broken}: is quantized (gptq); factorizing needs dense weights."
+        f"{broken}: is quantized (gptq); factorizing needs dense weights, so take the model that "
+        "it was made from."
     )
 
 
@@ -217,7 +218,10 @@ def test_a_quantization_config_that_is_no_object(refused: Refusal, broken: Path,
 
 @pytest.mark.usefixtures("no_model")
 def test_a_gguf_file_that_does_not_exist(refused: Refusal, tmp_path: Path):
-    assert refused(model=tmp_path / "a.gguf") == f"{tmp_path / 'a.gguf'}: no such file."
+    assert (
+        refused(model=tmp_path / "a.gguf")
+        == f"{tmp_path / 'a.gguf'}: no such file; correct the path."
+    )
 
 
 @pytest.mark.usefixtures("no_calibration")

@@ -165,11 +165,11 @@ def test_one_file_for_two_purposes_is_refused(compress_encoder: InProcess, files
         ("sentence1\tsentence2\tscore\nx\ty\n", "line 2 has 2 columns, which is too few."),
         (
             "sentence1\tsentence2\tscore\nx\ty\tgood\n",
-            "line 2: the score 'good' is no number.",
+            "line 2: the score 'good' is no number; mend it.",
         ),
         (
             "sentence1\tsentence2\tscore\nx\ty\t1\n",
-            "has no two pairs with different scores; nothing can be compared.",
+            "has no two pairs with different scores; give more pairs.",
         ),
     ],
 )
