@@ -105,7 +105,7 @@ def train_language_model(
     )
     with watch.phase("training"):
         trainer.train(resume_from_checkpoint=checkpoint)
-    watch.seconds["selection"] = sum(found["seconds"] for found in trainer.selections)
+    watch.seconds["selection"] = sum(found.seconds for found in trainer.selections)
     trainer.export()
     with watch.phase("evaluation"):
         after = measure_loss(model, texts["evaluation"], progress="evaluate compressed")

@@ -16,6 +16,7 @@ from hf_lowrank.config import LowRankConfig
 from hf_lowrank.errors import CheckpointError, ConfigError
 from hf_lowrank.files import atomic_file
 from hf_lowrank.modeling.qualification import qualified
+from hf_lowrank.pruning.lpaf_report import PruningOverhead
 from hf_lowrank.pruning.masked import MaskedWeights
 from hf_lowrank.pruning.pruning_arguments import PruningArguments
 from hf_lowrank.pruning.schedule import density_at
@@ -97,9 +98,9 @@ class PruningTrainer(DistillingTrainer):
             logs["density"] = self.weights.density
         super().log(logs, start_time)
 
-    def overhead(self) -> dict[str, float]:
-        """What pruning cost in this process: `bytes` held and `seconds` spent."""
-        return {"bytes": self.weights.num_bytes, "seconds": self.seconds}
+    def overhead(self) -> PruningOverhead:
+        """What pruning cost in this process."""
+        return PruningOverhead(self.weights.num_bytes, self.seconds)
 
     def _due_density(self, step: int) -> float | None:
         """The density for a new choice of survivors, None where none is due."""

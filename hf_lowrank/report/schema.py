@@ -30,8 +30,8 @@ from hf_lowrank.report.sections import (
     Sizes,
     Speed,
     Stage,
-    Training,
 )
+from hf_lowrank.report.training_sections import Training
 
 AnyReport = TypeVar("AnyReport", bound="Report")
 # A list of numbers, one to a line; a string in JSON holds no line break.

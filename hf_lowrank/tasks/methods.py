@@ -143,7 +143,7 @@ def cut_while_training(
         trainer.train()
         best.restore_()
         trainer.export()
-    selection = sum(found["seconds"] for found in trainer.selections)
+    selection = sum(found.seconds for found in trainer.selections)
     return {
         "training": trainer.summary(),
         "selections": trainer.selections,
@@ -161,8 +161,8 @@ def settle_cut_train(
     """
 
     def stable_ranks() -> dict[str, float]:
-        layers = mean_ranks(target_weights(model))["layers"]
-        return {name: found["stable_rank"] for name, found in layers.items()}
+        layers = mean_ranks(target_weights(model)).layers
+        return {name: found.stable_rank for name, found in layers.items()}
 
     start = time.perf_counter()
     switch = FullRankSwitch(stable_ranks, args.selections_per_epoch, args.full_rank_share)
@@ -255,7 +255,7 @@ def prune_cut_train(
         on_stage=on_stage,
     )
     report = {"config": Settings.of(config), "lpaf": lpaf}
-    return report | {"seconds": dict(lpaf["seconds"])} | found
+    return report | {"seconds": dict(lpaf.seconds)} | found
 
 
 def cut_config(args: TaskArguments, metric: str, channels: bool = False) -> LowRankConfig:

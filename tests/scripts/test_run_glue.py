@@ -283,16 +283,16 @@ def test_cuttlefish_trains_at_full_rank_then_the_factors(
     assert (config.metric, config.rule) == (metric, "stable-rank")
     labels = "model" if metric == "kfac" else "data"  # the default where no label is read
     assert (config.others["label_source"], config.param_ratio) == (labels, 0.5)
-    found = report.switch or {}
-    assert (found["step"], found["epoch"], found["settled"]) == (4, pytest.approx(4 / 3), False)
-    assert [profile["step"] for profile in found["profiles"]] == [0, 1, 2, 3, 4]
-    ranks = [profile["mean_stable_rank"] for profile in found["profiles"]]
-    assert ranks[0] == pytest.approx(mean_ranks(target_weights(dense))["stable_rank"])
+    found = report.switch
+    assert (found.step, found.epoch, found.settled) == (4, pytest.approx(4 / 3), False)
+    assert [profile.step for profile in found.profiles] == [0, 1, 2, 3, 4]
+    ranks = [profile.mean_stable_rank for profile in found.profiles]
+    assert ranks[0] == pytest.approx(mean_ranks(target_weights(dense)).stable_rank)
     assert len(set(ranks[1:])) == 4  # the first step of the warm-up has learning rate 0
     assert {"full_rank", "compress", "fine_tune"} <= set(report.seconds)
     card = model_card(report, "small").text
     assert "up to epoch 1.33, when 50% of the steps were done, the stable ranks not settled" in card
-    report.switch = found | {"settled": True}
+    report.switch = dataclasses.replace(found, settled=True)
     assert "up to epoch 1.33, when the stable ranks had settled" in model_card(report, "small").text
 
 

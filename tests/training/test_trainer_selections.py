@@ -69,13 +69,13 @@ def test_a_run_cuts_at_every_epochs_end_and_stays_within_the_tolerance(tmp_path:
         rank_penalty_weight=0.01,
     )  # fmt: skip
     trainer.train()
-    assert [record["epoch"] for record in trainer.selections] == [1.0, 2.0, 3.0]
+    assert [record.epoch for record in trainer.selections] == [1.0, 2.0, 3.0]
     ratios = selection_logs(trainer)
-    assert ratios == [record["param_ratio"] for record in trainer.selections]
+    assert ratios == [record.param_ratio for record in trainer.selections]
     assert ratios == sorted(ratios, reverse=True)
     assert ratios[-1] < 1.0
     after = measure_loss(trainer.model, trainer.selection_batches()).mean
-    best = min(record["loss_before"] for record in trainer.selections)
+    best = min(record.loss_before for record in trainer.selections)
     assert after <= best + 0.05 + 1e-4
 
 
@@ -206,8 +206,8 @@ def test_a_target_size_is_met_when_layers_are_multiplied_out_on_the_way(tmp_path
     shapes = target_shapes(trainer)
     trainer.train()
     trainer.export()
-    assert any(rank is None for rank in trainer.selections[0]["ranks"].values())
-    assert trainer.selections[-1]["param_ratio"] == kept_ratio(trainer.model, shapes) <= 0.4
+    assert any(rank is None for rank in trainer.selections[0].ranks.values())
+    assert trainer.selections[-1].param_ratio == kept_ratio(trainer.model, shapes) <= 0.4
 
 
 def test_no_selection_goes_below_the_smallest_share(tmp_path: Path):
@@ -226,7 +226,7 @@ def test_plans_count_what_the_trainer_logs(tmp_path: Path):
     plan = RankPlan(
         {n: getattr(trainer.model.get_submodule(n), "rank", None) for n in shapes}, shapes
     )
-    assert record["param_ratio"] == plan.param_ratio == kept_ratio(trainer.model, shapes)
+    assert record.param_ratio == plan.param_ratio == kept_ratio(trainer.model, shapes)
 
 
 def test_a_selection_that_never_comes_is_warned_of(

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 
 from hf_lowrank.report.layers import channels_left, expert_rows
 from hf_lowrank.report.schema import Report
-from hf_lowrank.report.sections import Evaluation, Recovery, Settings, Training
+from hf_lowrank.report.sections import Evaluation, Recovery, Settings
 from hf_lowrank.report.text.embedding_lines import embedding_notes, embedding_rows
 from hf_lowrank.report.text.speed_table import (
     speed_columns,
@@ -16,6 +16,7 @@ from hf_lowrank.report.text.speed_table import (
     speed_notes,
     speed_rows,
 )
+from hf_lowrank.report.training_sections import Training
 
 FOREIGN = ", foreign text"
 
