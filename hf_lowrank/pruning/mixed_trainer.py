@@ -115,7 +115,7 @@ class MixedRankTrainer(DistillingTrainer):
         self.steps[phase] += 1
         return loss
 
-    def free_sparse(self) -> None:
+    def free_sparse_(self) -> None:
         """Frees the sparse matrices once their chance is 0; called before every step."""
         if self.probability <= 0:
             unmix_(self.model)
@@ -135,7 +135,7 @@ class _MixedRankCallback(TrainerCallback):
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        self.trainer.free_sparse()
+        self.trainer.free_sparse_()
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

@@ -82,14 +82,14 @@ class PruningTrainer(DistillingTrainer):
     def before_optimizer_step(self) -> None:
         """Adds the gradients to the scores and hands the dense weights to the optimizer."""
         start = time.perf_counter()
-        self.weights.before_step()
+        self.weights.before_step_()
         self.seconds += time.perf_counter() - start
 
     def after_optimizer_step(self) -> None:
         """Masks the weights again; the masks are renewed when they are due."""
         start = time.perf_counter()
         step = self.state.global_step + 1  # Trainer counts the step afterwards
-        self.weights.after_step(self._due_density(step))
+        self.weights.after_step_(self._due_density(step))
         self.seconds += time.perf_counter() - start
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -132,7 +132,7 @@ class PruningTrainer(DistillingTrainer):
         super()._load_from_checkpoint(resume_from_checkpoint, model)
         path = Path(resume_from_checkpoint) / STATE_FILE
         try:
-            self.weights.load_state(load_file(path))
+            self.weights.load_state_(load_file(path))
         except (OSError, SafetensorError) as error:
             raise CheckpointError(
                 f"{path}: can't be read ({error}); resume from a checkpoint of PruningTrainer."

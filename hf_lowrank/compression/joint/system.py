@@ -14,7 +14,7 @@ from pathlib import Path
 from torch import nn
 
 from hf_lowrank.compression.analysis import Analysis, analyze
-from hf_lowrank.compression.application import apply, measure_dense
+from hf_lowrank.compression.application import apply_, measure_dense
 from hf_lowrank.compression.decision import Decision, held_out_loss
 from hf_lowrank.compression.goals import check_goal
 from hf_lowrank.compression.gradients import collect_gradients
@@ -104,7 +104,7 @@ def compress_jointly(
     with run.stopwatch.phase("search"):
         baseline, accepted, probes = _search(candidates, config)
     decision = _decision(analysis, candidates, baseline, accepted, probes)
-    return apply(model, decision, dense, run)
+    return apply_(model, decision, dense, run)
 
 
 def _search(
