@@ -314,7 +314,7 @@ def test_a_very_long_text_is_cut(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 @pytest.mark.parametrize("name", ["missing.txt", "missing.jsonl", "missing.parquet", "missing"])
 def test_a_file_that_is_missing(tmp_path: Path, name: str):
-    with pytest.raises(DataError, match=rf"{name}: no such file\.$"):
+    with pytest.raises(DataError, match=rf"{name}: no such file; correct the path\.$"):
         read_text(str(tmp_path / name))
 
 
@@ -323,7 +323,7 @@ def test_a_relative_file_that_is_missing_is_not_looked_for_on_the_hub(
 ):
     monkeypatch.setattr(datasets, "load_dataset", None)
     for name in ("wiki.txt", "./wiki", "~/wiki", "data/wiki.jsonl", "wiki.parquet"):
-        with pytest.raises(DataError, match=rf"^{name}: no such file\.$"):
+        with pytest.raises(DataError, match=rf"^{name}: no such file; correct the path\.$"):
             read_text(name)
 
 
@@ -408,7 +408,7 @@ def test_suffixes_may_be_written_in_capitals(tmp_path: Path, name: str):
     source = write_rows(tmp_path / name.lower(), [{"text": "one"}, {"text": "two"}])
     path = Path(source).rename(path)
     assert read_text(str(path)) == "one\n\ntwo"
-    with pytest.raises(DataError, match=r"no such file\.$"):
+    with pytest.raises(DataError, match=r"no such file; correct the path\.$"):
         read_text("missing." + path.suffix)
 
 
