@@ -340,8 +340,7 @@ def _range(values: Sequence[int]) -> list[str]:
 def warnings(report: Report) -> list[str]:
     """What a reader must know: layers that failed, matrices that were no targets."""
     lines = [f"kept dense: {name}: {reason}" for name, reason in report.failures.items()]
-    untouched = sum(report.untouched.values())
-    if untouched:
+    if untouched := sum(report.untouched.values()):
         share = untouched / report.parameters.dense
         example = max(report.untouched, key=lambda name: report.untouched[name])
         lines.append(
