@@ -43,6 +43,14 @@ class PublishError(LowRankError, RuntimeError):
     """The Hub can't be reached, or does not accept a model; nothing was published."""
 
 
+def already_quantized(what: str, method: object) -> TargetError:
+    """What to say where another quantizer has made the weights."""
+    return TargetError(
+        f"{what} is quantized ({method}); factorizing needs dense weights, so take the model that "
+        "it was made from."
+    )
+
+
 @contextmanager
 def in_layer(name: str, advice: str) -> Iterator[None]:
     """Says of an arithmetic failure within the block in which layer it was, and what to do.

@@ -22,7 +22,7 @@ from transformers import (
     AutoTokenizer,
 )
 
-from hf_lowrank.errors import ConfigError, DataError, TargetError
+from hf_lowrank.errors import ConfigError, DataError, TargetError, already_quantized
 from hf_lowrank.files import atomic_folder
 from hf_lowrank.format.layout import QUANT_METHOD
 from hf_lowrank.format.strict import load
@@ -34,7 +34,6 @@ from hf_lowrank.inputs.architectures import (
     refuse_other_head,
 )
 from hf_lowrank.inputs.hub import one_line, reading
-from hf_lowrank.modeling.targets import already_quantized
 from hf_lowrank.value_checks import check_choice
 
 DEMO = "demo"

@@ -14,7 +14,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from hf_lowrank.config import LowRankConfig
-from hf_lowrank.errors import ConfigError, TargetError
+from hf_lowrank.errors import ConfigError, TargetError, already_quantized
 from hf_lowrank.format.dense_linear import linear_shape
 from hf_lowrank.format.fused_experts import experts_shape, small_experts
 from hf_lowrank.format.layout import QUANT_METHOD
@@ -67,14 +67,6 @@ def find_targets(model: nn.Module, config: LowRankConfig) -> dict[str, nn.Module
     _refuse_head(model, targets)
     _check_ranks(targets, config)
     return targets
-
-
-def already_quantized(what: str, method: object) -> TargetError:
-    """What to say where another quantizer has made the weights."""
-    return TargetError(
-        f"{what} is quantized ({method}); factorizing needs dense weights, so take the model that "
-        "it was made from."
-    )
 
 
 def fixed_ranks(targets: Mapping[str, nn.Module], config: LowRankConfig) -> dict[str, int | None]:
