@@ -169,6 +169,8 @@ def filled(old: Any, new: Any) -> Any:
         return {key: None for key in new if key not in old} | {
             key: filled(value, new.get(key)) for key, value in old.items()
         }
+    if isinstance(old, list) and isinstance(new, list):
+        return [filled(*pair) for pair in zip(old, new, strict=True)]
     return old
 
 
