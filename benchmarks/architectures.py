@@ -27,6 +27,7 @@ from hf_lowrank.config import option
 from hf_lowrank.errors import ConfigError
 from hf_lowrank.files import write_text
 from hf_lowrank.report.provenance import commit, write_result
+from hf_lowrank.value_checks import check_choice, check_count, check_positive
 
 _WALL = 10  # seconds by the clock for each second of the processor: machines are shared
 _GIB = 2**30
@@ -54,12 +55,10 @@ class ArchitecturesArguments:
         Raises:
             ConfigError: A limit below 1, an unknown task, or a name of no class.
         """
-        for name in ("seconds", "memory_gib"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} must be >= 1, got {getattr(self, name)}.")
+        check_count("seconds", self.seconds)
+        check_positive("memory_gib", self.memory_gib)
         for task in self.tasks or ():
-            if task not in TASKS:
-                raise ConfigError(f"tasks must be of {', '.join(TASKS)}, got {task!r}.")
+            check_choice("tasks", task, TASKS)
         known = {name for case in all_cases(TASKS) for name in (case.model_type, case.model_class)}
         for name in self.classes or ():
             if name not in known:

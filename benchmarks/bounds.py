@@ -12,9 +12,8 @@ import torch
 
 from benchmarks.theorems import output_error_bound
 from hf_lowrank.config import option
-from hf_lowrank.errors import ConfigError
 from hf_lowrank.report.provenance import write_result
-from hf_lowrank.value_checks import check_count
+from hf_lowrank.value_checks import check_between, check_count
 
 DELTAS = (0.05, 0.1, 0.2, 0.4, 0.8)
 
@@ -45,8 +44,7 @@ class BoundsArguments:
         for name in ("networks", "depth", "width", "inputs"):
             check_count(name, getattr(self, name))
         for delta in self.deltas or DELTAS:
-            if not 0 < delta < 1:
-                raise ConfigError(f"deltas must lie in (0, 1), got {delta}.")
+            check_between("deltas", delta, "(0, 1)")
 
 
 def check_bounds(args: BoundsArguments) -> None:

@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 from hf_lowrank.compression.analysis import Analysis, analyze
-from hf_lowrank.compression.application import dense_on_error, make_dense_again
+from hf_lowrank.compression.application import dense_on_error, make_dense_again_
 from hf_lowrank.compression.decision import decide
 from hf_lowrank.compression.options import Run, RunOptions, Texts
 from hf_lowrank.compression.recovery import RecoverySettings, recover_
@@ -201,7 +201,7 @@ def _cut(
     with dense_on_error(model, targets):
         factorize_(model, found.factors, decision.plan, found.orders)
         yield Changed(targets, None, decision.plan.param_ratio)
-    make_dense_again(model, targets)
+    make_dense_again_(model, targets)
 
 
 @contextmanager

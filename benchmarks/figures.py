@@ -34,7 +34,7 @@ def draw_ranks(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
         ConfigError: matplotlib is missing, or there is no row.
     """
     if not rows:
-        raise ConfigError("There is no row to draw ranks of.")
+        raise ConfigError("There is no row to draw ranks of; run the rows first.")
     figure, panels = panels_of(len(rows))
     for axes, row in zip(panels, rows, strict=True):
         _draw(axes, row)
@@ -56,7 +56,7 @@ def draw_spectra(
     """
     names = list(next(iter(spectra.values()), {}))
     if not names:
-        raise ConfigError("There is no layer to draw spectra of.")
+        raise ConfigError("There is no layer to draw spectra of; name other layers.")
     _, kinds, places = blocks_and_kinds(names)
     figure, panels = panels_of(len(kinds))
     for axes, kind in zip(panels, kinds, strict=True):

@@ -22,7 +22,7 @@ from torch import nn
 from benchmarks.low_bits import LowBitLinear, analyze_lost, correction_ranks, low_bit_layer
 from benchmarks.recipe import analysis_of
 from hf_lowrank.compression.analysis import Analysis
-from hf_lowrank.compression.application import decided_config, quantize
+from hf_lowrank.compression.application import decided_config, quantize_
 from hf_lowrank.compression.decision import decide
 from hf_lowrank.compression.options import Run
 from hf_lowrank.compression.recovery import RecoverySettings, recover_
@@ -206,7 +206,7 @@ class Workshop:
         if row.ratio is not None or row.weights is not None:
             settings = LowRankConfig(param_ratio=row.ratio or 1.0, weights=row.weights)
             config = decided_config(settings, plan)
-            quantize(model, plan.ranks, config, self.run)
+            quantize_(model, plan.ranks, config, self.run)
             attach_config_(model, config)
         model.save_pretrained(folder)
         self.tokenizer.save_pretrained(folder)

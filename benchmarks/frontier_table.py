@@ -78,7 +78,7 @@ def draw_frontier(rows: Sequence[Row], path: Path) -> None:
         ConfigError: matplotlib is missing, or there is no row.
     """
     if not rows:
-        raise ConfigError("There is no row of the frontier to draw.")
+        raise ConfigError("There is no row of the frontier to draw; run the rows first.")
     errors = errors_of(rows)
     families = {row["family"]: ("-", row["family"].startswith(_OWN)) for row in rows}
     styles = line_styles(dict(sorted(families.items())))

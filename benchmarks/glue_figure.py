@@ -64,7 +64,7 @@ def draw_sizes(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
         by_task.setdefault(row["task"], []).append(row)
     by_task = {n: found for n, found in by_task.items() if len({s for _, s in _scores(found)}) > 1}
     if not by_task:
-        raise ConfigError("There is no task with rows of two sizes to draw.")
+        raise ConfigError("There is no task with rows of two sizes to draw; run more sizes.")
     present = {row["method"] for found in by_task.values() for row in found} - {"dense"}
     methods = [name for name in METHOD_NAMES if name in present]
     kinds = {name: (_dash(name), _is_own(name)) for name in methods}

@@ -34,7 +34,7 @@ def draw_ranges(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
         ConfigError: matplotlib is missing, or there is no row.
     """
     if not rows:
-        raise ConfigError("There is no range to draw.")
+        raise ConfigError("There is no range to draw; measure one first.")
     figure, panels = panels_of(len(rows), (4.6, 3.6), columns=2)
     for axes, row in zip(panels, rows, strict=True):
         if axes is not panels[0]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from benchmarks.figures import draw_spectra
 from benchmarks.table import part_of
 from hf_lowrank.config import option
 from hf_lowrank.errors import ConfigError
-from hf_lowrank.pruning.pruned_ranks import mean_ranks, target_weights
+from hf_lowrank.pruning.pruned_ranks import LayerRanks, mean_ranks, target_weights
 from hf_lowrank.pruning.pruning_arguments import PruningArguments
 from hf_lowrank.pruning.pruning_trainer import PruningTrainer
 from hf_lowrank.pruning.scores import CRITERIA
@@ -57,7 +57,7 @@ def pruned_ranks(task: Task, args: TaskArguments) -> dict[str, dict[str, Any]]:
     """Ranks and spectra of the dense fine-tuned weights and of what each criterion leaves of them.
 
     Returns:
-        For "dense" and each criterion what `mean_ranks` gives, and the model's `metrics` on the
+        For "dense" and each criterion the fields of `LayerRanks`, and the model's `metrics` on the
         development set and `held_out_metrics`, by which LPAF's gate judges.
     """
     model = dense_model(task, args)
@@ -70,7 +70,7 @@ def pruned_ranks(task: Task, args: TaskArguments) -> dict[str, dict[str, Any]]:
         pruned[criterion] = target_weights(model)
         scores[criterion] = _scores(model, task)
     found |= compare_ranks(pruned)
-    return {way: {**scores[way], **result} for way, result in found.items()}
+    return {way: {**scores[way], **asdict(result)} for way, result in found.items()}
 
 
 def _scores(model: nn.Module, task: Task) -> dict[str, Any]:
@@ -114,7 +114,7 @@ def compare_ranks(
     *,
     largest_gap: float = 0.005,
     **settings: float,
-) -> dict[str, Any]:
+) -> dict[str, LayerRanks]:
     """Ranks of weights that were pruned in different ways to the same density.
 
     Args:
@@ -130,9 +130,9 @@ def compare_ranks(
     """
     names = {tuple(weights) for weights in pruned.values()}
     if len(names) != 1:
-        raise ConfigError("The models to compare do not have the same layers.")
+        raise ConfigError("The models to compare have different layers; give those of one run.")
     found = {way: mean_ranks(weights, **settings) for way, weights in pruned.items()}
-    densities = {way: result["density"] for way, result in found.items()}
+    densities = {way: result.density for way, result in found.items()}
     if max(densities.values()) - min(densities.values()) > largest_gap:
         text = ", ".join(f"{way} {density:.4f}" for way, density in densities.items())
         raise ConfigError(f"Ranks compare at equal density only; got {text}.")

@@ -11,7 +11,7 @@ from typing import Any
 from torch import nn
 
 from hf_lowrank.compression.analysis import analyze
-from hf_lowrank.compression.application import Dense, dense_on_error, make_dense_again
+from hf_lowrank.compression.application import Dense, dense_on_error, make_dense_again_
 from hf_lowrank.compression.decision import decide
 from hf_lowrank.compression.options import Run, RunOptions, Texts
 from hf_lowrank.compression.recovery import RecoverySettings, recover_
@@ -43,7 +43,7 @@ def measure_recovery(
             the training is judged.
         evaluations: Batches by name; only the figures come from them.
         config: Settings of the cut, but for its size.
-        stages: Cuts in which each size is reached, see `compress_in_stages`; all but the last
+        stages: Cuts in which each size is reached, see `compress_in_stages_`; all but the last
             are trained after with the default settings of the kind.
 
     Returns:
@@ -91,7 +91,7 @@ def measure_recovery(
             result = recover_(model, targets, calibration, held_out, last)
             seconds = time.perf_counter() - started
             after = perplexities()
-        make_dense_again(model, targets)
+        make_dense_again_(model, targets)
         row: dict[str, Any] = {"param_ratio": ratio, "cut": cut, "recovered": after}
         row["seconds"] = seconds + run.stopwatch.seconds.get("recovery", 0.0)
         row["total_seconds"] = total + seconds

@@ -13,17 +13,17 @@ def known_costs(report: TaskReport) -> dict[str, Any]:
     """What a report says of the cost: `decompositions` and `restored`, where it does."""
     found: dict[str, Any] = {}
     if report.selections is not None:
-        found["decompositions"] = sum(each["decompositions"] for each in report.selections)
+        found["decompositions"] = sum(each.decompositions for each in report.selections)
     elif report.joint is not None:
         found["decompositions"] = report.joint.decompositions
     elif report.switch is not None:  # a profile takes the singular values of every target
-        found["decompositions"] = (len(report.switch["profiles"]) + 1) * len(report.ranks)
+        found["decompositions"] = (len(report.switch.profiles) + 1) * len(report.ranks)
     elif report.method in {*CUTS, *LPAF_VARIANTS} and not report.refusal:
         found["decompositions"] = len(report.ranks)  # of each target once
     elif report.method == "dense":
         found["decompositions"] = 0
-    if report.lpaf and report.lpaf["restored"]:
-        found["restored"] = report.lpaf["restored"]
+    if report.lpaf and report.lpaf.restored:
+        found["restored"] = report.lpaf.restored
     return found
 
 

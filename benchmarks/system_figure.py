@@ -50,7 +50,7 @@ def draw_systems(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
     rows = [row for row in rows if row.get("form") != COMPACT]
     texts = all_texts(rows)
     if not texts:
-        raise ConfigError("There is no measured row to draw.")
+        raise ConfigError("There is no measured row to draw; run the rows first.")
     captions = {text: _caption(rows, text) for text in texts}
     extra = max(caption.count("\n") for caption in captions.values())
     names = LINE_INCHES * max(16, len({row["name"] for row in rows}))

@@ -12,6 +12,7 @@ import math
 from collections.abc import Sequence
 
 from hf_lowrank.errors import ConfigError
+from hf_lowrank.value_checks import check_not_negative, check_positive
 
 
 def output_error_bound(
@@ -37,8 +38,7 @@ def output_error_bound(
     rho = _checked(largest, lipschitz)
     if len(dropped) != len(largest) or any(not 0 <= value < math.inf for value in dropped):
         raise ConfigError("dropped must hold one singular value >= 0 for each layer.")
-    if not 0 <= input_norm < math.inf:
-        raise ConfigError(f"input_norm must be >= 0, got {input_norm}.")
+    check_not_negative("input_norm", input_norm)
     gain = math.prod(r * s for r, s in zip(rho, largest, strict=True))
     relative = sum(d / s for d, s in zip(dropped, largest, strict=True))
     return gain * relative * input_norm
@@ -80,8 +80,7 @@ def distance_threshold(
     """
     rho = _checked(largest, lipschitz)
     for name, value in (("tolerance", tolerance), ("input_bound", input_bound)):
-        if not 0 < value < math.inf:
-            raise ConfigError(f"{name} must be > 0, got {value}.")
+        check_positive(name, value)
     gain = math.prod(r * s for r, s in zip(rho, largest, strict=True))
     return tolerance / (input_bound * len(largest) * gain)
 

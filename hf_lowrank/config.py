@@ -18,13 +18,14 @@ from hf_lowrank.errors import CheckpointError, ConfigError
 from hf_lowrank.format.forms.stored_form import form_names
 from hf_lowrank.format.layout import FORMAT_VERSION, QUANT_METHOD, Layout, check_version
 from hf_lowrank.value_checks import (
+    check_between,
     check_choice,
     check_count,
     check_goal_values,
     check_not_negative,
     check_ranks,
+    check_read,
     check_seed,
-    is_number,
     listed_names,
 )
 
@@ -216,8 +217,7 @@ class LowRankConfig(QuantizationConfigMixin):
             raise ConfigError("objective 'latency' needs rule 'price' and no type of weights.")
         for name in ("input_damping", "output_damping"):
             check_not_negative(name, getattr(self, name))
-        if not (is_number(alpha := self.activation_alpha) and 0 <= alpha <= 1):
-            raise ConfigError(f"activation_alpha must lie in [0, 1], got {alpha!r}.")
+        check_between("activation_alpha", self.activation_alpha, "[0, 1]")
         check_count("min_rank", self.min_rank)
         check_seed(self.seed)
         self.target_modules = listed_names("target_modules", self.target_modules)
@@ -243,11 +243,8 @@ class LowRankConfig(QuantizationConfigMixin):
         for name, (kind, readers) in READERS.items():
             value = getattr(self, name)
             is_given = value != _FIELDS[name].default and value is not False
-            if is_given and choices[kind] not in readers:
-                raise ConfigError(
-                    f"{name}={value!r} would do nothing with {kind} {choices[kind]!r}: it is read "
-                    f"with {kind} {' or '.join(readers)}. Leave it out, or choose such a {kind}."
-                )
+            if is_given:
+                check_read(name, value, kind, choices[kind], readers)
 
     def _check_prices(self, name: str) -> None:
         value = getattr(self, name)

@@ -7,6 +7,9 @@ modeling_lowrank.py also runs without this package, so it raises ValueError.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 
 class LowRankError(Exception):
     """Base class of all errors raised by hf_lowrank."""
@@ -38,3 +41,24 @@ class StorageError(LowRankError, RuntimeError):
 
 class PublishError(LowRankError, RuntimeError):
     """The Hub can't be reached, or does not accept a model; nothing was published."""
+
+
+def already_quantized(what: str, method: object) -> TargetError:
+    """What to say where another quantizer has made the weights."""
+    return TargetError(
+        f"{what} is quantized ({method}); factorizing needs dense weights, so take the model that "
+        "it was made from."
+    )
+
+
+@contextmanager
+def in_layer(name: str, advice: str) -> Iterator[None]:
+    """Says of an arithmetic failure within the block in which layer it was, and what to do.
+
+    Raises:
+        NumericalError: The same, so told.
+    """
+    try:
+        yield
+    except NumericalError as error:
+        raise NumericalError(f"{name}: {error}. {advice}") from error

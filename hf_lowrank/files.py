@@ -27,7 +27,7 @@ def check_cache_folder(folder: Path) -> None:
     except OSError as error:
         raise StorageError(f"{folder}: can't be a folder ({error.strerror or error}).") from error
     if not os.access(folder, os.W_OK):
-        raise StorageError(f"{folder}: no permission to write there.")
+        raise StorageError(f"{folder}: no permission to write there; name another folder.")
 
 
 def check_output_folder(
@@ -57,7 +57,7 @@ def check_output_folder(
     try:
         is_used = folder.is_dir() and any(folder.iterdir())
         if folder.exists() and not folder.is_dir():
-            raise StorageError(f"{folder}: is a file, not a folder.")
+            raise StorageError(f"{folder}: is a file, not a folder; name another one.")
     except OSError as error:
         raise StorageError(f"{folder}: can't be created ({error.strerror or error}).") from error
     if Path.cwd().is_relative_to(folder.resolve()):
@@ -76,7 +76,7 @@ def check_output_folder(
     except OSError as error:
         raise StorageError(f"{folder}: can't be created ({error.strerror or error}).") from error
     if not os.access(folder.parent, os.W_OK):
-        raise StorageError(f"{folder}: no permission to write there.")
+        raise StorageError(f"{folder}: no permission to write there; name another folder.")
     if free < num_bytes * _MARGIN:
         raise StorageError(
             f"{folder}: needs about {num_bytes / 1e6:.0f} MB, but the disk has only "

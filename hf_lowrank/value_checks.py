@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Collection, Iterable
 from typing import TypeGuard
 
 from hf_lowrank.errors import ConfigError
@@ -13,15 +14,28 @@ def is_number(value: object) -> TypeGuard[float]:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
-def check_choice(name: str, value: object, allowed: tuple[str | None, ...]) -> None:
+def check_choice(name: str, value: object, allowed: Iterable[str | None]) -> None:
     """Refuses what is not one of some names, or None where that is among them.
 
     Raises:
         ConfigError: With what is allowed.
     """
-    if value not in allowed:
-        names = ", ".join(filter(None, allowed))
+    known = list(allowed)
+    if value not in known:
+        names = ", ".join(filter(None, known))
         raise ConfigError(f"{name} must be one of {names}; got {value!r}.")
+
+
+def check_between(name: str, value: object, interval: str) -> None:
+    """Refuses what is no number within an interval such as "(0, 1]".
+
+    Raises:
+        ConfigError: With the value and the interval.
+    """
+    low, high = map(float, interval[1:-1].split(","))
+    open_end = value in (low, high) and interval[0 if value == low else -1] in "()"
+    if not (is_number(value) and low <= value <= high) or open_end:
+        raise ConfigError(f"{name} must lie in {interval}, got {value!r}.")
 
 
 def check_not_negative(name: str, value: object) -> None:
@@ -51,14 +65,44 @@ def check_goal_values(ratio: object, tolerance: object, megabytes: object) -> No
         raise ConfigError(f"megabytes must be a number > 0 (10^6 bytes), got {megabytes!r}.")
 
 
-def check_count(name: str, value: object) -> None:
-    """Refuses what is no integer from 1 on.
+def check_positive(name: str, value: object) -> None:
+    """Refuses what is no finite number above 0.
 
     Raises:
         ConfigError: With the value.
     """
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise ConfigError(f"{name} must be an integer >= 1, got {value!r}.")
+    if not (is_number(value) and 0 < value < math.inf):
+        raise ConfigError(f"{name} must be a number > 0, got {value!r}.")
+
+
+def check_count(name: str, value: object, least: int = 1) -> None:
+    """Refuses what is no integer from 1 on, or from another one.
+
+    Raises:
+        ConfigError: With the value.
+    """
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise ConfigError(f"{name} must be an integer >= {least}, got {value!r}.")
+
+
+def check_read(name: str, value: object, kind: str, choice: str, readers: Collection[str]) -> None:
+    """Refuses a setting that the chosen one of a kind does not read.
+
+    Args:
+        name: Of the setting.
+        value: What it was set to.
+        kind: Of what reads it, such as "metric".
+        choice: Which one was chosen.
+        readers: Those that read it.
+
+    Raises:
+        ConfigError: With the readers.
+    """
+    if choice not in readers:
+        raise ConfigError(
+            f"{name}={value!r} would do nothing with {kind} {choice!r}: it is read with {kind} "
+            f"{' or '.join(readers)}. Leave it out, or choose such a {kind}."
+        )
 
 
 def check_seed(value: object) -> None:

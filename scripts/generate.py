@@ -11,7 +11,7 @@ import hf_lowrank
 from hf_lowrank.cli.arguments import parse_arguments, user_errors
 from hf_lowrank.config import option
 from hf_lowrank.errors import ConfigError
-from hf_lowrank.inputs.sources import TRUST_HELP, load_tokenizer
+from hf_lowrank.inputs.sources import load_tokenizer
 from hf_lowrank.inputs.start_token import encode_prompt
 
 
@@ -23,7 +23,11 @@ class GenerationArguments:
     prompt: str = option("In Python, a list is", "Text to continue.")
     repetition_penalty: float = option(1.3, "Above 1: words are repeated less.")
     max_new_tokens: int = option(40, "Tokens to add at most.")
-    trust_remote_code: bool = option(False, TRUST_HELP)
+    trust_remote_code: bool = option(
+        False,
+        "Run the Python code that comes with the tokenizer; only where you have read it and trust "
+        "it. The model is of transformers' own classes and runs none.",
+    )
 
 
 def main() -> None:

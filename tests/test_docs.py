@@ -4,18 +4,27 @@ import ast
 import dataclasses
 import importlib
 import re
+from collections.abc import Collection
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
 
 from benchmarks.commands import COMMANDS
+from benchmarks.searches.search import SEARCHES
 from hf_lowrank.cli.arguments import CompressionArguments, PublishingArguments
 from hf_lowrank.cli.encoder_arguments import EncoderArguments
-from hf_lowrank.cli.export_command import ExportArguments
+from hf_lowrank.cli.export_command import ENGINES, ExportArguments
 from hf_lowrank.cli.training_command import LanguageModelArguments, LanguageModelTrainingArguments
+from hf_lowrank.compression.recovery import RECOVERIES
+from hf_lowrank.config import LABEL_SOURCES, METRIC_NAMES, OBJECTIVES, RULE_NAMES, WEIGHT_TYPES
+from hf_lowrank.format.forms.stored_form import form_names
+from hf_lowrank.inputs.sources import DTYPES
+from hf_lowrank.measuring.embeddings import POOLINGS
 from hf_lowrank.tasks.glue import GlueArguments
 from hf_lowrank.tasks.qa import QaArguments
+from hf_lowrank.tasks.task_arguments import METHOD_NAMES
+from hf_lowrank.training.training_arguments import SELECTION_RULES
 from tests.scripts import ROOT, script_module
 
 PACKAGE = ROOT / "hf_lowrank"
@@ -30,6 +39,22 @@ ARGUMENTS: dict[str, tuple[type, ...]] = {
     "export": (ExportArguments,),
     "generate": (script_module("generate").GenerationArguments,),
     "train_llm": (LanguageModelArguments, LanguageModelTrainingArguments, PublishingArguments),
+}
+# Options with fixed choices, of whatever script.
+CHOICES: dict[str, Collection[str]] = {
+    "metric": METRIC_NAMES,
+    "rule": (*RULE_NAMES, *SEARCHES),
+    "form": form_names(),
+    "weights": [name for name in WEIGHT_TYPES if name],
+    "objective": OBJECTIVES,
+    "label_source": LABEL_SOURCES,
+    "recover": [*RECOVERIES],
+    "method": METHOD_NAMES,
+    "methods": METHOD_NAMES,
+    "dtype": [*DTYPES],
+    "pooling": POOLINGS,
+    "to": [*ENGINES],
+    "selection_rule": SELECTION_RULES,
 }
 NOT_RUN = re.compile(r"<!--\s*not run:\s*(?P<reason>[^>]*?)\s*-->\s*\Z")
 FENCE = re.compile(r"^```(?P<info>[^\n`]*)\n(?P<body>.*?)^```[ \t]*$", re.MULTILINE | re.DOTALL)
@@ -91,6 +116,16 @@ def script_calls(text: str) -> list[tuple[str, set[str]]]:
     joined = re.sub(r"\\\n\s*", " ", text)
     calls = re.findall(r"python3? scripts/(benchmark\.py [\w-]+|\w+\.py)([^\n`]*)", joined)
     return [(script, set(re.findall(r"--([a-z]\w*)", rest))) for script, rest in calls]
+
+
+def option_values(text: str) -> set[tuple[str, str]]:
+    """(option, value) of all command lines; placeholders such as FOLDER are left out."""
+    joined = re.sub(r"\\\n\s*", " ", text)
+    found = set()
+    for rest in re.findall(r"python3? scripts/\w+\.py([^\n`]*)", joined):
+        for name, values in re.findall(r"--(\w+)((?: +[^\s-]\S*)*)", rest):
+            found |= {(name, value) for value in values.split() if not value.isupper()}
+    return found
 
 
 def anchors(text: str) -> set[str]:
@@ -159,6 +194,13 @@ def test_options_of_scripts_in_the_pages_exist(page: Path):
     for script, options in script_calls(page.read_text("utf-8")):
         unknown = options - options_of(script)
         assert not unknown, f"scripts/{script} has no such options: {unknown}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_values_of_options_in_the_pages_are_among_those_allowed(page: Path):
+    named = option_values(page.read_text("utf-8"))
+    unknown = {(name, value) for name, value in named if value not in CHOICES.get(name, [value])}
+    assert not unknown, f"{page.name} gives options values that are refused: {unknown}"
 
 
 def test_names_that_readme_imports_exist():
@@ -258,6 +300,12 @@ def test_calls_of_scripts_are_found_with_their_options():
         ("b.py", {"two", "four"}),
         ("benchmark.py glue-size", {"three"}),
     ]
+
+
+def test_values_are_found_beside_their_options():
+    text = "`python scripts/a.py --one 1 FOLDER --two`\n"
+    text += "    python scripts/b.py --two x \\\n  y --no 5\n"
+    assert option_values(text) == {("one", "1"), ("two", "x"), ("two", "y"), ("no", "5")}
 
 
 def test_anchors_are_those_of_headings_outside_code():

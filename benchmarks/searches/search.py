@@ -16,6 +16,7 @@ from hf_lowrank.errors import ConfigError
 from hf_lowrank.ranks.plan import RankPlan
 from hf_lowrank.ranks.rules import RULES
 from hf_lowrank.ranks.threshold import Shapes, check_budget, plan_for_budget
+from hf_lowrank.value_checks import check_choice
 
 
 @dataclass(frozen=True)
@@ -72,8 +73,7 @@ def search_plan(
     }
     if name in RULES:
         return plan_for_budget(shapes, spectra, name, param_ratio, **limits)
-    if name not in SEARCHES:
-        raise ConfigError(f"rule must be one of {', '.join([*RULES, *SEARCHES])}; got {name!r}.")
+    check_choice("rule", name, (*RULES, *SEARCHES))
     check_budget(shapes, param_ratio, **limits)
     if SEARCHES[name].measures and problem.measure is None:
         raise ConfigError(f"rule {name!r} measures losses; pass held-out batches.")

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from hf_lowrank.decomposition.spectrum import check_finite
 from hf_lowrank.format.dense_linear import linear_shape, linear_weight
 from hf_lowrank.format.feed_forward import FeedForward
 from hf_lowrank.format.forms.narrowed import NarrowedLinear
@@ -80,14 +81,27 @@ def refit(kept: torch.Tensor, weights: ChannelWeights, moment: torch.Tensor) -> 
         kept: Indices, shape (k,).
         weights: The feed-forward's weights.
         moment: C, second moment of the channels, shape (n, n), fp64, damped.
+
+    Raises:
+        NumericalError: The moment holds NaN or infinity.
     """
+    check_finite("second moment", moment)
     core, image = moment[kept][:, kept], moment[kept] @ weights.output.T
     root, failed = torch.linalg.cholesky_ex(core)
-    if bool(failed):  # hardly damped, and fewer tokens than channels
-        output = (torch.linalg.pinv(core, rtol=1e-10, hermitian=True) @ image).T
-    else:
-        output = torch.cholesky_solve(image, root).T
-    return Narrowing((kept,) * len(weights.inputs), output)
+    # It fails where hardly damped, and with fewer tokens than channels.
+    output = pseudo_solved(core, image) if bool(failed) else torch.cholesky_solve(image, root)
+    return Narrowing((kept,) * len(weights.inputs), output.T)
+
+
+def pseudo_solved(moment: torch.Tensor, image: torch.Tensor) -> torch.Tensor:
+    """`moment^+ image`, for a second moment that is singular.
+
+    Raises:
+        NumericalError: It holds NaN or infinity.
+    """
+    check_finite("second moment", moment)
+    inverse: torch.Tensor = torch.linalg.pinv(moment, rtol=1e-10, hermitian=True)
+    return inverse @ image
 
 
 def narrowed(model: nn.Module, block: FeedForward, narrowing: Narrowing) -> dict[str, nn.Module]:

@@ -14,10 +14,10 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from hf_lowrank.channels.narrowing import Narrowing, channel_weights, refit
+from hf_lowrank.channels.narrowing import Narrowing, channel_weights, pseudo_solved, refit
 from hf_lowrank.decomposition.metrics import QuadraticForm
 from hf_lowrank.decomposition.moments import SecondMoment
-from hf_lowrank.decomposition.spectrum import damped
+from hf_lowrank.decomposition.spectrum import check_finite, damped
 from hf_lowrank.errors import NumericalError
 from hf_lowrank.format.dense_linear import linear_weight
 from hf_lowrank.format.feed_forward import FeedForward
@@ -113,8 +113,7 @@ def _damped(moment: SecondMoment, damping: float) -> torch.Tensor:
         NumericalError: It holds NaN or infinity.
     """
     result = moment.matrix.float().clone()
-    if not bool(torch.isfinite(result).all()):
-        raise NumericalError("the second moment holds NaN or infinity")
+    check_finite("second moment", result)
     diagonal = moment.matrix.diagonal().double() + damping * moment.mean_diagonal
     result.diagonal().copy_(diagonal)
     return result
@@ -154,9 +153,14 @@ def channel_order(
 
     Returns:
         Indices, shape (n,); how many are kept at each step; the rise at each step, shape (steps,).
+
+    Raises:
+        NumericalError: A moment, or a price, is NaN or infinite.
     """
     left, weighted = moment.float(), weighted.float()
     del moment  # the caller's may be let go, too
+    for matrix in (left, weighted):  # the first round would take such a channel and forget why
+        check_finite("second moment", matrix)
     size = len(left)
     step = channel_step(size, multiple)
     free = torch.arange(size, device=left.device)
@@ -173,7 +177,9 @@ def channel_order(
         free = free[rest]
         core = left[chosen][:, chosen].double()
         core.diagonal().add_(_JITTER * core.diagonal().mean() + _TINY)
-        explained = torch.linalg.solve(core, left[chosen][:, rest].double()).float()
+        image = left[chosen][:, rest].double()
+        explained, failed = torch.linalg.solve_ex(core, image)
+        explained = (pseudo_solved(core, image) if bool(failed) else explained).float()
         weighted = _eliminated(weighted, rest, chosen, explained)
         left = _eliminated(left, rest, chosen, explained)
         rises.append(float(weighted.diagonal().double().sum()))

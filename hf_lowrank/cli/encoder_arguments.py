@@ -13,6 +13,7 @@ from hf_lowrank.inputs.demo_text import DEMO, DEMO_GRAPHS
 from hf_lowrank.inputs.sentences import PAIR_COLUMNS
 from hf_lowrank.inputs.text import shares
 from hf_lowrank.measuring.embeddings import POOLINGS
+from hf_lowrank.value_checks import check_between
 
 DEFAULT_COSINE = 0.99
 _CONFIG = (
@@ -98,8 +99,7 @@ class EncoderArguments(JobArguments):
         if ratios and self.min_cosine is not None:
             raise ConfigError("Give one goal: param_ratio or min_cosine.")
         cosine = DEFAULT_COSINE if self.min_cosine is None else self.min_cosine
-        if not 0 < cosine < 1:
-            raise ConfigError(f"min_cosine must lie between 0 and 1, got {cosine}.")
+        check_between("min_cosine", cosine, "(0, 1)")
         self.check_numbers(_COUNTS)
         if self.sts_columns and not self.sts_file:
             raise ConfigError("sts_columns are those of a file; give --sts_file as well.")

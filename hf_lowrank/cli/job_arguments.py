@@ -9,6 +9,7 @@ from hf_lowrank.compression.options import run_option
 from hf_lowrank.config import LowRankConfig, config_option, option
 from hf_lowrank.errors import ConfigError
 from hf_lowrank.inputs.sources import TRUST_HELP
+from hf_lowrank.value_checks import check_count
 
 
 @dataclass
@@ -52,8 +53,7 @@ class JobArguments:
         if len(set(ratios)) < len(ratios):
             raise ConfigError(f"param_ratio names a size twice: {' '.join(map(str, ratios))}.")
         for name, limit in least.items():
-            if getattr(self, name) < limit:
-                raise ConfigError(f"{name} must be at least {limit}, got {getattr(self, name)}.")
+            check_count(name, getattr(self, name), limit)
 
     def sizes(self) -> list[str]:
         """Name of each size's folder below the output folder; "" for the folder itself."""

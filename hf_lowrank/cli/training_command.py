@@ -105,7 +105,7 @@ def train_language_model(
     )
     with watch.phase("training"):
         trainer.train(resume_from_checkpoint=checkpoint)
-    watch.seconds["selection"] = sum(found["seconds"] for found in trainer.selections)
+    watch.seconds["selection"] = sum(found.seconds for found in trainer.selections)
     trainer.export()
     with watch.phase("evaluation"):
         after = measure_loss(model, texts["evaluation"], progress="evaluate compressed")
@@ -177,7 +177,7 @@ def _checkpoint(training: LowRankTrainingArguments) -> str | None:
     folder = Path(str(training.output_dir))
     found = [path for path in folder.glob("checkpoint-*") if _is_whole(path)]
     if not found:
-        raise DataError(f"resume_from_checkpoint: {folder} holds no checkpoint.")
+        raise DataError(f"resume_from_checkpoint: {folder} holds no checkpoint; leave it out.")
     return str(max(found, key=lambda path: int(path.name.rpartition("-")[2])))
 
 

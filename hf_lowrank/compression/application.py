@@ -77,17 +77,17 @@ def dense_on_error(model: nn.Module, layers: Mapping[str, nn.Module]) -> Iterato
     try:
         yield
     except BaseException:
-        make_dense_again(model, layers)
+        make_dense_again_(model, layers)
         raise
 
 
-def make_dense_again(model: nn.Module, layers: Mapping[str, nn.Module]) -> None:
+def make_dense_again_(model: nn.Module, layers: Mapping[str, nn.Module]) -> None:
     """Puts the dense layers back and takes the marks off the config, in place."""
     restore_(model, layers)
     attach_config_(model, None)
 
 
-def cut(
+def cut_(
     model: nn.Module,
     targets: Mapping[str, nn.Module],
     config: LowRankConfig,
@@ -96,10 +96,10 @@ def cut(
 ) -> Report:
     """Analyzes, decides and applies, in place."""
     analysis = analyze(model, targets, config, run)
-    return apply(model, decide(model, analysis, run), dense, run)
+    return apply_(model, decide(model, analysis, run), dense, run)
 
 
-def apply(model: nn.Module, decision: Decision, dense: Dense, run: Run) -> Report:
+def apply_(model: nn.Module, decision: Decision, dense: Dense, run: Run) -> Report:
     """Puts a plan into the model, trains it if asked to, measures it and reports.
 
     Args:
@@ -118,8 +118,8 @@ def apply(model: nn.Module, decision: Decision, dense: Dense, run: Run) -> Repor
             cut_layers = factorize_(model, analysis.factors, plan, analysis.orders)
             decided = decided_config(config, plan)
             attach_config_(model, decided)
-        recovery = _recover(model, config, dense, run)
-        quantization = quantize(model, plan.ranks, config, run, decision.bits)
+        recovery = _recover_(model, config, dense, run)
+        quantization = quantize_(model, plan.ranks, config, run, decision.bits)
         if quantization is not None:
             attach_config_(model, decided)
         report = report_on(model, decision, decided, dense, run, is_cut=bool(cut_layers))
@@ -179,7 +179,7 @@ def report_on(
     )
 
 
-def quantize(
+def quantize_(
     model: nn.Module,
     names: Iterable[str],
     config: LowRankConfig,
@@ -258,7 +258,7 @@ def _measure(model: nn.Module, description: str, run: Run) -> dict[str, LossMeas
         }
 
 
-def _recover(model: nn.Module, config: LowRankConfig, dense: Dense, run: Run) -> Recovery | None:
+def _recover_(model: nn.Module, config: LowRankConfig, dense: Dense, run: Run) -> Recovery | None:
     """The training after the cut, None without steps."""
     settings = recovery_settings(run.options.recover, run.options.recover_steps, config.seed)
     if settings is None:

@@ -161,19 +161,19 @@ def recover_(
         with eval_mode(model):
             if settings.kind == "lora":
                 with lora_on_factors(model, settings.lora_rank, settings.seed) as adapters:
-                    _train(model, originals, batches, adapters, settings, progress, embedding)
+                    _train_(model, originals, batches, adapters, settings, progress, embedding)
             else:
-                _train(model, originals, batches, factors, settings, progress, embedding)
+                _train_(model, originals, batches, factors, settings, progress, embedding)
         after = measure_loss(model, held_out, loss_function=embedding).mean
     except BaseException:
-        _restore(factors, start)
+        _restore_(factors, start)
         raise
     if after >= before:
-        _restore(factors, start)
+        _restore_(factors, start)
     return Recovery(before, after, after < before, settings.steps, settings.kind)
 
 
-def _train(
+def _train_(
     model: nn.Module,
     originals: Mapping[str, nn.Module],
     batches: Sequence[Batch],
@@ -239,11 +239,11 @@ def _step(
         parameter.grad = None
     torch.nn.utils.clip_grad_norm_(masters, max_grad_norm)
     optimizer.step()
-    _restore(trained, masters)
+    _restore_(trained, masters)
 
 
 @torch.no_grad()
-def _restore(parameters: Sequence[nn.Parameter], values: Sequence[torch.Tensor]) -> None:
+def _restore_(parameters: Sequence[nn.Parameter], values: Sequence[torch.Tensor]) -> None:
     for parameter, value in zip(parameters, values, strict=True):
         parameter.copy_(value)
 

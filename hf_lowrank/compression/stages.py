@@ -10,7 +10,7 @@ import dataclasses
 
 from torch import nn
 
-from hf_lowrank.compression.application import Dense, cut, dense_on_error
+from hf_lowrank.compression.application import Dense, cut_, dense_on_error
 from hf_lowrank.compression.options import Run
 from hf_lowrank.config import LowRankConfig
 from hf_lowrank.errors import ConfigError
@@ -53,7 +53,7 @@ def stage_goals(param_ratio: float, stages: int, steps: int) -> list[tuple[float
     return [*earlier, (param_ratio, steps - share * (stages - 1))]
 
 
-def compress_in_stages(model: nn.Module, config: LowRankConfig, dense: Dense, run: Run) -> Report:
+def compress_in_stages_(model: nn.Module, config: LowRankConfig, dense: Dense, run: Run) -> Report:
     """Reaches a size in several cuts with training in between, in place.
 
     Args:
@@ -71,7 +71,7 @@ def compress_in_stages(model: nn.Module, config: LowRankConfig, dense: Dense, ru
         earlier = earlier_stages(model, config, dense, run)
         steps = stage_goals(ratio, options.stages, options.recover_steps)[-1][1]
         last = dataclasses.replace(run, options=dataclasses.replace(options, recover_steps=steps))
-        report = cut(model, _layers_now(model, dense), config, dense, last)
+        report = cut_(model, _layers_now(model, dense), config, dense, last)
     stages = [
         Stage(
             param_ratio=stage.config.param_ratio or 1.0,
@@ -101,7 +101,7 @@ def earlier_stages(model: nn.Module, config: LowRankConfig, dense: Dense, run: R
         own = dataclasses.replace(options, recover_steps=steps, speed=False)
         part = dataclasses.replace(run, texts=unread, options=own)
         sized = config.replace(param_ratio=ratio, weights=None)
-        reports.append(cut(model, _layers_now(model, dense), sized, dense, part))
+        reports.append(cut_(model, _layers_now(model, dense), sized, dense, part))
         if compressed_layers(model):  # else there was nothing to drop
             with run.stopwatch.phase("surgery"):
                 merge_(model)

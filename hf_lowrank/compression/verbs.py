@@ -9,7 +9,7 @@ from pathlib import Path
 from torch import nn
 
 from hf_lowrank.compression.analysis import analyze
-from hf_lowrank.compression.application import apply, cut, make_dense_again, measure_dense
+from hf_lowrank.compression.application import apply_, cut_, make_dense_again_, measure_dense
 from hf_lowrank.compression.byte_budget import check_size_goal
 from hf_lowrank.compression.decision import decide
 from hf_lowrank.compression.goals import check_channels, check_goal
@@ -26,7 +26,7 @@ from hf_lowrank.compression.options import (
 from hf_lowrank.compression.prices import check_prices
 from hf_lowrank.compression.recipe import possible_recipe, recipe_of
 from hf_lowrank.compression.recovery import check_recoverable, recovery_settings
-from hf_lowrank.compression.stages import check_stages, compress_in_stages
+from hf_lowrank.compression.stages import check_stages, compress_in_stages_
 from hf_lowrank.config import LowRankConfig
 from hf_lowrank.errors import ConfigError
 from hf_lowrank.format.feed_forward import find_feed_forwards
@@ -111,8 +111,8 @@ def compress(
     check_run(model, targets, config, run)
     dense = measure_dense(model, targets, run, left_dense)
     if stages > 1:
-        return compress_in_stages(model, config, dense, run)
-    return cut(model, targets, config, dense, run)
+        return compress_in_stages_(model, config, dense, run)
+    return cut_(model, targets, config, dense, run)
 
 
 def sweep(
@@ -188,9 +188,9 @@ def sweep(
         own = dataclasses.replace(run, stopwatch=Stopwatch(run.stopwatch.seconds))
         decision = decide(model, analysis.with_config(each), own)
         try:
-            yield apply(model, decision, dense, own)
+            yield apply_(model, decision, dense, own)
         finally:
-            make_dense_again(model, dense.layers)
+            make_dense_again_(model, dense.layers)
 
 
 def _prepare(
@@ -223,7 +223,9 @@ def check_run(
     texts, options = run.texts, run.options
     check_goal(targets, config)
     if config.objective == "latency" and run.experts:
-        raise ConfigError("objective 'latency' does not know what fused experts take to run.")
+        raise ConfigError(
+            "objective 'latency' does not know what fused experts take to run; leave it out."
+        )
     check_quantizable(targets, config.weights or ("int4" if config.megabytes else None))
     check_size_goal(model, targets, config, run.experts)
     if config.channels:

@@ -11,7 +11,7 @@ from torch import nn
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 
 from hf_lowrank.compression.analysis import analyze
-from hf_lowrank.compression.application import quantize
+from hf_lowrank.compression.application import quantize_
 from hf_lowrank.compression.decision import decide
 from hf_lowrank.compression.goals import check_goal
 from hf_lowrank.compression.options import Run, RunOptions, run_targets
@@ -79,7 +79,7 @@ def _compress_without_data(model: nn.Module, config: LowRankConfig) -> LowRankCo
     decision = decide(model, analyze(model, targets, config, quiet), quiet)
     plan = decision.plan
     factorize_(model, decision.analysis.factors, plan)
-    quantize(model, targets, config, quiet)
+    quantize_(model, targets, config, quiet)
     return config.replace(
         ranks=dict(plan.ranks),
         narrowed=None,

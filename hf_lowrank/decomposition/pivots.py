@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import torch
 
+from hf_lowrank.decomposition.spectrum import check_finite
+
 # No coefficient is larger, so that rounding errors of the pivots are not blown up.
 LARGEST_COEFFICIENT = 2.0
 
@@ -29,27 +31,26 @@ def compact_columns(
     Returns:
         Q of shape (m, k) and T of shape (k, n - k), fp64, T rounded to `dtype`; and the order of
         the columns, pivots first and the rest ascending, shape (n,).
+
+    Raises:
+        NumericalError: A factor holds NaN or infinity.
     """
     left, right = left.double(), right.double()
+    for factor in (left, right):
+        check_finite("factor", factor)
     order, coefficients = pivot_columns(right[:rank])
     coefficients = coefficients.to(dtype).double()
     unit = torch.eye(rank, dtype=right.dtype, device=right.device)
     rows = torch.cat((unit, coefficients), dim=1)[:, order.argsort()]
-    image, failed = _solve(right, rows)
-    if failed:  # a singular metric: fitted to the product, all inputs alike
-        left, image, target = left[:, :rank], rows.T, right[:rank] @ rows.T
-    else:
-        target = image
-    root = torch.linalg.cholesky(image.T @ image)
-    return torch.cholesky_solve((left @ target).T, root).T, coefficients, order
-
-
-def _solve(right: torch.Tensor, rows: torch.Tensor) -> tuple[torch.Tensor, bool]:
-    """`X = right^-T rows^T`, and whether there is none."""
-    if right.shape[0] != right.shape[1]:
-        return rows, True
-    image, failed = torch.linalg.solve_ex(right.T, rows.T)
-    return image, bool(failed) or not bool(image.isfinite().all())
+    if right.shape[0] == right.shape[1]:
+        image, singular = torch.linalg.solve_ex(right.T, rows.T)
+        root, failed = torch.linalg.cholesky_ex(image.T @ image)
+        if not bool(singular) and not bool(failed):
+            return torch.cholesky_solve((left @ image).T, root).T, coefficients, order
+    # A singular metric: fitted to the product, all inputs alike. `M M^T = I + T T^T` has a root.
+    root = torch.linalg.cholesky(rows @ rows.T)
+    target = left[:, :rank] @ (right[:rank] @ rows.T)
+    return torch.cholesky_solve(target.T, root).T, coefficients, order
 
 
 def pivot_columns(basis: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

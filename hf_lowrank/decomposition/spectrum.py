@@ -97,7 +97,7 @@ def decompose(
         NumericalError: The weight or the metric holds NaN or infinity, or the eigenvalue solver
             failed.
     """
-    _check_finite("weight", weight)
+    check_finite("weight", weight)
     matrix = weight.double()
     is_tall = matrix.shape[0] >= matrix.shape[1]
     output, inputs = _counted(form.output, matrix), _counted(form.input, matrix.T)
@@ -127,7 +127,7 @@ def _decompose_tall(
     if small.moment is None:
         scale = torch.ones_like(matrix[0])
         if small.diagonal is not None:
-            _check_finite("diagonal", small.diagonal)
+            check_finite("diagonal", small.diagonal)
             scale = small.diagonal.to(matrix).sqrt()
             if not bool((scale > 0).all()):
                 raise NumericalError("the diagonal has no positive entry")
@@ -157,13 +157,13 @@ def _counted(side: Side, matrix: torch.Tensor) -> Side:
 def _image(matrix: torch.Tensor, side: Side) -> torch.Tensor:
     """`W^T P W`, shape (n, n), for the side of the larger dimension."""
     if side.diagonal is not None:
-        _check_finite("diagonal", side.diagonal)
+        check_finite("diagonal", side.diagonal)
         return matrix.T @ (side.diagonal.to(matrix)[:, None] * matrix)
     if side.moment is None:
         return matrix.T @ matrix
     moment = side.moment.matrix.to(matrix)
     if side.moment.is_projected:
-        _check_finite("second moment", moment)
+        check_finite("second moment", moment)
         return moment + side.damping * side.moment.mean_diagonal * (matrix.T @ matrix)
     return matrix.T @ damped(moment, side) @ matrix
 
@@ -174,14 +174,19 @@ def damped(moment: torch.Tensor, side: Side) -> torch.Tensor:
     Raises:
         NumericalError: It holds NaN or infinity.
     """
-    _check_finite("second moment", moment)
+    check_finite("second moment", moment)
     result = moment.clone()
     if side.moment is not None:
         result.diagonal().add_(side.damping * side.moment.mean_diagonal)
     return result
 
 
-def _check_finite(what: str, tensor: torch.Tensor) -> None:
+def check_finite(what: str, tensor: torch.Tensor) -> None:
+    """Refuses NaN and infinity.
+
+    Raises:
+        NumericalError: It holds some.
+    """
     if not bool(torch.isfinite(tensor).all()):
         raise NumericalError(f"the {what} holds NaN or infinity")
 

@@ -64,7 +64,10 @@ def iterate_losses(
     results = each_batch(model, batches, loss_function or item_losses, progress)
     for index, result in enumerate(results):
         if not bool(torch.isfinite(result.sums).all()):
-            raise NumericalError(f"The loss of batch {index} is NaN or infinite.")
+            raise NumericalError(
+                f"The loss of batch {index} is NaN or infinite; load the model in float32, or in "
+                "bfloat16 in place of float16."
+            )
         yield from zip(result.sums.tolist(), result.counts.tolist(), strict=True)
 
 
@@ -84,5 +87,8 @@ def measure_loss(
     items = iterate_losses(model, batches, loss_function=loss_function, progress=progress)
     result = LossMeasurement(tuple(items))
     if not result.items or not result.positions:
-        raise DataError("The evaluation data holds nothing to score.")
+        raise DataError(
+            "The evaluation data holds nothing to score; pass texts of two tokens or more, "
+            "or labels that are not all -100."
+        )
     return result

@@ -21,6 +21,7 @@ from hf_lowrank.measuring.items import eval_mode, is_causal_lm
 from hf_lowrank.modeling.surgery import swapped
 from hf_lowrank.report.provenance import device_name
 from hf_lowrank.report.sections import Speed, SpeedConditions, Timing
+from hf_lowrank.value_checks import check_count
 
 REPORT_SECONDS = 20.0
 Times = TypeVar("Times")
@@ -53,8 +54,7 @@ class SpeedSettings:
     def __post_init__(self) -> None:
         """Checks the counts."""
         for name in ("batch_size", "prompt_tokens", "new_tokens", "repeats"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}.")
+            check_count(name, getattr(self, name))
 
 
 def measure_speed(
@@ -242,7 +242,7 @@ def _check_model(name: str, model: nn.Module, settings: SpeedSettings) -> None:
     if not is_causal_lm(model):
         raise ConfigError(
             f"{name}: {type(model).__name__} is no causal language model, so it has no prefill and "
-            "decode to time."
+            "decode to time; leave the speed out."
         )
     limit = getattr(model.config, "max_position_embeddings", None)
     length = settings.prompt_tokens + settings.new_tokens

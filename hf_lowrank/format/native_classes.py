@@ -31,7 +31,7 @@ def foreign_entries(config: Any) -> dict[str, str]:  # noqa: ANN401
     return {name: value for name, value in known.items() if REMOTE_MODULE not in str(value)}
 
 
-def name_as_in_4(config: Any) -> None:  # noqa: ANN401
+def name_as_in_4_(config: Any) -> None:  # noqa: ANN401
     """Gives a config the rotary settings under the names that transformers 4 reads, in place.
 
     Version 5 writes them as `rope_parameters`, which version 4 ignores without a word.
@@ -67,7 +67,7 @@ class _NativeLoader:
         """Loads the checkpoint with the native class, now that "lowrank" is registered."""
         kwargs["trust_remote_code"] = False
         if transformers.__version__.startswith("4."):
-            name_as_in_4(kwargs["config"])
+            name_as_in_4_(kwargs["config"])
         loader = getattr(transformers, cls.auto_class)
         model: nn.Module = loader.from_pretrained(path, *args, **kwargs)
         return model

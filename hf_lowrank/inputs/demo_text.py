@@ -17,6 +17,7 @@ from pathlib import Path
 from pydoc_data.topics import topics
 
 from hf_lowrank.errors import DataError
+from hf_lowrank.value_checks import check_choice
 
 DEMO, DEMO_GRAPHS, DEMO_LICENSES = "demo", "demo-graphs", "demo-licenses"
 ROLES = ("calibration", "held_out", "evaluation")
@@ -36,10 +37,10 @@ def built_in_text(name: str, role: str) -> str:
         role: "calibration", "held_out" or "evaluation".
 
     Raises:
-        DataError: The role is unknown, or the package that the text is from is not installed.
+        ConfigError: There is no such role.
+        DataError: The package that the text is from is not installed.
     """
-    if role not in ROLES:
-        raise DataError(f"role must be one of {', '.join(ROLES)}; got {role!r}.")
+    check_choice("role", role, ROLES)
     pieces = BUILT_IN[name]()
     seen: set[str] = set()
     for each, wanted in _PLACES.items():

@@ -115,7 +115,8 @@ class OwnText:
                     if "probability tensor" not in str(error):
                         raise
                     raise NumericalError(
-                        f"The model's own predictions are no probabilities ({error})."
+                        f"The model's own predictions are no probabilities ({error}); load it "
+                        "in float32."
                     ) from error
                 found.append(text[:, len(begin) : len(begin) + length].cpu())
                 progress.update(number)

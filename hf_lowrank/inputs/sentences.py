@@ -125,7 +125,7 @@ def read_pairs(
         second.append(cells[places[1]])
         scores.append(_score(path, number, cells[places[2]]))
     if len(set(scores)) < 2:
-        raise DataError(f"{path}: has no two pairs with different scores; nothing can be compared.")
+        raise DataError(f"{path}: has no two pairs with different scores; give more pairs.")
     return first, second, scores
 
 
@@ -135,5 +135,5 @@ def _score(path: Path, number: int, cell: str) -> float:
     except ValueError:
         value = math.nan
     if not math.isfinite(value):
-        raise DataError(f"{path}: line {number}: the score {cell!r} is no number.")
+        raise DataError(f"{path}: line {number}: the score {cell!r} is no number; mend it.")
     return value

@@ -22,7 +22,7 @@ from transformers import (
     AutoTokenizer,
 )
 
-from hf_lowrank.errors import ConfigError, DataError, TargetError
+from hf_lowrank.errors import ConfigError, DataError, TargetError, already_quantized
 from hf_lowrank.files import atomic_folder
 from hf_lowrank.format.layout import QUANT_METHOD
 from hf_lowrank.format.strict import load
@@ -34,6 +34,7 @@ from hf_lowrank.inputs.architectures import (
     refuse_other_head,
 )
 from hf_lowrank.inputs.hub import one_line, reading
+from hf_lowrank.value_checks import check_choice
 
 DEMO = "demo"
 DEMO_NAME = "SmolLM2-135M-Instruct"
@@ -101,10 +102,10 @@ def check_place(dtype: str, device: str) -> torch.device:
     """The device that a model is to be put on.
 
     Raises:
-        DataError: The data type is unknown, or the device is not there.
+        ConfigError: There is no such data type.
+        DataError: The device is not there.
     """
-    if dtype not in DTYPES:
-        raise DataError(f"dtype must be one of {', '.join(DTYPES)}; got {dtype!r}.")
+    check_choice("dtype", dtype, DTYPES)
     try:
         target = torch.device(device)
         torch.empty(0, device=target)
@@ -188,12 +189,12 @@ def load_classifier(
         model, info = loaded
         if missing := sorted(info["missing_keys"]):
             raise DataError(
-                f"{source}: was not fine-tuned for classification (it has no {missing[0]})."
+                f"{source}: was not fine-tuned for classification (no {missing[0]}); do it first."
             )
         refuse_left_over(source, model, info)
     if getattr(model.config, "num_labels", None) != num_labels:
         raise DataError(
-            f"{source}: has {model.config.num_labels} outputs, the task has {num_labels}."
+            f"{source}: has {model.config.num_labels} outputs, the task {num_labels}; name its own."
         )
     classifier: nn.Module = model.eval().to(target)
     return classifier
@@ -253,7 +254,7 @@ def refuse_wrong_keys(source: str, model: nn.Module, info: Mapping[str, Any]) ->
 
 def _load_gguf(path: Path, dtype: Any) -> tuple[Any, Any]:  # noqa: ANN401
     if not path.is_file():
-        raise DataError(f"{path}: no such file.")
+        raise DataError(f"{path}: no such file; correct the path.")
     if importlib.util.find_spec("gguf") is None:
         raise DataError(
             "Reading .gguf files needs the package gguf: pip install 'hf-lowrank[demo]'."
@@ -293,8 +294,7 @@ def refuse_quantized(source: str) -> None:
     Raises:
         DataError, TargetError: The model is compressed or quantized already.
     """
-    settings = _quantization(source)
-    if settings is None:
+    if (settings := _quantization(source)) is None:
         return
     if not isinstance(settings, dict):
         raise DataError(f"{source}: quantization_config must be an object, got {settings!r}.")
@@ -304,7 +304,7 @@ def refuse_quantized(source: str) -> None:
             f"{source}: is already compressed; start from the dense checkpoint, or load and merge "
             "it (hf_lowrank.load, hf_lowrank.merge) first."
         )
-    raise TargetError(f"{source}: is quantized ({method}); factorizing needs dense weights.")
+    raise already_quantized(f"{source}:", method)
 
 
 def check_windows(

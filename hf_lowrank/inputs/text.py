@@ -205,14 +205,14 @@ def read_text(source: str, role: str = "calibration") -> str:
     path = Path(source)
     try:
         if path.is_dir():
-            raise DataError(f"{source}: is a folder, not a text file.")
+            raise DataError(f"{source}: is a folder, not a text file; name a file in it.")
         text = _read_file(path) if path.is_file() else _read_hub(source, role)
     except UnicodeDecodeError:
-        raise DataError(f"{source}: is not UTF-8 text.") from None
+        raise DataError(f"{source}: is not UTF-8 text; convert it first.") from None
     except OSError as error:
         raise DataError(f"{source}: cannot be read ({error.strerror or error}).") from error
     if not text.strip():
-        raise DataError(f"{source}: holds no text.")
+        raise DataError(f"{source}: holds no text; give another one.")
     return _whole_characters(text[:_MAX_CHARACTERS])
 
 
@@ -237,7 +237,7 @@ def _json_rows(path: Path, text: str) -> Iterator[tuple[str, Any]]:
             try:
                 yield f"line {number}", json.loads(line)
             except ValueError:
-                raise DataError(f"{path}: line {number} is not a JSON object.") from None
+                raise DataError(f"{path}: line {number} is not a JSON object; mend it.") from None
             except RecursionError:
                 raise DataError(f"{path}: line {number} is nested too deeply to read.") from None
 
@@ -259,7 +259,7 @@ def _numbered(rows: Iterable[Any]) -> Iterator[tuple[str, Any]]:
 
 def _read_hub(source: str, role: str) -> str:
     if _looks_local(source):
-        raise DataError(f"{source}: no such file.")
+        raise DataError(f"{source}: no such file; correct the path.")
     from datasets import load_dataset
 
     prefer_offline_if_unreachable()

@@ -152,7 +152,10 @@ def run_batch(
         result = compute(model, batch)
         total = result.sums.sum()
     if not bool(torch.isfinite(total.detach())):
-        raise NumericalError(f"The calibration loss is {float(total.detach())}, not a number.")
+        raise NumericalError(
+            f"The calibration loss is {float(total.detach())}, not a number; load the model in "
+            "float32, or in bfloat16 in place of float16."
+        )
     if total.requires_grad:  # else no target lies on the gradient's path
         total.backward()
     return int(result.counts.sum())
@@ -173,7 +176,7 @@ def _completed(
         whole: Those whose `input` follows from `input_whole`.
     """
     if not any(moment.losses for moment in moments.values()):
-        raise DataError("The calibration data holds no batch.")
+        raise DataError("The calibration data holds no batch; pass at least one.")
     unreached = sorted(name for name, moment in moments.items() if not moment.tokens)
     if unreached:
         raise DataError(

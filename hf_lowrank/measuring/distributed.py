@@ -52,7 +52,7 @@ class Processes:
     def wait(self) -> None:
         """Returns when all processes are here."""
         if self.count > 1:
-            PartialState().wait_for_everyone()  # type: ignore[no-untyped-call]
+            PartialState().wait_for_everyone()
 
     def decide(self, value: Item) -> Item:
         """The main process's value, on every process."""

@@ -33,6 +33,7 @@ from hf_lowrank.measuring.items import (
     is_one_of,
     without_labels,
 )
+from hf_lowrank.value_checks import check_choice
 
 POOLINGS = ("mean", "cls", "last", "output")
 _OUTPUTS = ("text_embeds", "image_embeds")  # what models with projections hand back
@@ -74,10 +75,7 @@ class EmbeddingLoss:
 
     def __post_init__(self) -> None:
         """Checks the pooling."""
-        if self.pooling not in (None, *POOLINGS):
-            raise ConfigError(
-                f"pooling must be one of {', '.join(POOLINGS)}; got {self.pooling!r}."
-            )
+        check_choice("pooling", self.pooling, (None, *POOLINGS))
 
     def __call__(self, model: nn.Module, batch: Batch) -> ItemLosses:
         """Losses of a batch, one for each item; see `LossFunction`.

@@ -21,7 +21,7 @@ from hf_lowrank.channels.expert_order import Orders, of_experts, of_feed_forward
 from hf_lowrank.channels.narrowing import narrowed
 from hf_lowrank.decomposition.pivots import compact_columns
 from hf_lowrank.decomposition.spectrum import Factors
-from hf_lowrank.errors import TargetError
+from hf_lowrank.errors import TargetError, in_layer
 from hf_lowrank.format.dense_linear import linear_shape
 from hf_lowrank.format.forms.compact import CompactLinear
 from hf_lowrank.format.forms.factors import LowRankLinear
@@ -32,6 +32,8 @@ from hf_lowrank.format.rebuild import compressed_layers
 from hf_lowrank.format.torchao_weights import quantized_modules
 from hf_lowrank.measuring.passes import stream_of
 from hf_lowrank.ranks.plan import RankPlan
+
+_ADVICE = "Exclude the layer, or use other calibration data."
 
 
 def replace_layer_(model: nn.Module, name: str, layer: nn.Module) -> None:
@@ -126,17 +128,22 @@ def factorize_(
         The dense layers that were replaced, by name; `restore_` puts them back.
 
     Raises:
-        TargetError: A planned layer is missing, has another shape, or has no spectrum. Nothing
-            has been edited then.
+        TargetError: A planned layer is missing, has another shape, or has no spectrum.
+        NumericalError: Nothing can be fitted to a layer's factors or channels. Nothing has been
+            edited in either case.
     """
     chosen = {name: rank for name, rank in plan.ranks.items() if rank is not None}
     originals = {name: _planned_layer(model, name, plan) for name in {**chosen, **plan.narrowed}}
     for name in chosen.keys() - factors.keys():
-        raise TargetError(f"{name}: the plan gives it a rank, but it was not decomposed.")
+        raise TargetError(
+            f"{name}: the plan gives it a rank, but it was not decomposed; analyze it, too."
+        )
     blocks = {n: each for n, each in of_feed_forwards(orders).items() if n in plan.narrowed}
     covered = {name for each in blocks.values() for name in each.block.names}
     for name in plan.narrowed.keys() - covered:
-        raise TargetError(f"{name}: the plan narrows it, but its channels were not ordered.")
+        raise TargetError(
+            f"{name}: the plan narrows it, but its channels were not ordered; analyze them."
+        )
     for output, each in blocks.items():
         for name, shape in each.shapes(plan.shapes, plan.narrowed[output][1]).items():
             if tuple(plan.narrowed.get(name, plan.shapes[name])) != shape:
@@ -147,9 +154,11 @@ def factorize_(
     layers = _smaller_experts(model, plan, orders)
     originals |= {name: model.get_submodule(name) for name in layers}
     for name, each in blocks.items():
-        layers |= narrowed(model, each.block, each.narrowing(model, plan.narrowed[name][1]))
+        with in_layer(name, _ADVICE):
+            layers |= narrowed(model, each.block, each.narrowing(model, plan.narrowed[name][1]))
     for name, rank in chosen.items():
-        layers[name] = lowrank_from_factors(originals[name], factors[name], rank, plan.form)
+        with in_layer(name, _ADVICE):
+            layers[name] = lowrank_from_factors(originals[name], factors[name], rank, plan.form)
     restore_(model, layers)
     return originals
 
@@ -161,7 +170,9 @@ def _smaller_experts(
     known, layers = of_experts(orders), dict[str, nn.Module]()
     for name, left in plan.experts.items():
         if left.is_cut and name not in known:
-            raise TargetError(f"{name}: the plan takes experts away, but they were not ordered.")
+            raise TargetError(
+                f"{name}: the plan takes experts away, but they were not ordered; analyze them."
+            )
         layers |= known[name].smaller(model, left) if left.is_cut else {}
     return layers
 

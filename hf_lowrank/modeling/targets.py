@@ -14,7 +14,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from hf_lowrank.config import LowRankConfig
-from hf_lowrank.errors import ConfigError, TargetError
+from hf_lowrank.errors import ConfigError, TargetError, already_quantized
 from hf_lowrank.format.dense_linear import linear_shape
 from hf_lowrank.format.fused_experts import experts_shape, small_experts
 from hf_lowrank.format.layout import QUANT_METHOD
@@ -48,7 +48,7 @@ def find_targets(model: nn.Module, config: LowRankConfig) -> dict[str, nn.Module
     quantizer = getattr(model, "hf_quantizer", None)
     method = quantizer.quantization_config.quant_method if quantizer is not None else QUANT_METHOD
     if method != QUANT_METHOD:
-        raise TargetError(f"The model is quantized ({method}); factorizing needs dense weights.")
+        raise already_quantized("The model", method)
     linears = {n: m for n, m in model.named_modules() if isinstance(m, (nn.Linear, Conv1D))}
     named = linears | {n: m for n, m in model.named_modules() if experts_shape(m)}
     if config.target_modules is None:

@@ -9,9 +9,9 @@ import copy
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from accelerate.utils import extract_model_from_parallel
 from torch import nn
@@ -27,16 +27,27 @@ from hf_lowrank.format.dense_linear import linear_shape, linear_weight
 from hf_lowrank.format.rebuild import factorized_layers
 from hf_lowrank.measuring.items import Batch
 from hf_lowrank.modeling.qualification import qualified
+from hf_lowrank.pruning.lpaf_report import (
+    Cut,
+    Factorized,
+    FineTuned,
+    LpafReport,
+    Overheads,
+    Pruned,
+    TargetSizes,
+)
 from hf_lowrank.pruning.mixed_trainer import MixedRankTrainer
-from hf_lowrank.pruning.pruned_ranks import mean_ranks
+from hf_lowrank.pruning.pruned_ranks import NumericalRanks, mean_ranks
 from hf_lowrank.pruning.pruning_arguments import MixedRankArguments, PruningArguments
 from hf_lowrank.pruning.pruning_trainer import PruningTrainer
 from hf_lowrank.pruning.stage_store import StageStore, digest_of, factorize_empty_
 from hf_lowrank.ranks.plan import RankPlan
+from hf_lowrank.report.reading import read_section
 from hf_lowrank.training.best import BestWeights
 from hf_lowrank.training.distillation import check_teacher
 
-STAGES = ("pruned", "factorized", "fine_tuned")
+STAGES = (Pruned.STAGE, Factorized.STAGE, FineTuned.STAGE)
+Record = TypeVar("Record", Pruned, Factorized, FineTuned)
 
 
 @dataclass(frozen=True)
@@ -86,7 +97,7 @@ def lpaf_(
     teacher: nn.Module | None = None,
     work_dir: str | Path | None = None,
     on_stage: Callable[[str, nn.Module], bool | None] | None = None,
-) -> dict[str, Any]:
+) -> LpafReport:
     """Runs the three stages on a model, in place, and leaves it in eval mode.
 
     With a work folder each finished stage is kept under a hash of everything that it depends on
@@ -108,10 +119,7 @@ def lpaf_(
             False after the pruning, that was too much: the model is left pruned, and dense.
 
     Returns:
-        The report: `density` and `numerical_ranks` of the weights before the cut (`mean_ranks`;
-        its `layers` hold the numerical rank of each), `overheads` and `seconds` by stage,
-        `restored` stages; of a model that was factorized also `ranks`, `parameters`,
-        `compression` and `held_out_loss`.
+        What the stages did.
 
     Raises:
         ConfigError, DataError, TargetError: Before anything is changed.
@@ -140,7 +148,9 @@ class _Run:
         self.store = store
         self.targets = qualified(model, settings.compression).targets
         self.shapes = {name: linear_shape(layer) for name, layer in self.targets.items()}
-        self.records: dict[str, dict[str, Any]] = {}
+        self.pruned: Pruned | None = None
+        self.factorized: Factorized | None = None
+        self.tuned: FineTuned | None = None
         self.restored: list[str] = []
         self.keys: dict[str, str] = {}
 
@@ -149,7 +159,7 @@ class _Run:
         settings, config = self.settings, self.settings.compression
         check_goal(self.targets, config)
         if config.channels:
-            raise ConfigError("LPAF factorizes pruned weights and takes no channels out.")
+            raise ConfigError("LPAF takes no channels out; leave channels out of its config.")
         needs_data = bool(METRICS[config.metric].needs) or config.goal == "loss_tolerance"
         if needs_data and not texts.calibration:
             raise DataError(
@@ -184,7 +194,8 @@ class _Run:
 
     def prune(self, dataset: Any, collator: Any, teacher: nn.Module | None) -> None:  # noqa: ANN401
         """Stage 1: fine-tunes the dense model and prunes it."""
-        if self._restore(STAGES[0]):
+        self.pruned = self._restored(Pruned)
+        if self.pruned is not None:
             return
         start, overhead = time.perf_counter(), None
         if self.settings.prune:
@@ -203,30 +214,27 @@ class _Run:
                 extract_model_from_parallel(self.model, keep_fp32_wrapper=False)
         seconds = time.perf_counter() - start
         ranks = mean_ranks({name: linear_weight(layer) for name, layer in self.targets.items()})
-        ranks["layers"] = {name: p["numerical_rank"] for name, p in ranks["layers"].items()}
-        self._finish(STAGES[0], seconds, numerical_ranks=ranks, overhead=overhead)
+        self.pruned = self._kept(Pruned(seconds, NumericalRanks.of(ranks), overhead))
 
     def factorize(self, texts: Texts) -> None:
         """Stage 2: replaces what survived by factors."""
-        record = self.store.read(STAGES[1], self.keys[STAGES[1]])
-        if record is not None:
-            self.records[STAGES[1]] = record
-            factorize_empty_(self.model, self._decided())
-            self._restore(STAGES[1])
+        self.factorized = self._restored(Factorized)
+        if self.factorized is not None:
             return
         start = time.perf_counter()
         config = copy.deepcopy(self.settings.compression)
         found = compress(
             self.model, config, texts.calibration, held_out=texts.held_out, progress=False
         )
-        self._finish(
-            STAGES[1],
-            time.perf_counter() - start,
-            ranks=found.ranks,
-            compression_seconds=found.seconds,
-            predicted_loss_difference=found.predicted_loss_difference,
-            failures=found.failures,
-            held_out=None if found.held_out is None else asdict(found.held_out),
+        self.factorized = self._kept(
+            Factorized(
+                seconds=time.perf_counter() - start,
+                ranks=found.ranks,
+                compression_seconds=found.seconds,
+                predicted_loss_difference=found.predicted_loss_difference,
+                failures=found.failures,
+                held_out=found.held_out,
+            )
         )
 
     def fine_tune(
@@ -237,7 +245,8 @@ class _Run:
         teacher: nn.Module | None,
     ) -> None:
         """Stage 3: leads the model from the sparse matrices over to the factors."""
-        if self._restore(STAGES[2]):
+        self.tuned = self._restored(FineTuned)
+        if self.tuned is not None:
             return
         changes = {} if eval_dataset is None else {"eval_strategy": "epoch", "eval_on_start": True}
         start, overhead, best = time.perf_counter(), None, None
@@ -260,35 +269,32 @@ class _Run:
                 best.restore_()
                 overhead = trainer.overhead()
         held_out_loss = None if best is None or eval_dataset is None else best.best_loss
-        seconds = time.perf_counter() - start
-        self._finish(STAGES[2], seconds, overhead=overhead, held_out_loss=held_out_loss)
+        self.tuned = self._kept(FineTuned(time.perf_counter() - start, overhead, held_out_loss))
 
-    def report(self) -> dict[str, Any]:
+    def report(self) -> LpafReport:
         """Everything that the stages recorded."""
-        records, settings = self.records, self.settings
-        pruned = records[STAGES[0]]
-        found = {
-            "settings": asdict(settings) | {"compression": settings.compression.to_dict()},
-            "density": pruned["numerical_ranks"]["density"],
-            "numerical_ranks": pruned["numerical_ranks"],
-            "overheads": {"pruning": pruned["overhead"]},
-            "seconds": {stage: record["seconds"] for stage, record in records.items()},
-            "restored": self.restored,
-        }
-        if STAGES[2] not in records:
+        assert self.pruned is not None  # the first stage has run
+        ranks, settings = self.pruned.numerical_ranks, self.settings
+        finished = [each for each in (self.pruned, self.factorized, self.tuned) if each]
+        found = LpafReport(
+            settings=asdict(settings) | {"compression": settings.compression.to_dict()},
+            density=ranks.density,
+            numerical_ranks=ranks,
+            overheads=Overheads(self.pruned.overhead),
+            seconds={each.STAGE: each.seconds for each in finished},
+            restored=self.restored,
+        )
+        if self.factorized is None or self.tuned is None:
             return found
-        factorized, tuned = (records[stage] for stage in STAGES[1:])
-        found["overheads"]["fine_tuning"] = tuned["overhead"]
-        plan = RankPlan(factorized["ranks"], self.shapes)
-        return found | {
-            "ranks": factorized["ranks"],
-            "parameters": {
-                "targeted_dense": plan.dense_parameters,
-                "targeted_kept": plan.kept_parameters,
-            },
-            "compression": {n: v for n, v in factorized.items() if n not in ("ranks", "seconds")},
-            "held_out_loss": tuned["held_out_loss"],
-        }
+        plan = RankPlan(self.factorized.ranks, self.shapes)
+        return replace(
+            found,
+            overheads=Overheads(self.pruned.overhead, self.tuned.overhead),
+            ranks=self.factorized.ranks,
+            parameters=TargetSizes(plan.dense_parameters, plan.kept_parameters),
+            compression=Cut(*(getattr(self.factorized, each.name) for each in fields(Cut))),
+            held_out_loss=self.tuned.held_out_loss,
+        )
 
     def _arguments(self, folder: str, stage: Mapping[str, Any]) -> dict[str, Any]:
         own = {
@@ -302,22 +308,23 @@ class _Run:
     def _sparse_layers(self) -> dict[str, nn.Module]:
         return {name: self.targets[name] for name in factorized_layers(self.model)}
 
-    def _decided(self) -> LowRankConfig:
-        ranks = self.records[STAGES[1]]["ranks"]
-        return self.settings.compression.replace(ranks=ranks, form="factors")
-
-    def _restore(self, stage: str) -> bool:
-        record = self.store.read(stage, self.keys[stage])
-        if record is None:
-            return False
-        self.store.load_(stage, self.keys[stage], self.model)
-        self.records[stage] = record
+    def _restored(self, kind: type[Record]) -> Record | None:
+        """The record of a stage that an earlier run has finished, its weights in the model."""
+        stage, key = kind.STAGE, self.keys[kind.STAGE]
+        values = self.store.read(stage, key)
+        if values is None:
+            return None
+        record = read_section(kind, values, stage)
+        if isinstance(record, Factorized):
+            config = self.settings.compression.replace(ranks=record.ranks, form="factors")
+            factorize_empty_(self.model, config)
+        self.store.load_(stage, key, self.model)
         self.restored.append(stage)
-        return True
+        return record
 
-    def _finish(self, stage: str, seconds: float, **record: Any) -> None:
-        self.records[stage] = {"seconds": seconds, **record}
-        self.store.write(stage, self.keys[stage], self.model, self.records[stage])
+    def _kept(self, record: Record) -> Record:
+        self.store.write(record.STAGE, self.keys[record.STAGE], self.model, asdict(record))
+        return record
 
 
 def _trains(args: TrainingArguments) -> bool:

@@ -45,7 +45,7 @@ class MaskedWeights:
         return sum(tensor.numel() * tensor.element_size() for tensor in self.state().values())
 
     @torch.no_grad()
-    def before_step(self) -> None:
+    def before_step_(self) -> None:
         """Shows the gradients to the criterion and gives the optimizer the dense weights.
 
         Raises:
@@ -63,7 +63,7 @@ class MaskedWeights:
             parameter.data = self.dense[name]
 
     @torch.no_grad()
-    def after_step(self, density: float | None = None) -> None:
+    def after_step_(self, density: float | None = None) -> None:
         """Puts the masked weights back, chosen anew if a density is given.
 
         Raises:
@@ -91,7 +91,7 @@ class MaskedWeights:
         }
 
     @torch.no_grad()
-    def load_state(self, tensors: Mapping[str, torch.Tensor]) -> None:
+    def load_state_(self, tensors: Mapping[str, torch.Tensor]) -> None:
         """Takes up a state; the parameters hold the masked weights afterwards.
 
         Raises:

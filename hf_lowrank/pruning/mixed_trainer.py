@@ -11,6 +11,7 @@ from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from hf_lowrank.errors import ConfigError
+from hf_lowrank.pruning.lpaf_report import MixingOverhead
 from hf_lowrank.pruning.mixed_rank import draw_gates_, mix_, mixed_layers, unmix_
 from hf_lowrank.pruning.pruning_arguments import MixedRankArguments
 from hf_lowrank.pruning.schedule import sparse_probability
@@ -114,18 +115,15 @@ class MixedRankTrainer(DistillingTrainer):
         self.steps[phase] += 1
         return loss
 
-    def free_sparse(self) -> None:
+    def free_sparse_(self) -> None:
         """Frees the sparse matrices once their chance is 0; called before every step."""
         if self.probability <= 0:
             unmix_(self.model)
 
-    def overhead(self) -> dict[str, float | None]:
+    def overhead(self) -> MixingOverhead:
         """Bytes held by the sparse matrices, and mean seconds of a step of either phase."""
-        means = {
-            f"{phase}_step_seconds": self.seconds[phase] / n if (n := self.steps[phase]) else None
-            for phase in _PHASES
-        }
-        return {"sparse_bytes": self.sparse_bytes, **means}
+        means = (self.seconds[p] / n if (n := self.steps[p]) else None for p in _PHASES)
+        return MixingOverhead(self.sparse_bytes, *means)
 
 
 class _MixedRankCallback(TrainerCallback):
@@ -137,7 +135,7 @@ class _MixedRankCallback(TrainerCallback):
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        self.trainer.free_sparse()
+        self.trainer.free_sparse_()
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

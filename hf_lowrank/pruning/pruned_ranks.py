@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -71,22 +71,49 @@ def rank_profile(
     )
 
 
+@dataclass(frozen=True)
+class MeanRanks:
+    """Means over layers of the figures of `RankProfile`; the density is that of all entries."""
+
+    density: float
+    matrix_rank: float
+    numerical_rank: float
+    energy_rank: float
+    stable_rank: float
+
+
+@dataclass(frozen=True)
+class LayerRanks(MeanRanks):
+    """Means and the profile of each layer."""
+
+    layers: dict[str, RankProfile]
+
+
+@dataclass(frozen=True)
+class NumericalRanks(MeanRanks):
+    """Means and the numerical rank of each layer."""
+
+    layers: dict[str, int]
+
+    @classmethod
+    def of(cls, ranks: LayerRanks) -> NumericalRanks:
+        """The same, less of each layer."""
+        found = {name: profile.numerical_rank for name, profile in ranks.layers.items()}
+        return cls(**(vars(ranks) | {"layers": found}))
+
+
 def target_weights(model: nn.Module, config: LowRankConfig | None = None) -> dict[str, Any]:
     """The target layers' weights by name, each (out_features, in_features), without a copy."""
     targets = find_targets(model, config or LowRankConfig())
     return {name: linear_weight(layer) for name, layer in targets.items()}
 
 
-def mean_ranks(weights: Mapping[str, torch.Tensor], **settings: float) -> dict[str, Any]:
+def mean_ranks(weights: Mapping[str, torch.Tensor], **settings: float) -> LayerRanks:
     """Ranks of all layers and their means.
 
     Args:
         weights: Matrices by layer name.
         **settings: `threshold` and `energy` of `rank_profile`.
-
-    Returns:
-        `density` (of all entries together), the mean of each rank over the layers by its name,
-        and `layers`: every layer's `RankProfile` as a dict.
     """
     profiles = {name: rank_profile(weight, **settings) for name, weight in weights.items()}
     entries = sum(weight.numel() for weight in weights.values())
@@ -95,5 +122,4 @@ def mean_ranks(weights: Mapping[str, torch.Tensor], **settings: float) -> dict[s
         figure: sum(getattr(p, figure) for p in profiles.values()) / len(profiles)
         for figure in _FIGURES
     }
-    layers = {name: asdict(profile) for name, profile in profiles.items()}
-    return {"density": kept / entries, **means, "layers": layers}
+    return LayerRanks(density=kept / entries, **means, layers=profiles)

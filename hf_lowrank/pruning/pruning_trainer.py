@@ -16,6 +16,7 @@ from hf_lowrank.config import LowRankConfig
 from hf_lowrank.errors import CheckpointError, ConfigError
 from hf_lowrank.files import atomic_file
 from hf_lowrank.modeling.qualification import qualified
+from hf_lowrank.pruning.lpaf_report import PruningOverhead
 from hf_lowrank.pruning.masked import MaskedWeights
 from hf_lowrank.pruning.pruning_arguments import PruningArguments
 from hf_lowrank.pruning.schedule import density_at
@@ -81,14 +82,14 @@ class PruningTrainer(DistillingTrainer):
     def before_optimizer_step(self) -> None:
         """Adds the gradients to the scores and hands the dense weights to the optimizer."""
         start = time.perf_counter()
-        self.weights.before_step()
+        self.weights.before_step_()
         self.seconds += time.perf_counter() - start
 
     def after_optimizer_step(self) -> None:
         """Masks the weights again; the masks are renewed when they are due."""
         start = time.perf_counter()
         step = self.state.global_step + 1  # Trainer counts the step afterwards
-        self.weights.after_step(self._due_density(step))
+        self.weights.after_step_(self._due_density(step))
         self.seconds += time.perf_counter() - start
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -97,9 +98,9 @@ class PruningTrainer(DistillingTrainer):
             logs["density"] = self.weights.density
         super().log(logs, start_time)
 
-    def overhead(self) -> dict[str, float]:
-        """What pruning cost in this process: `bytes` held and `seconds` spent."""
-        return {"bytes": self.weights.num_bytes, "seconds": self.seconds}
+    def overhead(self) -> PruningOverhead:
+        """What pruning cost in this process."""
+        return PruningOverhead(self.weights.num_bytes, self.seconds)
 
     def _due_density(self, step: int) -> float | None:
         """The density for a new choice of survivors, None where none is due."""
@@ -131,7 +132,7 @@ class PruningTrainer(DistillingTrainer):
         super()._load_from_checkpoint(resume_from_checkpoint, model)
         path = Path(resume_from_checkpoint) / STATE_FILE
         try:
-            self.weights.load_state(load_file(path))
+            self.weights.load_state_(load_file(path))
         except (OSError, SafetensorError) as error:
             raise CheckpointError(
                 f"{path}: can't be read ({error}); resume from a checkpoint of PruningTrainer."

@@ -154,7 +154,9 @@ def choose_masks(scores: Mapping[str, torch.Tensor], density: float) -> Matrices
     """
     for name, values in scores.items():
         if not bool(torch.isfinite(values).all()):
-            raise NumericalError(f"{name}: its pruning scores hold NaN or infinity.")
+            raise NumericalError(
+                f"{name}: its pruning scores hold NaN or infinity; lower the learning rate."
+            )
     kept = _top(torch.cat([values.flatten() for values in scores.values()]), density)
     parts = kept.split([values.numel() for values in scores.values()])
     return {

@@ -166,7 +166,10 @@ def paired_difference(
     differences: list[tuple[float, int]] = []
     for (old, count), (new, _) in zip(before, after, strict=False):
         if not (math.isfinite(old) and math.isfinite(new)):
-            raise NumericalError(f"The loss of item {len(differences)} is not finite.")
+            raise NumericalError(
+                f"The loss of item {len(differences)} is not finite; load the model in float32, or "
+                "leave the item out."
+            )
         differences.append((new - old, count))
         if len(differences) >= min_items and len(differences) < len(before):
             mean, error = _weighted_mean(differences)

@@ -30,11 +30,12 @@ from hf_lowrank.report.sections import (
     Sizes,
     Speed,
     Stage,
-    Training,
 )
+from hf_lowrank.report.training_sections import Training
 
 AnyReport = TypeVar("AnyReport", bound="Report")
 # A list of numbers, one to a line; a string in JSON holds no line break.
+_ADVICE = "name the report.json that compress wrote."
 _NUMBERS = re.compile(r"\[\n\s+(-?\d[-+.\deE,\s]*?)\n\s+\]")
 
 
@@ -136,10 +137,14 @@ class Report:
         except OSError as error:
             raise DataError(f"{path}: can't be read ({error.strerror or error}).") from error
         except ValueError as error:
-            raise DataError(f"{path}: is not a report of hf_lowrank ({error}).") from error
+            raise DataError(
+                f"{path}: is not a report of hf_lowrank ({error}); {_ADVICE}"
+            ) from error
         counts = dataclasses.astuple(report.parameters) + dataclasses.astuple(report.bytes)
         if min(counts) <= 0:
-            raise DataError(f"{path}: is not a report of hf_lowrank (its sizes are not counts).")
+            raise DataError(
+                f"{path}: is not a report of hf_lowrank (its sizes are not counts); {_ADVICE}"
+            )
         return report
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from hf_lowrank.config import LowRankConfig
 from hf_lowrank.ranks.tolerance import LossDifference
 from hf_lowrank.report.reading import read_section
+from hf_lowrank.report.training_sections import RankSelection
 
 _NO_SETTINGS = ("ranks", "narrowed", "quantized", "experts")  # decisions, which it has itself
 
@@ -197,27 +198,6 @@ class Joint:
 
 
 @dataclass(frozen=True)
-class Training:
-    """How low-rank training from full rank went.
-
-    Attributes:
-        epochs: Passes over the training set.
-        learning_rate: Peak rate.
-        rule: How ranks were selected.
-        selections: How often.
-        param_ratio: Their goal as a kept share of the targeted parameters, or None.
-        tolerance: Their goal as a rise of the loss in nats, each.
-    """
-
-    epochs: float
-    learning_rate: float
-    rule: str
-    selections: int
-    param_ratio: float | None
-    tolerance: float | None
-
-
-@dataclass(frozen=True)
 class LayerSpectrum:
     """A few components of a layer.
 
@@ -318,7 +298,7 @@ class Data:
     evaluation: str | None = None
     foreign: str | None = None
     start_token: str | None = None
-    selections: list[dict[str, object]] | None = None
+    selections: list[RankSelection] | None = None
 
     def to_dict(self) -> dict[str, object]:
         """What is not None."""

@@ -37,7 +37,7 @@ def dense_model(task: Task, args: TaskArguments) -> nn.Module:
     if not folder.is_dir():
         model = task.new_model()
         length = {"num_train_epochs": args.dense_epochs}
-        fine_tune(model, task, args, length, args.dense_learning_rate)
+        fine_tune_(model, task, args, length, args.dense_learning_rate)
         with atomic_folder(folder) as temporary:
             model.save_pretrained(temporary)  # type: ignore[operator]
             task.tokenizer.save_pretrained(temporary)
@@ -69,7 +69,7 @@ def split_length(args: TaskArguments, share: float) -> tuple[dict[str, float], d
     return {"max_steps": first}, {"max_steps": args.steps - first}
 
 
-def fine_tune(
+def fine_tune_(
     model: nn.Module,
     task: Task,
     args: TaskArguments,

@@ -21,8 +21,9 @@ from hf_lowrank.tasks.glue_data import HUB_DATASET, TASKS, hub_split, load_glue
 from hf_lowrank.tasks.models import new_model
 from hf_lowrank.tasks.prediction import predictions
 from hf_lowrank.tasks.task import Collator, Task
-from hf_lowrank.tasks.task_arguments import TaskArguments
+from hf_lowrank.tasks.task_arguments import HELD_OUT_SHARE, TaskArguments
 from hf_lowrank.tasks.task_report import TaskData
+from hf_lowrank.value_checks import check_choice
 
 
 @dataclass
@@ -39,8 +40,7 @@ class GlueArguments(TaskArguments):
             ConfigError, DataError: With the first such setting.
         """
         super().check()
-        if self.task not in TASKS:
-            raise DataError(f"task must be one of {', '.join(TASKS)}; got {self.task!r}.")
+        check_choice("task", self.task, TASKS)
 
 
 def load_glue_task(args: GlueArguments) -> Task:
@@ -57,7 +57,7 @@ def load_glue_task(args: GlueArguments) -> Task:
         train = train.select(range(min(args.train_samples, len(train))))
     if len(train) < 2:
         raise DataError(f"{args.task}: {len(train)} training example is too few; 2 are needed.")
-    held_out = max(1, len(train) // 10)
+    held_out = max(1, int(HELD_OUT_SHARE * len(train)))
 
     def tokenize(row: dict[str, Any]) -> dict[str, Any]:
         pair = (row["sentence1"], row.get("sentence2"))

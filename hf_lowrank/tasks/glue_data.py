@@ -16,6 +16,7 @@ from datasets import Dataset, load_dataset
 
 from hf_lowrank.errors import DataError
 from hf_lowrank.inputs.hub import prefer_offline_if_unreachable
+from hf_lowrank.value_checks import check_choice
 
 
 @dataclass(frozen=True)
@@ -76,12 +77,11 @@ def load_glue(task: str, split: str, data_dir: str | None = None) -> Dataset:
         data_dir: Folder with the original files, or with the tasks' folders; None for the Hub.
 
     Raises:
-        DataError: The task is unknown, the files are missing, a column or a label does not fit.
+        ConfigError: There is no such task or split.
+        DataError: The files are missing, or a column or a label does not fit.
     """
-    if task not in TASKS:
-        raise DataError(f"task must be one of {', '.join(TASKS)}; got {task!r}.")
-    if split not in _STEMS:
-        raise DataError(f"split must be train or validation; got {split!r}.")
+    check_choice("task", task, TASKS)
+    check_choice("split", split, _STEMS)
     rows = _hub_rows(task, split) if data_dir is None else _folder_rows(task, split, Path(data_dir))
     if not rows:
         raise DataError(f"{task}: the {split} split is empty.")

@@ -24,7 +24,7 @@ from hf_lowrank.report.schema import Report
 from hf_lowrank.report.sections import Settings
 from hf_lowrank.tasks.fine_tuning import (
     SPECTRA_FOLDER,
-    fine_tune,
+    fine_tune_,
     split_length,
     teacher_of,
     training_length,
@@ -51,19 +51,19 @@ from hf_lowrank.training.training_arguments import LowRankTrainingArguments
 Method = Callable[[nn.Module, Task, TaskArguments], dict[str, Any]]
 
 
-def train_on(model: nn.Module, task: Task, args: TaskArguments) -> dict[str, Any]:
+def train_on_(model: nn.Module, task: Task, args: TaskArguments) -> dict[str, Any]:
     """No compression, as many epochs as the other methods have: the row to compare with."""
-    return _then_fine_tune(model, task, args)
+    return _then_fine_tune_(model, task, args)
 
 
-def cut_then_train(
+def cut_then_train_(
     model: nn.Module, task: Task, args: TaskArguments, *, metric: str, channels: bool = False
 ) -> dict[str, Any]:
     """One cut in a metric, with the metric's default rule; then fine-tuning of what is left."""
-    return _cut_then_fine_tune(model, task, args, cut_config(args, metric, channels))
+    return _cut_then_fine_tune_(model, task, args, cut_config(args, metric, channels))
 
 
-def _cut_then_fine_tune(
+def _cut_then_fine_tune_(
     model: nn.Module, task: Task, args: TaskArguments, config: LowRankConfig, part: float = 1.0
 ) -> dict[str, Any]:
     start = time.perf_counter()
@@ -77,11 +77,11 @@ def _cut_then_fine_tune(
         progress=sys.stderr.isatty(),
     )
     seconds = {"compress": time.perf_counter() - start}
-    report = _then_fine_tune(model, task, args, part)
+    report = _then_fine_tune_(model, task, args, part)
     return _cut_fields(found) | report | {"seconds": seconds | report["seconds"]}
 
 
-def cut_jointly_then_train(model: nn.Module, task: Task, args: TaskArguments) -> dict[str, Any]:
+def cut_jointly_then_train_(model: nn.Module, task: Task, args: TaskArguments) -> dict[str, Any]:
     """One cut with ranks and factors steered along the gradient (docs/methods.md, 5)."""
     start = time.perf_counter()
     accepting = _without(task.held_out, [task.validation])
@@ -98,7 +98,7 @@ def cut_jointly_then_train(model: nn.Module, task: Task, args: TaskArguments) ->
         progress=sys.stderr.isatty(),
     )
     seconds = {"compress": time.perf_counter() - start}
-    report = _then_fine_tune(model, task, args) | {"joint": found.joint}
+    report = _then_fine_tune_(model, task, args) | {"joint": found.joint}
     return _cut_fields(found) | report | {"seconds": seconds | report["seconds"]}
 
 
@@ -114,7 +114,7 @@ def _cut_fields(found: Report) -> dict[str, Any]:
     return {name: getattr(found, name) for name in names}
 
 
-def cut_while_training(
+def cut_while_training_(
     model: nn.Module, task: Task, args: TaskArguments, *, rule: str
 ) -> dict[str, Any]:
     """Low-rank training from full rank, ranks selected as it goes on (docs/methods.md, 3)."""
@@ -143,7 +143,7 @@ def cut_while_training(
         trainer.train()
         best.restore_()
         trainer.export()
-    selection = sum(found["seconds"] for found in trainer.selections)
+    selection = sum(found.seconds for found in trainer.selections)
     return {
         "training": trainer.summary(),
         "selections": trainer.selections,
@@ -151,7 +151,7 @@ def cut_while_training(
     }
 
 
-def settle_cut_train(
+def settle_cut_train_(
     model: nn.Module, task: Task, args: TaskArguments, *, metric: str
 ) -> dict[str, Any]:
     """Cuttlefish (docs/methods.md, 6): full rank until stable ranks settle, then the factors.
@@ -161,8 +161,8 @@ def settle_cut_train(
     """
 
     def stable_ranks() -> dict[str, float]:
-        layers = mean_ranks(target_weights(model))["layers"]
-        return {name: found["stable_rank"] for name, found in layers.items()}
+        layers = mean_ranks(target_weights(model)).layers
+        return {name: found.stable_rank for name, found in layers.items()}
 
     start = time.perf_counter()
     switch = FullRankSwitch(stable_ranks, args.selections_per_epoch, args.full_rank_share)
@@ -185,11 +185,11 @@ def settle_cut_train(
     # A bit short: Trainer rounds epochs up, and rounding errors must not add a step to them.
     left = trainer.state.max_steps - trainer.state.global_step - 0.25
     config = cut_config(args, metric).replace(rule="stable-rank")
-    report = _cut_then_fine_tune(model, task, args, config, left / trainer.state.max_steps)
+    report = _cut_then_fine_tune_(model, task, args, config, left / trainer.state.max_steps)
     return report | {"switch": switch.summary(), "seconds": seconds | report["seconds"]}
 
 
-def prune_cut_train(
+def prune_cut_train_(
     model: nn.Module,
     task: Task,
     args: TaskArguments,
@@ -255,7 +255,7 @@ def prune_cut_train(
         on_stage=on_stage,
     )
     report = {"config": Settings.of(config), "lpaf": lpaf}
-    return report | {"seconds": dict(lpaf["seconds"])} | found
+    return report | {"seconds": dict(lpaf.seconds)} | found
 
 
 def cut_config(args: TaskArguments, metric: str, channels: bool = False) -> LowRankConfig:
@@ -272,14 +272,14 @@ def cut_config(args: TaskArguments, metric: str, channels: bool = False) -> LowR
     )
 
 
-def _then_fine_tune(
+def _then_fine_tune_(
     model: nn.Module, task: Task, args: TaskArguments, part: float = 1.0
 ) -> dict[str, Any]:
     uncured = task.score(model, task.validation)
     uncured_held_out = task.score(model, task.held_out)
     start = time.perf_counter()
     length, teacher = training_length(args, part), teacher_of(task, args)
-    fine_tune(model, task, args, length, args.learning_rate, teacher)
+    fine_tune_(model, task, args, length, args.learning_rate, teacher)
     return {
         "uncured_metrics": uncured,
         "uncured_held_out_metrics": uncured_held_out,
@@ -287,9 +287,9 @@ def _then_fine_tune(
     }
 
 
-METHODS: dict[str, Method] = {"dense": train_on}
-METHODS |= {name: partial(cut_then_train, **cut) for name, cut in CUTS.items()}
-METHODS[JOINT] = cut_jointly_then_train
-METHODS |= {name: partial(cut_while_training, rule=r) for name, r in SELECTION_RULES.items()}
-METHODS |= {name: partial(settle_cut_train, metric=m) for name, m in CUTTLEFISH_VARIANTS.items()}
-METHODS |= {name: partial(prune_cut_train, **parts) for name, parts in LPAF_VARIANTS.items()}
+METHODS: dict[str, Method] = {"dense": train_on_}
+METHODS |= {name: partial(cut_then_train_, **cut) for name, cut in CUTS.items()}
+METHODS[JOINT] = cut_jointly_then_train_
+METHODS |= {name: partial(cut_while_training_, rule=r) for name, r in SELECTION_RULES.items()}
+METHODS |= {name: partial(settle_cut_train_, metric=m) for name, m in CUTTLEFISH_VARIANTS.items()}
+METHODS |= {name: partial(prune_cut_train_, **parts) for name, parts in LPAF_VARIANTS.items()}

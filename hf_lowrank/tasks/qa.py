@@ -24,10 +24,10 @@ from hf_lowrank.tasks.models import check_max_length, new_model
 from hf_lowrank.tasks.prediction import predictions
 from hf_lowrank.tasks.squad_data import load_squad, split_by_article, take_questions
 from hf_lowrank.tasks.task import Collator, Task
-from hf_lowrank.tasks.task_arguments import TaskArguments
+from hf_lowrank.tasks.task_arguments import HELD_OUT_SHARE, TaskArguments
 from hf_lowrank.tasks.task_report import TaskData
+from hf_lowrank.value_checks import check_between, check_count
 
-HELD_OUT_SHARE = 0.1
 _POSITIONS = ("start_positions", "end_positions")
 
 
@@ -59,11 +59,9 @@ class QaArguments(TaskArguments):
         super().check()
         if not self.data_file:
             raise ConfigError("data_file is needed: questions in SQuAD's format.")
-        if not 0 < self.train_share < 1:
-            raise ConfigError(f"train_share must lie in (0, 1), got {self.train_share}.")
+        check_between("train_share", self.train_share, "(0, 1)")
         for name in ("questions", "doc_stride"):
-            if getattr(self, name) < 0:
-                raise ConfigError(f"{name} must be >= 0, got {getattr(self, name)}.")
+            check_count(name, getattr(self, name), 0)
 
 
 def load_qa_task(args: QaArguments) -> Task:
@@ -81,7 +79,9 @@ def load_qa_task(args: QaArguments) -> Task:
     tokenizer = load_tokenizer(args.model, args.trust_remote_code)
     check_max_length(args)
     if not tokenizer.is_fast:
-        raise ConfigError(f"{args.model}: question answering needs a fast tokenizer.")
+        raise ConfigError(
+            f"{args.model}: question answering needs a fast tokenizer; save it as one."
+        )
     questions, validation = _read(args)
     train, held_out = split_by_article(questions, 1 - HELD_OUT_SHARE, args.seed)
     parts = (train, held_out, validation)

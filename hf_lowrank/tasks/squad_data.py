@@ -16,6 +16,7 @@ from typing import Any
 from datasets import Dataset
 
 from hf_lowrank.errors import DataError
+from hf_lowrank.value_checks import check_between
 
 
 def load_squad(path: str | Path) -> Dataset:
@@ -37,7 +38,7 @@ def load_squad(path: str | Path) -> Dataset:
         raise DataError(f"{path}: can't be read as JSON ({error}).") from error
     rows = list(_rows(path, content))
     if not rows:
-        raise DataError(f"{path}: holds no questions.")
+        raise DataError(f"{path}: holds no questions; give another file.")
     unanswerable = sum(not row["answers"]["text"] for row in rows)
     if unanswerable:
         raise DataError(
@@ -61,10 +62,10 @@ def split_by_article(data: Dataset, share: float, seed: int) -> tuple[Dataset, D
         seed: Seed of the order of the articles.
 
     Raises:
-        DataError: The share is out of range, or there is only one article.
+        ConfigError: The share is out of range.
+        DataError: There is only one article.
     """
-    if not 0 < share < 1:
-        raise DataError(f"The share of the first part must lie in (0, 1), got {share}.")
+    check_between("share", share, "(0, 1)")
     counts = Counter(data["title"])
     if len(counts) < 2:
         raise DataError(

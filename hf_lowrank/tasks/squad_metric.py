@@ -72,7 +72,7 @@ class SquadMetric(evaluate.Metric):
         found = {item["id"]: item["prediction_text"] for item in predictions}
         missing = [item["id"] for item in references if item["id"] not in found]
         if missing:
-            raise DataError(f"Question {missing[0]} has no prediction.")
+            raise DataError(f"Question {missing[0]} has no prediction; give one for each.")
         return squad_scores(
             [found[item["id"]] for item in references],
             [item["answers"]["text"] for item in references],

@@ -9,7 +9,7 @@ from typing import Any
 from hf_lowrank.config import LowRankConfig, config_option, option
 from hf_lowrank.errors import ConfigError
 from hf_lowrank.inputs.sources import TRUST_HELP
-from hf_lowrank.value_checks import check_choice
+from hf_lowrank.value_checks import check_between, check_choice, check_count, check_read
 
 # What the extra `tasks` installs, by the names that are imported.
 _PACKAGES = ("evaluate", "scipy", "sklearn")
@@ -37,6 +37,8 @@ LPAF_VARIANTS: dict[str, dict[str, Any]] = {
     "lpaf-magnitude": {"criterion": "magnitude"},
 }
 PRUNING_STARTS = ("fine-tuned", "pre-trained")
+# Part of the training set that chooses the best epoch.
+HELD_OUT_SHARE = 0.1
 # Cut along the gradient, with ranks and factors that held-out examples accept.
 JOINT = "joint"
 METHOD_NAMES = ("dense", *CUTS, JOINT, *SELECTION_RULES, *CUTTLEFISH_VARIANTS, *LPAF_VARIANTS)
@@ -119,11 +121,8 @@ class TaskArguments:
         """
         for field in fields(self):
             value, readers = getattr(self, field.name), READERS.get(field.name, METHOD_NAMES)
-            if self.method not in readers and value != field.default:
-                raise ConfigError(
-                    f"{field.name}={value!r} would do nothing with method {self.method!r}: it is "
-                    f"read by {', '.join(readers)}. Leave it out, or choose such a method."
-                )
+            if value != field.default:
+                check_read(field.name, value, "method", self.method, readers)
 
     def check(self) -> None:
         """Refuses settings that are certain to fail.
@@ -146,33 +145,21 @@ class TaskArguments:
             raise ConfigError(
                 f"method {self.method} trains without a teacher; set distillation_weight to 0."
             )
-        if self.pruning_start not in PRUNING_STARTS:
-            raise ConfigError(
-                f"pruning_start must be one of {', '.join(PRUNING_STARTS)}; got "
-                f"{self.pruning_start!r}."
-            )
+        check_choice("pruning_start", self.pruning_start, PRUNING_STARTS)
         if self.method in SELECTION_RULES and self.loss_tolerance == 0:
             raise ConfigError(f"method {self.method} needs a loss_tolerance > 0.")
         if self.method in CUTTLEFISH_VARIANTS and self.param_ratio is None:
             raise ConfigError(f"method {self.method} cuts to a size; give a param_ratio.")
         for name in ("pruning_share", "full_rank_share"):
-            if not 0 < getattr(self, name) < 1:
-                raise ConfigError(f"{name} must lie in (0, 1), got {getattr(self, name)}.")
+            check_between(name, getattr(self, name), "(0, 1)")
         for name in ("distillation_weight", "gate"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ConfigError(f"{name} must lie in [0, 1], got {getattr(self, name)}.")
-        if not 0 < self.final_density <= 1:
-            raise ConfigError(f"final_density must lie in (0, 1], got {self.final_density}.")
-        if self.steps < 0:
-            raise ConfigError(f"steps must be >= 0, got {self.steps}.")
+            check_between(name, getattr(self, name), "[0, 1]")
+        check_between("final_density", self.final_density, "(0, 1]")
+        check_count("steps", self.steps, 0)
         if self.steps == 1 and self.method in _PRUNING:
             raise ConfigError(
                 f"method {self.method} prunes and then trains: set steps to 2 or more."
             )
         for name in ("batch_size", "max_length", "calibration_samples", "selections_per_epoch"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} must be >= 1, got {getattr(self, name)}.")
-        if not 0 <= self.attention_dropout < 1:
-            raise ConfigError(
-                f"attention_dropout must lie in [0, 1), got {self.attention_dropout}."
-            )
+            check_count(name, getattr(self, name))
+        check_between("attention_dropout", self.attention_dropout, "[0, 1)")

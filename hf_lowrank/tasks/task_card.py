@@ -21,6 +21,7 @@ from hf_lowrank.report.card.card_parts import (
 from hf_lowrank.report.card.text_card import card_parts
 from hf_lowrank.report.text.table import counted, describe_run, number, warnings
 from hf_lowrank.tasks.task_report import DevelopmentLoss, TaskReport
+from hf_lowrank.training.switch import Switch
 
 
 @card_parts.register
@@ -134,18 +135,18 @@ def _cut(report: TaskReport) -> str:
     return f"{describe_run(report)} Calibration: {examples:,} of these examples."
 
 
-def _switched(report: TaskReport, switch: Mapping[str, Any]) -> list[str]:
+def _switched(report: TaskReport, switch: Switch) -> list[str]:
     """The steps of Cuttlefish."""
     given = report.arguments
     reason = (
         "the stable ranks had settled"
-        if switch["settled"]
+        if switch.settled
         else f"{given['full_rank_share']:.0%} of the steps were done, the stable ranks not settled"
     )
     return [
         f"Then {_trained(given)} (learning rate {given['learning_rate']:g}) of Cuttlefish: trained "
         "at full rank up "
-        f"to epoch {switch['epoch']:.3g}, when {reason}; cut; the factors trained in what was left "
+        f"to epoch {switch.epoch:.3g}, when {reason}; cut; the factors trained in what was left "
         "of the epochs. Of the cut model and the epochs after it, the one with the lowest held-out "
         "loss was kept.",
         _cut(report),

@@ -7,8 +7,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
+from hf_lowrank.pruning.lpaf_report import LpafReport
 from hf_lowrank.report.schema import Report
 from hf_lowrank.report.sections import Data
+from hf_lowrank.report.training_sections import RankSelection
+from hf_lowrank.training.switch import Switch
 
 
 @dataclass(frozen=True)
@@ -73,8 +76,7 @@ class TaskReport(Report):
         held_out_loss: Its mean loss there, nats per example.
         development_loss: Loss on the development set, None in older reports.
         selections: What each rank selection did, where ranks are selected in training.
-        switch: When full-rank training gave way to factors, see `FullRankSwitch.summary`; for
-            Cuttlefish alone.
+        switch: When full-rank training gave way to factors; for Cuttlefish alone.
         lpaf: What LPAF's stages did.
         refusal: Why the model was left pruned and dense; then `metrics` are the pruned model's.
         date: Day of the run.
@@ -96,9 +98,9 @@ class TaskReport(Report):
     held_out_metrics: dict[str, float] = field(default_factory=dict)
     held_out_loss: float | None = None
     development_loss: DevelopmentLoss | None = None
-    selections: list[dict[str, Any]] | None = None
-    switch: dict[str, Any] | None = None
-    lpaf: dict[str, Any] | None = None
+    selections: list[RankSelection] | None = None
+    switch: Switch | None = None
+    lpaf: LpafReport | None = None
     refusal: str | None = None
     date: str = ""
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -14,6 +13,7 @@ from hf_lowrank.config import option
 from hf_lowrank.errors import ConfigError
 from hf_lowrank.training.base import CheckedTrainer
 from hf_lowrank.training.divergence import check_comparable, divergence
+from hf_lowrank.value_checks import check_between, check_positive
 
 # A pass of a batch through the model: its task loss and its output.
 Pass = tuple[torch.Tensor, Any]
@@ -35,15 +35,8 @@ class DistillationArguments(TrainingArguments):
     def __post_init__(self) -> None:
         """Checks the added fields."""
         super().__post_init__()  # type: ignore[no-untyped-call]
-        if not 0 <= self.distillation_weight <= 1:
-            raise ConfigError(
-                f"distillation_weight must lie in [0, 1], got {self.distillation_weight}."
-            )
-        if not 0 < self.distillation_temperature < math.inf:
-            raise ConfigError(
-                f"distillation_temperature must be a number > 0, got "
-                f"{self.distillation_temperature}."
-            )
+        check_between("distillation_weight", self.distillation_weight, "[0, 1]")
+        check_positive("distillation_temperature", self.distillation_temperature)
 
 
 def check_teacher(model: nn.Module, args: DistillationArguments, teacher: nn.Module | None) -> None:

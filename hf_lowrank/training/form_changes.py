@@ -9,8 +9,8 @@ from torch import nn
 
 from hf_lowrank.config import LowRankConfig
 from hf_lowrank.decomposition.spectrum import Factors
-from hf_lowrank.decomposition.thin import thin_svd
-from hf_lowrank.errors import TargetError
+from hf_lowrank.decomposition.thin import finite_svd, thin_svd
+from hf_lowrank.errors import TargetError, in_layer
 from hf_lowrank.format.dense_linear import linear_weight
 from hf_lowrank.format.forms.factors import LowRankLinear
 from hf_lowrank.format.rebuild import factorized_layers, narrowed_layers
@@ -56,7 +56,8 @@ def to_training_form_(model: nn.Module, config: LowRankConfig) -> dict[str, LowR
     for name, dense in targets.items():
         rank = fixed.get(name, min(linear_weight(dense).shape))
         if rank is not None:
-            U, s, Vh = torch.linalg.svd(linear_weight(dense).double(), full_matrices=False)
+            with in_layer(name, "Load another checkpoint, or exclude the layer."):
+                U, s, Vh = finite_svd(linear_weight(dense).double())
             replace_layer_(model, name, _from_svd(dense, U[:, :rank], s[:rank], Vh[:rank]))
     return factorized_layers(model)
 

@@ -19,7 +19,7 @@ from torch import nn
 from hf_lowrank.decomposition.metrics import METRICS, MetricSettings
 from hf_lowrank.decomposition.spectrum import Factors, Spectrum, decompose
 from hf_lowrank.decomposition.thin import thin_svd
-from hf_lowrank.errors import ConfigError
+from hf_lowrank.errors import ConfigError, in_layer
 from hf_lowrank.evaluation.perplexity import ItemLoss, iterate_losses
 from hf_lowrank.format.dense_linear import linear_shape
 from hf_lowrank.format.forms.factors import LowRankLinear
@@ -34,6 +34,8 @@ from hf_lowrank.ranks.threshold import (
 )
 from hf_lowrank.ranks.tolerance import LossDifference, Probe, paired_difference, search_tolerance
 from hf_lowrank.training.truncation import get_factors, probed
+
+_ADVICE = "Lower the learning rate, or exclude the layer."
 
 
 @dataclass(frozen=True)
@@ -143,11 +145,19 @@ def layer_spectra(
 
     For `price` the second factor `B` is decomposed in the `kfac` metric of its own inputs
     `z = s * (A x)` and outputs: `B Cov(z) B^T = W Cov(x) W^T`, so the singular values are those of
-    the whole layer, and the k x k sums of z and of `B^T g` are all that has to be collected.
+    the whole layer, its tokens weighted by `|g| / |z|` (`evenly`), and the k x k sums of z and of
+    `B^T g` are all that has to be collected.
+
+    Raises:
+        ConfigError: The rule is none of the two.
+        NumericalError: A layer can't be decomposed.
     """
+    spectra, factors = dict[str, Spectrum](), dict[str, Factors]()
     if settings.rule == "relative":
-        thin = {name: _thin_spectrum(layer) for name, layer in layers.items()}
-        return {n: found[0] for n, found in thin.items()}, {n: f[1] for n, f in thin.items()}
+        for name, layer in layers.items():
+            with in_layer(name, _ADVICE):
+                spectra[name], factors[name] = _thin_spectrum(layer)
+        return spectra, factors
     if settings.rule != "price":
         raise ConfigError(f"The selection rule must be relative or price, got {settings.rule!r}.")
     kfac = METRICS["kfac"]
@@ -157,13 +167,14 @@ def layer_spectra(
         second_factors,
         batches,
         kfac.needs,
+        even=kfac.even,
         label_source=settings.label_source,
         seed=settings.seed,
     )
-    spectra, factors = {}, {}
     for name, layer in layers.items():
         U, s, V = get_factors(layer)
-        found, second = decompose(U, kfac.form(moments[name], settings.damping))
+        with in_layer(name, _ADVICE):
+            found, second = decompose(U, kfac.form(moments[name], settings.damping))
         spectra[name] = Spectrum(linear_shape(layer), found.sigma, found.price)
         factors[name] = Factors(second.left, second.right @ (s.float()[:, None] * V.float()))
     return spectra, factors

@@ -13,6 +13,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -27,6 +28,40 @@ class StableRanks:
     step: int
     epoch: float
     by_layer: Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class Profile:
+    """The stable ranks after so many steps and epochs.
+
+    Attributes:
+        mean_stable_rank: Mean over the layers.
+        largest_change: Of a layer since the profile before, per epoch; None for the first.
+    """
+
+    step: int
+    epoch: float
+    mean_stable_rank: float
+    largest_change: float | None = None
+
+
+@dataclass(frozen=True)
+class Switch:
+    """When full-rank training ended.
+
+    Attributes:
+        step: After so many steps.
+        epoch: And epochs.
+        settled: Whether the stable ranks had settled.
+        seconds: What the profiles cost.
+        profiles: Oldest first.
+    """
+
+    step: int
+    epoch: float
+    settled: bool
+    seconds: float
+    profiles: list[Profile]
 
 
 def largest_change(earlier: StableRanks, later: StableRanks) -> float:
@@ -95,30 +130,15 @@ class FullRankSwitch(TrainerCallback):
         counting = [found for found in self.profiles if found.step >= self._warmup_steps]
         return is_settled(counting, self.epsilon)
 
-    def summary(self) -> dict[str, Any]:
-        """What happened: `step`, `epoch` and `settled` of the switch, `seconds`, and `profiles`.
-
-        Each profile has its `step` and `epoch`, the `mean_stable_rank` over the layers and, from
-        the second one on, the `largest_change` of a layer since the one before, per epoch.
-        """
+    def summary(self) -> Switch:
+        """What happened."""
         last = self.profiles[-1]
-        profiles: list[dict[str, Any]] = [
-            {
-                "step": found.step,
-                "epoch": found.epoch,
-                "mean_stable_rank": sum(found.by_layer.values()) / len(found.by_layer),
-            }
-            for found in self.profiles
+        changes = [None, *(largest_change(*pair) for pair in pairwise(self.profiles))]
+        profiles = [
+            Profile(each.step, each.epoch, sum(each.by_layer.values()) / len(each.by_layer), change)
+            for each, change in zip(self.profiles, changes, strict=True)
         ]
-        for i, profile in enumerate(profiles[1:], 1):
-            profile["largest_change"] = largest_change(*self.profiles[i - 1 : i + 1])
-        return {
-            "step": last.step,
-            "epoch": last.epoch,
-            "settled": self.has_settled(),
-            "seconds": self.seconds,
-            "profiles": profiles,
-        }
+        return Switch(last.step, last.epoch, self.has_settled(), self.seconds, profiles)
 
     def _take(self, state: TrainerState) -> None:
         start = time.perf_counter()

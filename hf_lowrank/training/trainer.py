@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, ClassVar, cast
 
@@ -15,7 +16,7 @@ from torch.utils.data import DataLoader, Subset
 
 from hf_lowrank.config import LowRankConfig
 from hf_lowrank.decomposition.metrics import MetricSettings
-from hf_lowrank.errors import ConfigError, DataError
+from hf_lowrank.errors import ConfigError, DataError, in_layer
 from hf_lowrank.evaluation.perplexity import ItemLoss, LossMeasurement, measure_loss
 from hf_lowrank.format.dense_linear import linear_shape
 from hf_lowrank.format.forms.factors import LowRankLinear
@@ -26,7 +27,8 @@ from hf_lowrank.measuring.losses import check_losses
 from hf_lowrank.modeling.marks import attach_config_
 from hf_lowrank.ranks.plan import RankPlan, useful_rank
 from hf_lowrank.ranks.threshold import check_budget
-from hf_lowrank.report.sections import Training
+from hf_lowrank.report.reading import read_section
+from hf_lowrank.report.training_sections import RankSelection, Training
 from hf_lowrank.training.base import CheckedTrainer
 from hf_lowrank.training.form_changes import (
     current_ranks,
@@ -92,7 +94,7 @@ class LowRankTrainer(CheckedTrainer):
         )
         layers = to_training_form_(model, self.lowrank_config)
         self.lowrank_shapes = {name: linear_shape(layer) for name, layer in layers.items()}
-        self.selections: list[dict[str, Any]] = []
+        self.selections: list[RankSelection] = []
         self.reference: list[ItemLoss] | None = None
         self._terms: dict[str, list[float]] = {}
         self._pending: dict[str, float] = {}
@@ -109,8 +111,7 @@ class LowRankTrainer(CheckedTrainer):
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> Any:  # noqa: ANN401
         """The task loss, in training plus the two penalties; each is logged apart."""
-        found = super().compute_loss(model, inputs, True, num_items_in_batch)
-        loss, outputs = found
+        loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
         if model.training:
             layers = list(factorized_layers(self.model).values())
             orthogonality = orthogonality_penalty(layers).to(loss.device)
@@ -186,21 +187,20 @@ class LowRankTrainer(CheckedTrainer):
             broadcast_object_list(decided)
         selection: Selection = decided[0]
         self._apply(selection, layers)
-        seconds = time.perf_counter() - start
-        record = {
-            "step": self.state.global_step,
-            "epoch": self.state.epoch,
-            "probes": [vars(probe) for probe in selection.probes],
-            "ranks": current_ranks(self.model, self.lowrank_shapes),
-            "param_ratio": self.param_ratio(),
-            "loss_before": None if now is None else now.mean,
-            "loss_passes": selection.loss_passes + (now is not None),
-            "decompositions": selection.decompositions,
-            "seconds": seconds,
-        }
-        self.selections.append(record)
+        found = RankSelection(
+            step=self.state.global_step,
+            epoch=self.state.epoch,
+            probes=list(selection.probes),
+            ranks=current_ranks(self.model, self.lowrank_shapes),
+            param_ratio=self.param_ratio(),
+            loss_before=None if now is None else now.mean,
+            loss_passes=selection.loss_passes + (now is not None),
+            decompositions=selection.decompositions,
+            seconds=time.perf_counter() - start,
+        )
+        self.selections.append(found)
         # Not logged here: Trainer takes a log during a callback for the one that is due.
-        self._pending = {"param_ratio": self.param_ratio(), "selection_seconds": seconds}
+        self._pending = {"param_ratio": self.param_ratio(), "selection_seconds": found.seconds}
         return selection
 
     def param_ratio(self) -> float:
@@ -259,7 +259,8 @@ class LowRankTrainer(CheckedTrainer):
         for name, layer in layers.items():
             rank = selection.plan.ranks[name]
             if rank is not None and rank < layer.rank:
-                truncate_(layer, cut_factors(selection.factors[name], rank), self._optimizer())
+                with in_layer(name, self.advice):
+                    truncate_(layer, cut_factors(selection.factors[name], rank), self._optimizer())
                 changed = True
             elif rank is None and self.args.break_even == "dense":
                 make_dense_(self.model, name, layer, self._optimizer())
@@ -331,20 +332,19 @@ class LowRankTrainer(CheckedTrainer):
         if not self.args.should_save:  # every process comes here, one writes
             return
         folder = Path(output_dir or str(self.args.output_dir))
-        state = {"reference": self.reference, "selections": self.selections}
+        state = {"reference": self.reference, "selections": [asdict(s) for s in self.selections]}
         (folder / STATE_FILE).write_text(json.dumps(state), encoding="utf-8")
 
     def _load_from_checkpoint(
         self, resume_from_checkpoint: str, model: nn.Module | None = None
     ) -> None:
         """Gives the layers the checkpoint's ranks before its weights are read."""
-        folder = Path(resume_from_checkpoint)
-        self._reshape_like(folder)
-        state_file = folder / STATE_FILE
+        state_file = Path(resume_from_checkpoint) / STATE_FILE
+        self._reshape_like(state_file.parent)
         if state_file.is_file():
             state = json.loads(state_file.read_text("utf-8"))
-            items = state["reference"]
-            self.reference = None if items is None else [(a, b) for a, b in items]
-            self.selections = state["selections"]
+            self.reference = (items := state["reference"]) and [(a, b) for a, b in items]
+            found = state["selections"]
+            self.selections = [read_section(RankSelection, each, STATE_FILE) for each in found]
         self._describe_ranks()
         super()._load_from_checkpoint(resume_from_checkpoint, model)

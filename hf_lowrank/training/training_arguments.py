@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from dataclasses import dataclass
 
 from transformers import TrainingArguments
@@ -11,7 +10,13 @@ from transformers import TrainingArguments
 from hf_lowrank.config import LABEL_SOURCES, LowRankConfig, option
 from hf_lowrank.errors import ConfigError
 from hf_lowrank.training.penalties import RANK_PENALTIES
-from hf_lowrank.value_checks import check_choice, check_not_negative
+from hf_lowrank.value_checks import (
+    check_between,
+    check_choice,
+    check_count,
+    check_not_negative,
+    check_positive,
+)
 
 SELECTION_RULES = ("price", "relative")
 TOLERANCE_REFERENCES = ("start", "best", "current")
@@ -97,21 +102,13 @@ class LowRankTrainingArguments(TrainingArguments):
         super().__post_init__()  # type: ignore[no-untyped-call]
         for name in ("orthogonality_weight", "rank_penalty_weight"):
             check_not_negative(name, getattr(self, name))
-        if not 0 < self.selection_tolerance < math.inf:
-            raise ConfigError(f"selection_tolerance must be > 0, got {self.selection_tolerance}.")
-        if not 0 < self.selection_precision < 1:
-            raise ConfigError(
-                f"selection_precision must lie in (0, 1), got {self.selection_precision}."
-            )
-        if self.target_param_ratio is not None and not 0 < self.target_param_ratio <= 1:
-            raise ConfigError(
-                f"target_param_ratio must lie in (0, 1], got {self.target_param_ratio}."
-            )
-        if not 0 < self.smallest_ratio <= 1:
-            raise ConfigError(f"smallest_ratio must lie in (0, 1], got {self.smallest_ratio}.")
+        check_positive("selection_tolerance", self.selection_tolerance)
+        check_between("selection_precision", self.selection_precision, "(0, 1)")
+        if self.target_param_ratio is not None:
+            check_between("target_param_ratio", self.target_param_ratio, "(0, 1]")
+        check_between("smallest_ratio", self.smallest_ratio, "(0, 1]")
         for name in ("selection_samples", "selection_steps"):
-            if getattr(self, name) < 0:
-                raise ConfigError(f"{name} must be >= 0, got {getattr(self, name)}.")
+            check_count(name, getattr(self, name), 0)
         for name, allowed in (
             ("rank_penalty", RANK_PENALTIES),
             ("selection_rule", SELECTION_RULES),

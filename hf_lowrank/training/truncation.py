@@ -16,6 +16,7 @@ from torch import nn
 
 from hf_lowrank.decomposition.spectrum import Factors
 from hf_lowrank.decomposition.thin import thin_svd
+from hf_lowrank.errors import NumericalError
 from hf_lowrank.format.forms.factors import LowRankLinear
 from hf_lowrank.modeling.surgery import replace_layer_
 
@@ -81,10 +82,12 @@ def truncate_(
         layer: Layer in training form.
         factors: New `U`, `s`, `V`, of a smaller rank.
         optimizer: Optimizer whose state holds moments of the layer's parameters.
+
+    Raises:
+        NumericalError: The layer's factors can't be turned into the new ones. Nothing is changed.
     """
-    U, _, V = (part.double() for part in get_factors(layer))
-    turn_u = torch.linalg.lstsq(U, factors[0].double()).solution
-    turn_v = torch.linalg.lstsq(V.T, factors[2].double().T).solution
+    U, _, V = get_factors(layer)
+    turn_u, turn_v = _turn(U, factors[0]), _turn(V.T, factors[2].T)
     set_factors_(layer, factors)
     if optimizer is None or layer.lowrank_s is None:
         return
@@ -103,6 +106,16 @@ def truncate_(
             for name in names:
                 if name in state:
                     _turn_(state, name, left, right)
+
+
+def _turn(old: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
+    """`T` with `old T` as near to `new` as can be, fp64."""
+    old, new = old.double(), new.double()
+    if bool(old.isfinite().all() & new.isfinite().all()):
+        turn: torch.Tensor = torch.linalg.lstsq(old, new).solution
+        if bool(turn.isfinite().all()):  # on a GPU dependent columns have none
+            return turn
+    raise NumericalError("its factors are singular, or hold NaN or infinity")
 
 
 def _turn_(

@@ -199,8 +199,8 @@ def test_a_stopped_sweep_goes_on_and_tries_again_what_is_asked(
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"seconds": 0}, r"^seconds must be >= 1, got 0\.$"),
-        ({"tasks": ["CHESS"]}, r"^tasks must be of CAUSAL_LM, .*, got 'CHESS'\.$"),
+        ({"seconds": 0}, r"^seconds must be an integer >= 1, got 0\.$"),
+        ({"tasks": ["CHESS"]}, r"^tasks must be one of CAUSAL_LM, .*; got 'CHESS'\.$"),
         ({"classes": ["Nobody"]}, r"^classes: transformers has no 'Nobody' in these mappings\.$"),
     ],
 )

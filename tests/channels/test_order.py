@@ -8,6 +8,7 @@ from hf_lowrank.channels.narrowing import ChannelWeights, refit
 from hf_lowrank.channels.order import channel_order, order_channels
 from hf_lowrank.decomposition.metrics import QuadraticForm, Side
 from hf_lowrank.decomposition.moments import SecondMoment
+from hf_lowrank.errors import NumericalError
 from hf_lowrank.format.feed_forward import FeedForward
 
 
@@ -99,3 +100,35 @@ def test_the_refit_is_damped_more_than_the_price_for_few_tokens(seed):
     as_the_price = refit(kept, weights, as_priced)
     error = float((unseen[:, kept] @ as_the_price.output.T - unseen @ weight.T).square().mean())
     assert found < 0.95 * error
+
+
+def test_channels_that_depend_on_each_other_are_explained_all_the_same():
+    """The three that are chosen at once make a singular matrix: a negative channel among them."""
+    moment = torch.eye(4, dtype=torch.float64)
+    moment[:2, :2], moment[2, 2] = 1.0, -2.0  # mean 0, so there is no jitter
+    moment[0, 3] = moment[3, 0] = moment[1, 3] = moment[3, 1] = 0.5
+    weighted = torch.diag(torch.tensor([3.0, 3.0, 1.0, 1.0], dtype=torch.float64)) @ moment
+    order, counts, rises = channel_order(moment, weighted, multiple=3)
+    assert (order[3:].tolist(), counts) == ([3], [3, 4])
+    assert bool(rises.isfinite().all())
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_moment_that_is_not_finite_is_refused_by_the_refit(bad):
+    moment = positive(6, 0)
+    moment[1, 1] = bad
+    with pytest.raises(NumericalError, match="the second moment holds NaN or infinity"):
+        way_back(moment, torch.tensor([0, 1, 2]))
+
+
+def test_weighted_moments_that_are_not_finite_are_refused():
+    weighted = positive(6, 1)
+    weighted[2, 2] = float("nan")
+    with pytest.raises(NumericalError, match="the second moment holds NaN or infinity"):
+        channel_order(positive(6, 0), weighted)
+
+
+def test_prices_that_overflow_are_refused():
+    ones = torch.ones(96, 96, dtype=torch.float64)
+    with pytest.raises(NumericalError, match="the price of a channel is NaN or infinite"):
+        channel_order(2 * ones - torch.eye(96), 3e38 * ones)

@@ -207,7 +207,7 @@ def test_a_folder_that_holds_something(tmp_path: Path):
 @pytest.mark.parametrize("overwrite", [False, True])
 def test_a_file_is_never_replaced(tmp_path: Path, overwrite: bool):
     (tmp_path / "out").write_text("keep")
-    with pytest.raises(StorageError, match=r"out: is a file, not a folder\.$"):
+    with pytest.raises(StorageError, match=r"out: is a file, not a folder; name another one\.$"):
         check_output_folder(tmp_path / "out", overwrite)
 
 
@@ -288,7 +288,9 @@ def test_a_mount_point_is_not_renamed(tmp_path: Path, monkeypatch: pytest.Monkey
 
 def test_permission_is_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(os, "access", lambda path, mode: not (path == tmp_path and mode == os.W_OK))
-    with pytest.raises(StorageError, match=r"out: no permission to write there\.$"):
+    with pytest.raises(
+        StorageError, match=r"out: no permission to write there; name another folder\.$"
+    ):
         check_output_folder(tmp_path / "out", overwrite=False)
 
 

@@ -13,7 +13,7 @@ ERRORS = [RuntimeError, KeyboardInterrupt, MemoryError]
 AFTER_THE_CUT = [
     "attach_config_",
     "recover_",
-    "quantize",
+    "quantize_",
     "measure_loss",
     "speed_before_and_after",
     "Report",

@@ -110,6 +110,6 @@ def test_of_several_processes_only_the_first_is_timed_and_all_report_it(timed):
     second = dataclasses.replace(alone, processes=Second(1, 2))
     targets = find_targets(model, PLAIN)
     decision = decide(model, analyze(model, targets, PLAIN, alone), alone)
-    report = application.apply(model, decision, measure_dense(model, targets, alone), second)
+    report = application.apply_(model, decision, measure_dense(model, targets, alone), second)
     assert report.speed == {"call": "of the first"}
     assert timed == []

@@ -11,7 +11,7 @@ from hf_lowrank import LowRankConfig, compress, sweep
 from hf_lowrank.cli.arguments import CompressionArguments
 from hf_lowrank.compression import application
 from hf_lowrank.compression.analysis import analyze
-from hf_lowrank.compression.application import cut, measure_dense
+from hf_lowrank.compression.application import cut_, measure_dense
 from hf_lowrank.compression.joint.system import compress_jointly
 from hf_lowrank.compression.prices import model_parts
 from hf_lowrank.compression.recovery import RecoverySettings, recover_
@@ -162,14 +162,14 @@ def test_a_training_that_was_not_kept_is_not_claimed(text):
 
 def test_seconds_are_those_of_all_stages(text, monkeypatch):
     spent = []
-    original = application.apply
+    original = application.apply_
 
     def apply(*arguments):
         report = original(*arguments)
         spent.append(dict(report.seconds))
         return report
 
-    monkeypatch.setattr(application, "apply", apply)
+    monkeypatch.setattr(application, "apply_", apply)
     report = compress(tiny_llama(), CONFIG, text[:6], held_out=text[6:9], **OPTIONS)
     first, both = spent
     for phase in ("statistics", "decomposition", "recovery"):
@@ -202,7 +202,7 @@ def test_a_failure_leaves_the_dense_model(text, monkeypatch, fails_at):
     model = tiny_llama()
     before, layers = snapshot(model), find_targets(model, CONFIG)
     calls = 0
-    original = application.apply
+    original = application.apply_
 
     def apply(*arguments):
         nonlocal calls
@@ -212,7 +212,7 @@ def test_a_failure_leaves_the_dense_model(text, monkeypatch, fails_at):
             raise NumericalError("no number")
         return report
 
-    monkeypatch.setattr(application, "apply", apply)
+    monkeypatch.setattr(application, "apply_", apply)
     with pytest.raises(NumericalError, match="no number"):
         compress(model, CONFIG, text[:6], held_out=text[6:9], **OPTIONS)
     assert calls == fails_at
@@ -267,6 +267,6 @@ def test_one_stage_is_the_plain_call(text):
     model, plain = tiny_llama(), tiny_llama()
     report = compress(model, CONFIG, text[:6], held_out=text[6:9], stages=1, **once)
     run, targets = quiet_run(text[:6], text[6:9], recover_steps=4), find_targets(plain, CONFIG)
-    cut(plain, targets, CONFIG, measure_dense(plain, targets, run), run)
+    cut_(plain, targets, CONFIG, measure_dense(plain, targets, run), run)
     assert report.stages == []
     assert equal_states(model.state_dict(), plain.state_dict())

@@ -7,6 +7,7 @@ from hf_lowrank.decomposition.metrics import QuadraticForm, Side
 from hf_lowrank.decomposition.moments import SecondMoment
 from hf_lowrank.decomposition.pivots import LARGEST_COEFFICIENT, compact_columns, pivot_columns
 from hf_lowrank.decomposition.spectrum import decompose
+from hf_lowrank.errors import NumericalError
 
 
 def random(*shape, seed=0):
@@ -98,3 +99,22 @@ def test_fewer_components_than_columns_are_fitted_to_their_product():
     left, right = random(8, 3), random(3, 6, seed=3)
     found = compact_columns(left, right, 3, torch.float64)
     torch.testing.assert_close(rebuilt(*found), left @ right, rtol=1e-8, atol=1e-8)
+
+
+def test_a_metric_without_a_usable_inverse_is_fitted_to_the_product():
+    """The inverse can be computed, and its square has no root any more."""
+    left, right = random(8, 6), random(6, 6, seed=3)
+    right[4] = right[0] + 1e-13 * right[4]
+    right[5] = right[1] + 1e-13 * right[5]
+    found = compact_columns(left, right, 5, torch.float64)
+    wanted = left[:, :5] @ right[:5]
+    torch.testing.assert_close(rebuilt(*found), wanted, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("side", [0, 1])
+def test_factors_that_are_not_finite_are_refused(bad, side):
+    factors = [random(8, 6), random(6, 6, seed=3)]
+    factors[side][2, 3] = bad
+    with pytest.raises(NumericalError, match=r"^the factor holds NaN or infinity$"):
+        compact_columns(*factors, 3, torch.float64)

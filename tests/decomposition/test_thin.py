@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from hf_lowrank.decomposition.thin import thin_svd
+from hf_lowrank.errors import NumericalError
 
 
 def factors(m: int, k: int, n: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
@@ -43,3 +44,11 @@ def test_low_precision_factors_are_decomposed_in_fp64():
     left, right = (factor.bfloat16() for factor in factors(8, 3, 6))
     U, s, Vh = thin_svd(left, right)
     torch.testing.assert_close((U * s) @ Vh, left.double() @ right.double())
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_factors_that_are_not_finite_are_refused(bad: float):
+    left, right = factors(8, 5, 6)
+    left[0, 0] = bad
+    with pytest.raises(NumericalError, match=r"^the weight holds NaN or infinity$"):
+        thin_svd(left, right)

@@ -195,5 +195,5 @@ def test_what_cannot_be_timed_is_refused():
         measure_speed({"model": tiny_bert_classifier()}, SHORT)
     with pytest.raises(DataError, match=r"60 prompt and 5 new tokens are more than .* \(64\)"):
         measure_speed({"model": tiny_llama()}, SpeedSettings(1, 60, 5))
-    with pytest.raises(ConfigError, match="repeats must be at least 1, got 0"):
+    with pytest.raises(ConfigError, match="repeats must be an integer >= 1, got 0"):
         SpeedSettings(repeats=0)

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from hf_lowrank.format.native_classes import name_as_in_4
+from hf_lowrank.format.native_classes import name_as_in_4_
 
 
 class Config:
@@ -19,7 +19,7 @@ class Config:
 
 def old(**rope_parameters):
     config = Config(rope_parameters=rope_parameters) if rope_parameters else Config()
-    name_as_in_4(config)
+    name_as_in_4_(config)
     return vars(config)
 
 

@@ -10,7 +10,7 @@ from transformers.pytorch_utils import Conv1D
 from hf_lowrank import LowRankConfig, LowRankLinear, compress, merge
 from hf_lowrank.decomposition.metrics import QuadraticForm
 from hf_lowrank.decomposition.spectrum import decompose
-from hf_lowrank.errors import ConfigError, TargetError
+from hf_lowrank.errors import ConfigError, NumericalError, TargetError
 from hf_lowrank.format.dense_linear import linear_shape, linear_weight
 from hf_lowrank.modeling.surgery import factorize_, factorized, lowrank_from_factors, restore_
 from hf_lowrank.modeling.targets import find_targets
@@ -172,6 +172,20 @@ def test_a_refused_compression_leaves_the_model_untouched(settings, error):
     goal = {} if {"rank", "param_ratio"} & set(settings) else {"param_ratio": 0.5}
     with pytest.raises(error):
         compress(model, LowRankConfig(metric="plain", **goal, **settings), progress=False)
+    assert_unchanged(model, before)
+
+
+def test_factors_that_are_not_finite_are_refused_by_name_and_change_nothing():
+    model = tiny_llama()
+    factors, plan = cut(model, {Q_PROJ: 4, UP_PROJ: 7})
+    factors[UP_PROJ].left[0, 0] = float("nan")
+    before = snapshot(model)
+    with pytest.raises(NumericalError) as raised:
+        factorize_(model, factors, dataclasses.replace(plan, form="compact"))
+    assert str(raised.value) == (
+        f"{UP_PROJ}: the factor holds NaN or infinity. Exclude the layer, or use other calibration "
+        "data."
+    )
     assert_unchanged(model, before)
 
 

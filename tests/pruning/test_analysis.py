@@ -36,9 +36,9 @@ def test_zero_rows_lower_the_rank_and_scattered_zeros_do_not():
 def test_means_are_over_layers_and_the_density_over_entries():
     weights = {"a": torch.eye(4), "b": torch.ones(2, 2)}
     found = mean_ranks(weights)
-    assert found["matrix_rank"] == 2.5
-    assert found["density"] == (4 + 4) / 20
-    assert found["layers"]["b"]["numerical_rank"] == 1
+    assert found.matrix_rank == 2.5
+    assert found.density == (4 + 4) / 20
+    assert found.layers["b"].numerical_rank == 1
 
 
 def test_an_empty_matrix_has_rank_0_and_nan_is_refused():

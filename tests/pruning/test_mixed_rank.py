@@ -231,6 +231,7 @@ def test_wrong_arguments_are_refused(tmp_path: Path):
         ({"mixed_share": 0.0}, r"mixed_share must lie in \(0, 1\], got 0.0"),
         ({"consistency_weight": -1.0}, "consistency_weight must be a number >= 0, got -1.0"),
         ({CHECKPOINTING: True}, "repeats a forward pass"),
+        ({"fsdp": "full_shard"}, "runs in one process; start one, without FSDP or DeepSpeed"),
     ):
         with pytest.raises(ConfigError, match=text):
             MixedRankArguments(**settings(tmp_path, **changes))

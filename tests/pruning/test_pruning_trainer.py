@@ -52,9 +52,9 @@ def test_steps_equal_those_written_out_with_autograd(criterion: str):
     for step in range(6):
         optimizer.zero_grad()
         (layer(x) - y).square().mean().backward()
-        masked.before_step()
+        masked.before_step_()
         optimizer.step()
-        masked.after_step(0.5 if step % 2 else None)
+        masked.after_step_(0.5 if step % 2 else None)
         product = (W * mask).requires_grad_()
         (gradient,) = torch.autograd.grad((x @ product.T - y).square().mean(), product)
         reference.add("layer", W, gradient, float(mask.mean()))
@@ -82,12 +82,12 @@ def test_a_dropped_weight_keeps_training_and_may_come_back(criterion: str):
     for step in range(60):
         optimizer.zero_grad()
         (layer(x) - y).square().mean().backward()
-        masked.before_step()
+        masked.before_step_()
         dropped = ~masked.masks["layer"]
         before = masked.dense["layer"][dropped].clone()
         optimizer.step()
         moved.append(bool((layer.weight[dropped] != before).any()))
-        masked.after_step(0.5 if step % 3 == 2 else None)
+        masked.after_step_(0.5 if step % 3 == 2 else None)
         chosen.append(masked.masks["layer"].clone())
     returned = [bool((now & ~before).any()) for before, now in itertools.pairwise(chosen)]
     assert all(moved[3:])
@@ -99,8 +99,8 @@ def test_sensitivity_sets_what_it_drops_to_zero_and_magnitude_keeps_it():
         layer, x, y = regression_layer()
         masked = MaskedWeights({"layer": layer.weight}, criterion)
         (layer(x) - y).square().mean().backward()
-        masked.before_step()
-        masked.after_step(0.5)
+        masked.before_step_()
+        masked.after_step_(0.5)
         assert bool((masked.dense["layer"][~masked.masks["layer"]] == 0).all()) == is_zero
 
 
@@ -109,9 +109,9 @@ def test_the_optimizer_s_parameters_stay_the_same_objects():
     before, weight = layer.weight.data_ptr(), layer.weight
     masked = MaskedWeights({"layer": layer.weight}, "movement")
     (layer(x) - y).square().mean().backward()
-    masked.before_step()
+    masked.before_step_()
     assert layer.weight.data_ptr() != before
-    masked.after_step(0.5)
+    masked.after_step_(0.5)
     assert layer.weight is weight
     assert layer.weight.data_ptr() == before
 
@@ -272,8 +272,9 @@ def test_wrong_arguments_are_refused(tmp_path: Path):
             {"pruning_criterion": "size"},
             "must be one of sensitivity, movement, magnitude; got 'size'",
         ),
-        ({"mask_interval": 0}, "mask_interval must be >= 1, got 0"),
+        ({"mask_interval": 0}, "mask_interval must be an integer >= 1, got 0"),
         (best, "load_best_model_at_end would bring back"),
+        ({"fsdp": "full_shard"}, "which FSDP and DeepSpeed shard; leave both off"),
     ):
         with pytest.raises(ConfigError, match=text):
             PruningArguments(**settings(tmp_path, **changes))

@@ -84,7 +84,10 @@ def test_scores_that_are_no_numbers_are_refused():
     for bad in (math.nan, math.inf):
         values = scores()
         values["b"][0, 0] = bad
-        with pytest.raises(NumericalError, match=r"^b: its pruning scores hold NaN or infinity\.$"):
+        with pytest.raises(
+            NumericalError,
+            match=r"^b: its pruning scores hold NaN or infinity; lower the learning rate\.$",
+        ):
             choose_masks(values, 0.5)
 
 

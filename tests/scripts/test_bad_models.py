@@ -202,7 +202,8 @@ def test_a_checkpoint_already_compressed_whose_ranks_are_damaged(
 def test_a_quantized_model(refused: Refusal, broken: Path):
     change_config(broken, quantization_config={"quant_method": "gptq", "bits": 4})
     assert refused(model=broken) == (
-        f"{broken}: is quantized (gptq); factorizing needs dense weights."
+        f"{broken}: is quantized (gptq); factorizing needs dense weights, so take the model that "
+        "it was made from."
     )
 
 
@@ -217,7 +218,10 @@ def test_a_quantization_config_that_is_no_object(refused: Refusal, broken: Path,
 
 @pytest.mark.usefixtures("no_model")
 def test_a_gguf_file_that_does_not_exist(refused: Refusal, tmp_path: Path):
-    assert refused(model=tmp_path / "a.gguf") == f"{tmp_path / 'a.gguf'}: no such file."
+    assert (
+        refused(model=tmp_path / "a.gguf")
+        == f"{tmp_path / 'a.gguf'}: no such file; correct the path."
+    )
 
 
 @pytest.mark.usefixtures("no_calibration")
@@ -262,6 +266,25 @@ def test_generate_refuses_a_checkpoint_without_a_tokenizer(
     for path in folder.glob("tokenizer*"):
         path.unlink()
     assert str(folder) in generate("--model", folder).error
+
+
+def test_generate_runs_the_tokenizers_own_code_only_where_it_may(
+    generate: InProcess, small: Path, tmp_path: Path
+):
+    folder = Path(shutil.copytree(small, tmp_path / "small"))
+    code = (
+        "from transformers import PreTrainedTokenizerFast\nclass Own(PreTrainedTokenizerFast): ..."
+    )
+    (folder / "own.py").write_text(code, encoding="utf-8")
+    path = folder / "tokenizer_config.json"
+    settings = json.loads(path.read_text("utf-8"))
+    settings |= {"tokenizer_class": "Own", "auto_map": {"AutoTokenizer": [None, "own.Own"]}}
+    path.write_text(json.dumps(settings), encoding="utf-8")
+    request = ("--model", folder, "--prompt", "w01 w02", "--max_new_tokens", "3")
+    error = generate(*request).error
+    assert error.startswith(f"{folder}: comes with Python code of its own")
+    assert error.endswith("give --trust_remote_code.")
+    assert generate(*request, "--trust_remote_code").out.startswith("w01 w02")
 
 
 @pytest.mark.parametrize(("option", "value"), [("prompt", ""), ("max_new_tokens", "0")])

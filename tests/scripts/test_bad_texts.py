@@ -16,14 +16,14 @@ def bad_text(kind: str, folder: Path) -> tuple[Path, str]:
     """A source that can't be used, and what must be said about it."""
     folder.mkdir(exist_ok=True)
     contents = {
-        "empty.txt": (b"", "holds no text."),
-        "blank.txt": (b" \n\t\n", "holds no text."),
-        "binary.txt": (bytes(range(256)), "is not UTF-8 text."),
-        "broken.jsonl": (b'{"text": "a"}\n{"text": \n', "line 2 is not a JSON object."),
+        "empty.txt": (b"", "holds no text; give another one."),
+        "blank.txt": (b" \n\t\n", "holds no text; give another one."),
+        "binary.txt": (bytes(range(256)), "is not UTF-8 text; convert it first."),
+        "broken.jsonl": (b'{"text": "a"}\n{"text": \n', "line 2 is not a JSON object; mend it."),
         "columns.jsonl": (b'{"body": "a"}\n', "line 1 has no text column"),
         "number.jsonl": (b'{"text": 3}\n', "line 1 has no text column"),
         "list.jsonl": (b"[1, 2]\n", "line 1 has no text column"),
-        "empty.jsonl": (b"", "holds no text."),
+        "empty.jsonl": (b"", "holds no text; give another one."),
         "junk.parquet": (b"junk", "is not a readable parquet file"),
         "empty.parquet": (b"", "is not a readable parquet file"),
     }
@@ -33,11 +33,11 @@ def bad_text(kind: str, folder: Path) -> tuple[Path, str]:
         return path, contents[kind][1]
     if kind == "folder":
         path.mkdir()
-        return path, "is a folder, not a text file."
+        return path, "is a folder, not a text file; name a file in it."
     if kind == "columns.parquet":
         pyarrow.parquet.write_table(pyarrow.table({"body": ["a"]}), path)
         return path, "row 1 has no text column"
-    return path, "no such file."
+    return path, "no such file; correct the path."
 
 
 BAD_TEXTS = [

@@ -130,9 +130,9 @@ def test_several_sizes_and_a_recovery(
         ({"min_cosine": 0.9}, "Give one goal: param_ratio or min_cosine."),
         (
             {"param_ratio": None, "min_cosine": 99},
-            "min_cosine must lie between 0 and 1, got 99.0.",
+            "min_cosine must lie in (0, 1), got 99.0.",
         ),
-        ({"batch_size": 0}, "batch_size must be at least 1, got 0."),
+        ({"batch_size": 0}, "batch_size must be an integer >= 1, got 0."),
         ({"pooling": "max"}, "pooling must be one of mean, cls, last, output; got 'max'."),
         ({"sts_columns": "a"}, "sts_columns are those of a file; give --sts_file as well."),
         (
@@ -165,11 +165,11 @@ def test_one_file_for_two_purposes_is_refused(compress_encoder: InProcess, files
         ("sentence1\tsentence2\tscore\nx\ty\n", "line 2 has 2 columns, which is too few."),
         (
             "sentence1\tsentence2\tscore\nx\ty\tgood\n",
-            "line 2: the score 'good' is no number.",
+            "line 2: the score 'good' is no number; mend it.",
         ),
         (
             "sentence1\tsentence2\tscore\nx\ty\t1\n",
-            "has no two pairs with different scores; nothing can be compared.",
+            "has no two pairs with different scores; give more pairs.",
         ),
     ],
 )

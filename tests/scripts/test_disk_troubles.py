@@ -145,7 +145,10 @@ def test_a_cache_that_nobody_may_write_is_refused_before_a_task_is_read(
     assert run_glue(cache_dir=folder).error == f"{folder}: can't be a folder (Not a directory)."
     monkeypatch.setattr(os, "access", lambda path, mode: Path(path).name != "locked")
     folder = tmp_path / "locked"
-    assert run_glue(cache_dir=folder).error == f"{folder}: no permission to write there."
+    assert (
+        run_glue(cache_dir=folder).error
+        == f"{folder}: no permission to write there; name another folder."
+    )
 
 
 def test_a_folder_that_becomes_read_only_during_the_run(

@@ -85,8 +85,8 @@ def test_one_model_without_speed_and_text(evaluate: InProcess, small: Path, tmp_
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--repeats", "0"], "repeats must be at least 1, got 0."),
-        (["--evaluation", "missing.txt"], "missing.txt: no such file."),
+        (["--repeats", "0"], "repeats must be an integer >= 1, got 0."),
+        (["--evaluation", "missing.txt"], "missing.txt: no such file; correct the path."),
         (["--data_dir", "glue"], "data_dir holds GLUE's files; give --glue_task as well."),
         (["--limit", "8"], "limit is read with tasks alone; give --tasks as well."),
         (["--include_path", "x"], "include_path is read with tasks alone; give --tasks as well."),
@@ -201,7 +201,7 @@ def test_a_classifier_of_another_task_is_refused(evaluate: InProcess, glue: Path
     for compressed in (True, False):
         folder = classifier(tmp_path / str(compressed), 3, compressed)
         done = evaluate("--model", folder, "--glue_task", "rte", "--data_dir", glue)
-        assert done.error == f"{folder}: has 3 outputs, the task has 2."
+        assert done.error == f"{folder}: has 3 outputs, the task 2; name its own."
 
 
 def test_a_model_without_a_trained_head_is_refused(tmp_path: Path):

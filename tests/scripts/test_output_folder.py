@@ -89,7 +89,7 @@ def test_an_output_folder_that_is_a_file(compress_llm: InProcess, inputs: Inputs
         done = compress_llm(
             *inputs.arguments(param_ratio=0.6, output_dir=tmp_path / "output"), *arguments
         )
-        assert done.error == f"{tmp_path / 'output'}: is a file, not a folder."
+        assert done.error == f"{tmp_path / 'output'}: is a file, not a folder; name another one."
         assert (tmp_path / "output").read_text() == "keep"
 
 
@@ -104,7 +104,7 @@ def test_an_output_folder_where_nothing_may_be_written(
     refused: Refusal, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr(os, "access", lambda path, mode: False)
-    assert refused() == f"{tmp_path / 'output'}: no permission to write there."
+    assert refused() == f"{tmp_path / 'output'}: no permission to write there; name another folder."
 
 
 @pytest.mark.usefixtures("no_model")
@@ -112,7 +112,10 @@ def test_an_output_folder_where_nothing_may_be_written(
 def test_an_output_folder_without_permission(refused: Refusal, tmp_path: Path):
     (tmp_path / "locked").mkdir(mode=0o500)
     folder = tmp_path / "locked" / "output"
-    assert refused(output_dir=folder) == f"{folder}: no permission to write there."
+    assert (
+        refused(output_dir=folder)
+        == f"{folder}: no permission to write there; name another folder."
+    )
 
 
 @pytest.mark.usefixtures("no_model")

@@ -183,7 +183,7 @@ def test_every_kind_of_method_reports_and_saves(
         ({"data_file": None}, "data_file is needed"),
         ({"data_file": "nowhere.json"}, "nowhere.json: can't be read as JSON"),
         ({"train_share": 1.0}, "train_share must lie in (0, 1), got 1.0."),
-        ({"questions": -1}, "questions must be >= 0, got -1."),
+        ({"questions": -1}, "questions must be an integer >= 0, got -1."),
         ({"max_length": 14}, "max_length 14 leaves 7 tokens for the context beside the longest"),
         ({"max_length": 100}, "max_length 100 exceeds the 64 positions of"),
         ({"param_ratio": 1.5}, "param_ratio"),

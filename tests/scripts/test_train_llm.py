@@ -104,7 +104,7 @@ def test_a_checkpoint_that_a_kill_left_half_written_is_passed_over(
     ("changes", "message"),
     [
         ({"train": "nowhere.txt"}, "nowhere.txt"),
-        ({"selection_tolerance": -1}, "selection_tolerance must be > 0"),
+        ({"selection_tolerance": -1}, "selection_tolerance must be a number > 0"),
         ({"resume_from_checkpoint": "last"}, "holds no checkpoint"),
         ({"resume_from_checkpoint": "gone"}, "gone: no such folder"),
         ({"model": "nobody/no-such-model"}, "nobody/no-such-model"),

@@ -159,9 +159,9 @@ def test_bytes_that_are_no_text(tmp_path: Path):
 
 
 def test_unknown_names_and_a_hub_that_is_not_there(tmp_path: Path, monkeypatch):
-    with pytest.raises(DataError, match=r"task must be one of cola, .*; got 'ax'"):
+    with pytest.raises(ConfigError, match=r"task must be one of cola, .*; got 'ax'"):
         load_glue("ax", "train", str(tmp_path))
-    with pytest.raises(DataError, match="split must be train or validation; got 'test'"):
+    with pytest.raises(ConfigError, match="split must be one of train, validation; got 'test'"):
         load_glue("rte", "test", str(tmp_path))
 
     def unreachable(*args, **kwargs):

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from datasets import Dataset
 
-from hf_lowrank.errors import DataError
+from hf_lowrank.errors import ConfigError, DataError
 from hf_lowrank.tasks.squad_data import load_squad, split_by_article, take_questions
 from tests.squad import article, write_squad
 
@@ -61,7 +61,7 @@ def test_each_part_gets_an_article(tmp_path: Path):
         assert all(len(part) for part in split_by_article(data, share, 0))
     with pytest.raises(DataError, match=r"1 article can't be split by article"):
         split_by_article(load(tmp_path, [4]), 0.8, 0)
-    with pytest.raises(DataError, match=r"must lie in \(0, 1\), got 1"):
+    with pytest.raises(ConfigError, match=r"share must lie in \(0, 1\), got 1"):
         split_by_article(data, 1, 0)
 
 

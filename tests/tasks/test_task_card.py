@@ -7,10 +7,13 @@ from typing import Any
 import pytest
 from huggingface_hub import ModelCard
 
+from hf_lowrank.pruning.lpaf_report import LpafReport, Overheads
+from hf_lowrank.pruning.pruned_ranks import NumericalRanks
 from hf_lowrank.report.card.card import TAGS, model_card
 from hf_lowrank.report.card.card_parts import layers_note
 from hf_lowrank.report.schema import Report
-from hf_lowrank.report.sections import Settings, Training
+from hf_lowrank.report.sections import Settings
+from hf_lowrank.report.training_sections import Training
 from hf_lowrank.tasks.task_report import TaskData, TaskReport, load_report
 from tests.report.test_report import report as text_report
 
@@ -93,12 +96,15 @@ def test_a_tolerance_is_not_per_token():
     assert "Goal: the smallest model within 0.05 nats of the dense one." in text
 
 
+LPAF = LpafReport({}, 0.25, NumericalRanks(0.25, 8.0, 8.0, 8.0, 4.0, {}), Overheads(None), {})
+
+
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [
         ({"arguments": ARGUMENTS | {"epochs": 0}}, "Not trained after it."),
         (
-            {"lpaf": {"stages": 2}, "config": Settings(metric="sparsity", param_ratio=0.5)},
+            {"lpaf": LPAF, "config": Settings(metric="sparsity", param_ratio=0.5)},
             "Then 1 epoch (learning rate 2e-05) of LPAF: weights pruned to a density of 0.25, cut,",
         ),
         (
@@ -163,6 +169,8 @@ def filled(old: Any, new: Any) -> Any:
         return {key: None for key in new if key not in old} | {
             key: filled(value, new.get(key)) for key, value in old.items()
         }
+    if isinstance(old, list) and isinstance(new, list):
+        return [filled(*pair) for pair in zip(old, new, strict=True)]
     return old
 
 

@@ -9,7 +9,7 @@ from transformers.pytorch_utils import Conv1D
 
 import hf_lowrank
 from hf_lowrank.config import LowRankConfig
-from hf_lowrank.errors import TargetError
+from hf_lowrank.errors import NumericalError, TargetError
 from hf_lowrank.format.rebuild import factorized_layers, narrowed_layers
 from hf_lowrank.modeling.marks import attach_config_
 from hf_lowrank.training.form_changes import current_ranks, to_inference_form_, to_training_form_
@@ -176,3 +176,10 @@ def test_layers_that_cannot_be_factorized_stay_dense():
     assert len(layers) == 12
     assert {type(first), type(second)} == {nn.Linear}
     torch.testing.assert_close(logits(model, batch), before, rtol=1e-4, atol=1e-4)
+
+
+def test_a_dense_weight_that_is_not_finite_is_refused_by_name():
+    model, name = tiny_llama(), "model.layers.0.mlp.up_proj"
+    model.get_submodule(name).weight.data[0, 0] = float("inf")
+    with pytest.raises(NumericalError, match=f"^{name}: the weight holds .*exclude the layer.$"):
+        to_training_form_(model, LowRankConfig())

@@ -83,28 +83,28 @@ def test_training_stops_at_the_switch(
     trainer = trained(switch, tmp_path)
     found = switch.summary()
     assert (trainer.state.global_step, trainer.state.max_steps) == (steps[-1], 16)
-    assert [profile["step"] for profile in found["profiles"]] == steps
-    assert [profile["epoch"] for profile in found["profiles"]] == [step / 4 for step in steps]
-    assert (found["step"], found["epoch"]) == (steps[-1], steps[-1] / 4)
-    assert found["settled"] is settled
-    assert found["seconds"] >= 0
+    assert [profile.step for profile in found.profiles] == steps
+    assert [profile.epoch for profile in found.profiles] == [step / 4 for step in steps]
+    assert (found.step, found.epoch) == (steps[-1], steps[-1] / 4)
+    assert found.settled is settled
+    assert found.seconds >= 0
 
 
 @pytest.mark.parametrize(("warmup_steps", "stop"), [(0, 2), (1, 4), (2, 4), (3, 6)])
 def test_the_warm_up_does_not_count_as_settled(warmup_steps: int, stop: int, tmp_path: Path):
     switch = FullRankSwitch(moving(5.0), 2, 0.9)
     assert trained(switch, tmp_path, warmup_steps).state.global_step == stop
-    assert switch.summary()["settled"]
+    assert switch.summary().settled
 
 
 def test_the_summary_tells_means_and_changes(tmp_path: Path):
     switch = FullRankSwitch(moving(5.0, 4.0, 3.9, 3.86), 2, 0.9)
     trained(switch, tmp_path)
-    profiles = switch.summary()["profiles"]
-    means = [profile["mean_stable_rank"] for profile in profiles]
+    profiles = switch.summary().profiles
+    means = [profile.mean_stable_rank for profile in profiles]
     assert means == pytest.approx([4.0, 3.5, 3.45, 3.43])
-    assert "largest_change" not in profiles[0]
-    changes = [profile["largest_change"] for profile in profiles[1:]]
+    assert profiles[0].largest_change is None
+    changes = [profile.largest_change for profile in profiles[1:]]
     assert changes == pytest.approx([2.0, 0.2, 0.08])
 
 

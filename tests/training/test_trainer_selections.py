@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from transformers import TrainerCallback
 
-from hf_lowrank.errors import DataError
+from hf_lowrank.errors import DataError, NumericalError
 from hf_lowrank.evaluation.perplexity import LossMeasurement, measure_loss
 from hf_lowrank.format.dense_linear import linear_shape
 from hf_lowrank.format.rebuild import factorized_layers
@@ -69,13 +69,13 @@ def test_a_run_cuts_at_every_epochs_end_and_stays_within_the_tolerance(tmp_path:
         rank_penalty_weight=0.01,
     )  # fmt: skip
     trainer.train()
-    assert [record["epoch"] for record in trainer.selections] == [1.0, 2.0, 3.0]
+    assert [record.epoch for record in trainer.selections] == [1.0, 2.0, 3.0]
     ratios = selection_logs(trainer)
-    assert ratios == [record["param_ratio"] for record in trainer.selections]
+    assert ratios == [record.param_ratio for record in trainer.selections]
     assert ratios == sorted(ratios, reverse=True)
     assert ratios[-1] < 1.0
     after = measure_loss(trainer.model, trainer.selection_batches()).mean
-    best = min(record["loss_before"] for record in trainer.selections)
+    best = min(record.loss_before for record in trainer.selections)
     assert after <= best + 0.05 + 1e-4
 
 
@@ -206,8 +206,8 @@ def test_a_target_size_is_met_when_layers_are_multiplied_out_on_the_way(tmp_path
     shapes = target_shapes(trainer)
     trainer.train()
     trainer.export()
-    assert any(rank is None for rank in trainer.selections[0]["ranks"].values())
-    assert trainer.selections[-1]["param_ratio"] == kept_ratio(trainer.model, shapes) <= 0.4
+    assert any(rank is None for rank in trainer.selections[0].ranks.values())
+    assert trainer.selections[-1].param_ratio == kept_ratio(trainer.model, shapes) <= 0.4
 
 
 def test_no_selection_goes_below_the_smallest_share(tmp_path: Path):
@@ -226,7 +226,7 @@ def test_plans_count_what_the_trainer_logs(tmp_path: Path):
     plan = RankPlan(
         {n: getattr(trainer.model.get_submodule(n), "rank", None) for n in shapes}, shapes
     )
-    assert record["param_ratio"] == plan.param_ratio == kept_ratio(trainer.model, shapes)
+    assert record.param_ratio == plan.param_ratio == kept_ratio(trainer.model, shapes)
 
 
 def test_a_selection_that_never_comes_is_warned_of(
@@ -321,3 +321,19 @@ def test_nothing_is_selected_after_the_export(rule: str, tmp_path: Path):
     after = trainer.model.state_dict()
     assert list(after) == list(exported)
     assert all(torch.equal(after[name], tensor) for name, tensor in exported.items())
+
+
+def test_a_cut_that_can_not_be_computed_names_the_layer_and_what_to_do(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    rows = sentence_rows()
+    trainer = trainer_for(tiny_bert_classifier(), rows, tmp_path, selection_tolerance=1.0)
+    monkeypatch.setattr(
+        "hf_lowrank.training.trainer.cut_factors",
+        lambda factors, rank: (factors.left[:, :rank] * torch.nan,) * 3,
+    )
+    with pytest.raises(NumericalError) as raised:
+        trainer.select_ranks()
+    name, _, rest = str(raised.value).partition(": ")
+    assert name in target_shapes(trainer)
+    assert rest == f"its factors are singular, or hold NaN or infinity. {trainer.advice}"

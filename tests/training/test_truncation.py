@@ -6,6 +6,7 @@ from torch import nn
 
 from hf_lowrank.decomposition.spectrum import Factors
 from hf_lowrank.decomposition.thin import thin_svd
+from hf_lowrank.errors import NumericalError
 from hf_lowrank.format.forms.factors import LowRankLinear
 from hf_lowrank.training.truncation import (
     cut_factors,
@@ -219,3 +220,25 @@ def test_a_layer_multiplied_out_takes_its_place_in_the_optimizer():
     assert set(optimizer.state) <= set(model.parameters())
     step(model[:1], optimizer, 1)
     assert not torch.equal(dense.weight, weight)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("part", ["old", "new"])
+def test_factors_that_are_not_finite_are_refused(part: str, bad: float):
+    layer = training_layer()
+    cut = cut_factors(factors_of(layer), 3)
+    (layer.lowrank_A.weight.data if part == "old" else cut[2])[1, 1] = bad
+    with pytest.raises(NumericalError, match="its factors are singular, or hold NaN or infinity"):
+        truncate_(layer, cut)
+    assert layer.rank == 6
+
+
+def test_dependent_factors_are_turned_into_the_shortest_combination():
+    layer = training_layer()
+    with torch.no_grad():
+        layer.lowrank_B.weight[:, 1] = layer.lowrank_B.weight[:, 0]
+    optimizer = OPTIMIZERS["momentum"](layer.parameters())
+    step(layer, optimizer, 0)
+    truncate_(layer, cut_factors(factors_of(layer), 3), optimizer)
+    for parameter in layer.parameters():
+        assert bool(optimizer.state[parameter]["momentum_buffer"].isfinite().all())

@@ -14,7 +14,7 @@ from pathlib import Path
 from torch import nn
 
 from hf_lowrank.compression.analysis import Analysis, analyze
-from hf_lowrank.compression.application import apply, measure_dense
+from hf_lowrank.compression.application import apply_, measure_dense
 from hf_lowrank.compression.decision import Decision, held_out_loss
 from hf_lowrank.compression.goals import check_goal
 from hf_lowrank.compression.gradients import collect_gradients
@@ -104,7 +104,7 @@ def compress_jointly(
     with run.stopwatch.phase("search"):
         baseline, accepted, probes = _search(candidates, config)
     decision = _decision(analysis, candidates, baseline, accepted, probes)
-    return apply(model, decision, dense, run)
+    return apply_(model, decision, dense, run)
 
 
 def _search(
@@ -137,7 +137,10 @@ def _decision(
 
 def _check_sets(texts: Texts) -> None:
     if not texts.calibration or not texts.held_out:
-        raise DataError("Joint compression needs batches for the gradient and for acceptance.")
+        raise DataError(
+            "Joint compression needs batches for the gradient and for acceptance: pass calibration "
+            "and held_out."
+        )
     check_disjoint(gradient=texts.calibration, acceptance=texts.held_out, reported=texts.evaluation)
 
 
@@ -148,10 +151,15 @@ def _check(config: LowRankConfig, keeps_embeddings: bool) -> None:
             "embeddings has none; use compress."
         )
     if config.metric != "kfac" or config.rule not in (None, "price"):
-        raise ConfigError("Joint compression works with metric 'kfac' and rule 'price' only.")
+        raise ConfigError(
+            f"Joint compression works with metric 'kfac' and rule 'price', got {config.metric!r} "
+            f"and {config.rule!r}; set these, or use compress."
+        )
     if config.channels or config.measured_prices:
-        raise ConfigError("Joint compression takes neither channels nor measured_prices.")
+        raise ConfigError(
+            "Joint compression takes neither channels nor measured_prices; leave both out."
+        )
     if config.goal in ("megabytes", "rank") or config.ranks is not None:
         raise ConfigError("Joint compression chooses the ranks: set param_ratio or loss_tolerance.")
     if current_processes().count > 1:
-        raise ConfigError("Joint compression runs in one process.")
+        raise ConfigError("Joint compression runs in one process; start it without torchrun.")

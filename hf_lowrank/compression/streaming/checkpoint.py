@@ -81,12 +81,10 @@ def compress_checkpoint(
         evaluation: Batches for the report's before and after.
         held_out: Batches for searches and prices.
         foreign: Batches of another kind, for the report, too.
-        dtype: "auto" (as stored), "float32", "bfloat16" or "float16": what every block is computed
-            and saved in.
+        dtype: "auto" (as stored), "float32", "bfloat16" or "float16"; blocks compute in it, too.
         device: Where blocks are run.
         trust_remote_code: Whether code that lies beside the weights may run.
-        work_dir: Folder for all that lies between, kept for other goals on the same spectra; by
-            default one beside `out`, removed at the end.
+        work_dir: Folder for what lies between, kept; by default one beside `out`, removed at last.
         overwrite: Whether an existing folder is replaced.
         moment_gib: Memory for moments, GiB; more layers of a block take more passes over it.
         progress: Whether to show progress.

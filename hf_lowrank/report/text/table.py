@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 
 from hf_lowrank.report.layers import channels_left, expert_rows
 from hf_lowrank.report.schema import Report
-from hf_lowrank.report.sections import Evaluation, Recovery, Settings, Training
+from hf_lowrank.report.sections import Evaluation, Recovery, Settings
 from hf_lowrank.report.text.embedding_lines import embedding_notes, embedding_rows
 from hf_lowrank.report.text.speed_table import (
     speed_columns,
@@ -16,6 +16,7 @@ from hf_lowrank.report.text.speed_table import (
     speed_notes,
     speed_rows,
 )
+from hf_lowrank.report.training_sections import Training
 
 FOREIGN = ", foreign text"
 
@@ -339,8 +340,7 @@ def _range(values: Sequence[int]) -> list[str]:
 def warnings(report: Report) -> list[str]:
     """What a reader must know: layers that failed, matrices that were no targets."""
     lines = [f"kept dense: {name}: {reason}" for name, reason in report.failures.items()]
-    untouched = sum(report.untouched.values())
-    if untouched:
+    if untouched := sum(report.untouched.values()):
         share = untouched / report.parameters.dense
         example = max(report.untouched, key=lambda name: report.untouched[name])
         lines.append(

@@ -170,8 +170,8 @@ def test_a_cache_of_spectra_does_not_keep_the_gradients_away(text, tmp_path):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"metric": "plain", "param_ratio": 0.5}, "metric 'kfac' and rule 'price' only"),
-        ({"rule": "energy", "param_ratio": 0.5}, "metric 'kfac' and rule 'price' only"),
+        ({"metric": "plain", "param_ratio": 0.5}, "rule 'price', got 'plain' and None; set these"),
+        ({"rule": "energy", "param_ratio": 0.5}, "rule 'price', got 'kfac' and 'energy'; set"),
         ({"rank": 3}, "set param_ratio or loss_tolerance"),
     ],
 )
@@ -181,7 +181,7 @@ def test_other_goals_are_refused(text, settings, message):
 
 
 def test_an_empty_set_is_refused(text):
-    with pytest.raises(DataError, match="needs batches for the gradient and for acceptance"):
+    with pytest.raises(DataError, match="needs batches for the gradient and for acceptance: pass"):
         compress_jointly(tiny_llama(), LowRankConfig(param_ratio=0.5), text[:1], [])
 
 
