@@ -123,7 +123,7 @@ class ObjectiveTrainer(CheckedTrainer):
         return self.loss_function
 
     def _loss_of_batch(self, model: nn.Module, batch: Batch) -> ItemLosses:
-        loss = super().compute_loss(model, dict(batch))
+        loss = cast(torch.Tensor, super().compute_loss(model, dict(batch)))
         size = torch.tensor([len(next(iter(batch.values())))], device=loss.device)
         return ItemLosses(loss.float().reshape(1) * size, size)
 
