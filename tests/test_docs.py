@@ -15,6 +15,7 @@ from hf_lowrank.cli.encoder_arguments import EncoderArguments
 from hf_lowrank.cli.export_command import ExportArguments
 from hf_lowrank.cli.training_command import LanguageModelArguments, LanguageModelTrainingArguments
 from hf_lowrank.tasks.glue import GlueArguments
+from hf_lowrank.tasks.ner import NerArguments
 from hf_lowrank.tasks.qa import QaArguments
 from tests.scripts import ROOT, script_module
 
@@ -25,6 +26,7 @@ ARGUMENTS: dict[str, tuple[type, ...]] = {
     "compress_llm": (CompressionArguments, PublishingArguments),
     "compress_encoder": (EncoderArguments, PublishingArguments),
     "run_glue": (GlueArguments, PublishingArguments),
+    "run_ner": (NerArguments, PublishingArguments),
     "run_qa": (QaArguments, PublishingArguments),
     "evaluate_model": (script_module("evaluate_model").EvaluationArguments,),
     "export": (ExportArguments,),
