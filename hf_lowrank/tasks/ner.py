@@ -78,14 +78,16 @@ def load_ner_task(args: NerArguments) -> Task:
     )
     labels = _labels(args, sentences, validation)
     train, held_out = hold_out(sentences, args)
-    parts = (
+    splits = [
         Dataset.from_list([_row(each, tokenizer, labels, args.max_length) for each in part])
         for part in (train, held_out, validation)
-    )
+    ]
     collator = partial(collate_inputs, collator=DataCollatorForTokenClassification(tokenizer))
     return Task(
-        args.task,
-        *parts,
+        name=args.task,
+        train=splits[0],
+        held_out=splits[1],
+        validation=splits[2],
         collator=collator,
         tokenizer=tokenizer,
         new_model=partial(

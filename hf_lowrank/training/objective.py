@@ -108,7 +108,8 @@ class ObjectiveTrainer(CheckedTrainer):
         self.teacher = None if teacher is None else teacher.to(self.args.device)
         if loss_function is not None:
             self.model_accepts_loss_kwargs = False  # a batch's mean is its own
-            self.can_return_loss = True
+        if self.measured is not None:
+            self.can_return_loss = True  # of batches without labels, too
         if isinstance(loss_function, EmbeddingLoss):
             self.label_names = ["labels"]
 

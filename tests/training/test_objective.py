@@ -211,9 +211,11 @@ def test_a_loss_of_outputs_trains_and_selects_a_model_without_a_head(rule: str, 
     trainer = trainer_for(
         tiny_bert(), rows, tmp_path, compute_loss_func=alike, selection_rule=rule,
         selection_tolerance=0.05, tolerance_reference="current", learning_rate=3e-3,
-        num_train_epochs=4,
+        num_train_epochs=4, eval_dataset=rows,
     )  # fmt: skip
     assert trainer.teacher is None
+    whole = trainer._measure(trainer.selection_batches()).mean
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(whole, rel=1e-4)
     batches = trainer.selection_batches()
     with torch.no_grad():
         losses = [float(alike(trainer.model(**batch), None)) for batch in batches]
