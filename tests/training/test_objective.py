@@ -99,15 +99,16 @@ def test_a_tolerance_is_a_rise_of_one_minus_the_cosine(rule: str, tmp_path: Path
 
 def test_prices_are_the_curvature_of_the_embedding_whatever_the_teacher(tmp_path: Path):
     """At the start the goal is met, so that gradients towards it are nothing."""
+    other = tiny_bert(seed=1)
     plans = []
-    for settings in ({}, {"teacher": tiny_bert(seed=1)}):
+    for settings in ({}, {"teacher": other}, {"teacher": other, "selection_labels": "data"}):
         trainer = trainer_for(
             tiny_bert(), unlabelled_rows(), tmp_path, selection_rule="price",
             target_param_ratio=0.5, **settings,
         )  # fmt: skip
         trainer.state.max_steps, trainer.state.global_step = 8, 8
         plans.append(trainer.select_ranks().plan.ranks)
-    assert plans[0] == plans[1]
+    assert plans[0] == plans[1] != plans[2]
     assert len(set(plans[0].values())) > 3
 
 
