@@ -45,14 +45,14 @@ class DevelopmentLoss:
         compressed: Of the model that the run made.
         difference: Their paired difference.
         standard_error: Its standard error over examples.
-        per: What they are means over.
+        per: What they are means over, None in older reports: an example.
     """
 
     dense: float
     compressed: float
     difference: float
     standard_error: float
-    per: str = "example"
+    per: str | None = None
 
 
 @dataclass
