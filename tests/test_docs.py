@@ -22,6 +22,7 @@ from hf_lowrank.format.forms.stored_form import form_names
 from hf_lowrank.inputs.sources import DTYPES
 from hf_lowrank.measuring.embeddings import POOLINGS
 from hf_lowrank.tasks.glue import GlueArguments
+from hf_lowrank.tasks.ner import NerArguments
 from hf_lowrank.tasks.qa import QaArguments
 from hf_lowrank.tasks.task_arguments import METHOD_NAMES
 from hf_lowrank.training.training_arguments import SELECTION_RULES
@@ -34,6 +35,7 @@ ARGUMENTS: dict[str, tuple[type, ...]] = {
     "compress_llm": (CompressionArguments, PublishingArguments),
     "compress_encoder": (EncoderArguments, PublishingArguments),
     "run_glue": (GlueArguments, PublishingArguments),
+    "run_ner": (NerArguments, PublishingArguments),
     "run_qa": (QaArguments, PublishingArguments),
     "evaluate_model": (script_module("evaluate_model").EvaluationArguments,),
     "export": (ExportArguments,),

@@ -1,4 +1,4 @@
-"""One run on a task, printed, saved and published: what run_glue.py and run_qa.py do."""
+"""One run on a task, printed, saved and published: what the scripts of tasks do."""
 
 from __future__ import annotations
 

@@ -96,17 +96,23 @@ def _sentence_losses(
     logits = logits.float()
     problem = problem_type(model, logits, labels)
     if problem == "regression":
-        if sample:
-            # Variance k/2 of k averaged values: the expected squared gradient is the curvature.
-            scale = (logits.shape[-1] / 2) ** 0.5
-            labels = logits.detach() + torch.randn_like(logits) * scale
-        squares = (logits - labels.float().view_as(logits)) ** 2
-        return squares.mean(dim=-1)
+        if sample:  # a squared error is the log-likelihood of variance 1/2
+            labels = logits.detach() + torch.randn_like(logits) * 0.5**0.5
+        return _mean_of_terms((logits - labels.float().view_as(logits)) ** 2, sample)
     if problem == "multi_label_classification":
         labels = torch.bernoulli(logits.detach().sigmoid()) if sample else labels
         losses = F.binary_cross_entropy_with_logits(logits, labels.float(), reduction="none")
-        return losses.mean(dim=-1)
+        return _mean_of_terms(losses, sample)
     return cross_entropy(logits, labels.view(-1).long(), sample)
+
+
+def _mean_of_terms(losses: torch.Tensor, sample: bool) -> torch.Tensor:
+    """Mean over the last dimension: of k log-likelihoods, each with a label of its own.
+
+    Its curvature is the mean of theirs, but the expected square of its gradient, where labels are
+    drawn, is their sum over k^2; so drawn losses are multiplied by sqrt(k).
+    """
+    return losses.mean(dim=-1) * (losses.shape[-1] ** 0.5 if sample else 1.0)
 
 
 def problem_type(model: nn.Module, logits: torch.Tensor, labels: torch.Tensor) -> str:
@@ -135,5 +141,5 @@ def _span_losses(model: nn.Module, batch: Batch, sample: bool) -> ItemLosses:
         targets = batch[name].view(-1) if name in batch else logits.new_zeros(len(logits)).long()
         targets = targets.masked_fill((targets < 0) | (targets >= length), IGNORED)
         losses.append(cross_entropy(logits, targets, sample))
-    total = (losses[0] + losses[1]) / 2
+    total = _mean_of_terms(torch.stack(losses, dim=-1), sample)
     return ItemLosses(total, torch.ones(len(total), dtype=torch.long, device=total.device))

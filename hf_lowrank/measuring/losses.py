@@ -11,6 +11,7 @@ from hf_lowrank.measuring.heads import head_losses, prepare_head
 from hf_lowrank.measuring.items import (
     Batch,
     ItemLosses,
+    LossFunction,
     device_of,
     eval_mode,
     is_causal_lm,
@@ -44,15 +45,16 @@ def item_losses(model: nn.Module, batch: Batch, label_source: str = "data") -> I
     return head_losses(model, batch, sample=label_source == "model")
 
 
-def check_losses(model: nn.Module, batch: Batch) -> None:
-    """Measures one item, to refuse before any work what `item_losses` would refuse later.
+def check_losses(model: nn.Module, batch: Batch, loss_function: LossFunction | None = None) -> None:
+    """Measures one item, or a batch by a loss that is given, to refuse now what it would later.
 
     Raises:
-        ConfigError, DataError: See `item_losses`.
+        ConfigError, DataError: See `item_losses`, which is the loss where none is given.
     """
     device = device_of(model)
     with torch.no_grad(), eval_mode(model):
-        item_losses(model, {name: value[:1].to(device) for name, value in batch.items()})
+        few = {name: v[: None if loss_function else 1].to(device) for name, v in batch.items()}
+        (loss_function or item_losses)(model, few)
 
 
 def prepare_losses(model: nn.Module, batch: Batch) -> None:

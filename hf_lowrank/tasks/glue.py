@@ -15,13 +15,12 @@ from transformers import (
 )
 
 from hf_lowrank.config import option
-from hf_lowrank.errors import DataError
 from hf_lowrank.inputs.sources import load_tokenizer
 from hf_lowrank.tasks.glue_data import HUB_DATASET, TASKS, hub_split, load_glue
 from hf_lowrank.tasks.models import new_model
 from hf_lowrank.tasks.prediction import predictions
-from hf_lowrank.tasks.task import Collator, Task
-from hf_lowrank.tasks.task_arguments import HELD_OUT_SHARE, TaskArguments
+from hf_lowrank.tasks.task import Collator, Task, hold_out
+from hf_lowrank.tasks.task_arguments import TaskArguments
 from hf_lowrank.tasks.task_report import TaskData
 from hf_lowrank.value_checks import check_choice
 
@@ -52,12 +51,7 @@ def load_glue_task(args: GlueArguments) -> Task:
     args.check()
     set_seed(args.seed)
     tokenizer = load_tokenizer(args.model, args.trust_remote_code)
-    train = load_glue(args.task, "train", args.data_dir).shuffle(seed=args.seed)
-    if args.train_samples:
-        train = train.select(range(min(args.train_samples, len(train))))
-    if len(train) < 2:
-        raise DataError(f"{args.task}: {len(train)} training example is too few; 2 are needed.")
-    held_out = max(1, int(HELD_OUT_SHARE * len(train)))
+    train, held_out = hold_out(load_glue(args.task, "train", args.data_dir), args)
 
     def tokenize(row: dict[str, Any]) -> dict[str, Any]:
         pair = (row["sentence1"], row.get("sentence2"))
@@ -71,8 +65,8 @@ def load_glue_task(args: GlueArguments) -> Task:
     validation = load_glue(args.task, "validation", args.data_dir)
     return Task(
         name=args.task,
-        train=prepare(train.select(range(held_out, len(train)))),
-        held_out=prepare(train.select(range(held_out))),
+        train=prepare(train),
+        held_out=prepare(held_out),
         validation=prepare(validation),
         collator=collator,
         tokenizer=tokenizer,
@@ -89,8 +83,8 @@ def load_glue_task(args: GlueArguments) -> Task:
             dataset=HUB_DATASET,
             config=args.task,
             split=hub_split(args.task, "validation"),
-            train_examples=len(train) - held_out,
-            held_out_examples=held_out,
+            train_examples=len(train),
+            held_out_examples=len(held_out),
             evaluation_examples=len(validation),
         ),
     )

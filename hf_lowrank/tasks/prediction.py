@@ -15,6 +15,16 @@ from hf_lowrank.tasks.task import Collator
 _LABELS = {"labels", "start_positions", "end_positions"}
 
 
+def collate_inputs(
+    rows: list[dict[str, Any]],
+    *,
+    collator: Any,  # noqa: ANN401
+) -> dict[str, torch.Tensor]:
+    """A batch, padded by a collator with a tokenizer, of what the model takes and nothing else."""
+    names = {*collator.tokenizer.model_input_names, *_LABELS}
+    return dict(collator([{n: v for n, v in row.items() if n in names} for row in rows]))
+
+
 @torch.no_grad()
 def predictions(
     model: nn.Module, split: Dataset, collator: Collator, size: int = 64

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from datasets import Dataset, concatenate_datasets
 from torch import nn
 from transformers import AutoModelForQuestionAnswering, DataCollatorWithPadding, set_seed
@@ -21,9 +18,9 @@ from hf_lowrank.config import option
 from hf_lowrank.errors import ConfigError
 from hf_lowrank.inputs.sources import load_tokenizer
 from hf_lowrank.tasks.models import check_max_length, new_model
-from hf_lowrank.tasks.prediction import predictions
+from hf_lowrank.tasks.prediction import collate_inputs, predictions
 from hf_lowrank.tasks.squad_data import load_squad, split_by_article, take_questions
-from hf_lowrank.tasks.task import Collator, Task
+from hf_lowrank.tasks.task import Collator, Task, digest
 from hf_lowrank.tasks.task_arguments import HELD_OUT_SHARE, TaskArguments
 from hf_lowrank.tasks.task_report import TaskData
 from hf_lowrank.value_checks import check_between, check_count
@@ -90,7 +87,7 @@ def load_qa_task(args: QaArguments) -> Task:
     for part in parts:
         windows.append(_windows(part, tokenizer, args, first))
         first += len(part)
-    collator = partial(collate_windows, collator=DataCollatorWithPadding(tokenizer))
+    collator = partial(collate_inputs, collator=DataCollatorWithPadding(tokenizer))
     return Task(
         name=args.task,
         train=windows[0],
@@ -108,17 +105,8 @@ def load_qa_task(args: QaArguments) -> Task:
             evaluation_examples=len(validation),
             files=[Path(name).name for name in (args.train_file, args.data_file) if name],
         ),
-        data_key=(_digest(questions), args.doc_stride),
+        data_key=(digest(questions), args.doc_stride),
     )
-
-
-def collate_windows(
-    rows: list[dict[str, Any]], *, collator: DataCollatorWithPadding
-) -> dict[str, torch.Tensor]:
-    """A padded batch of windows with what the model takes, and nothing else."""
-    names = {*collator.tokenizer.model_input_names, *_POSITIONS}
-    batch = collator([{n: value for n, value in row.items() if n in names} for row in rows])
-    return dict(batch)
 
 
 def evaluate_qa(
@@ -213,8 +201,3 @@ def _span(starts: list[int], ends: list[int], answers: dict[str, Any]) -> tuple[
     if not inside or starts[context[0]] > begin or ends[context[-1]] < end:
         return 0, 0
     return inside[0], inside[-1]
-
-
-def _digest(data: Dataset) -> str:
-    text = json.dumps(data.to_list())
-    return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()

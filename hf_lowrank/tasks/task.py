@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -10,7 +12,9 @@ import torch
 from datasets import Dataset
 from torch import nn
 
+from hf_lowrank.errors import DataError
 from hf_lowrank.measuring.items import Batch
+from hf_lowrank.tasks.task_arguments import HELD_OUT_SHARE, TaskArguments
 from hf_lowrank.tasks.task_report import TaskData
 
 Collator = Callable[[list[dict[str, Any]]], dict[str, torch.Tensor]]
@@ -33,6 +37,7 @@ class Task:
         data: What the report says of the examples.
         data_key: What a dense model depends on besides the name and the arguments that all tasks
             share: anything that JSON can hold.
+        scored: What the loss is a mean over, in the singular.
     """
 
     name: str
@@ -46,8 +51,29 @@ class Task:
     score: Callable[[nn.Module, Dataset], dict[str, float]]
     data: TaskData = field(default_factory=TaskData)
     data_key: tuple[object, ...] = ()
+    scored: str = "example"
 
     def batches(self, split: Dataset, size: int, limit: int | None = None) -> Sequence[Batch]:
         """Padded batches of the first examples of a split, all of them without a limit."""
         rows = [split[i] for i in range(min(limit or len(split), len(split)))]
         return [dict(self.collator(rows[i : i + size])) for i in range(0, len(rows), size)]
+
+
+def hold_out(train: Dataset, args: TaskArguments) -> tuple[Dataset, Dataset]:
+    """A training set, shuffled and cut to `train_samples`, in two: to train on, and held out.
+
+    Raises:
+        DataError: It is too small.
+    """
+    train = train.shuffle(seed=args.seed)
+    if args.train_samples:
+        train = train.select(range(min(args.train_samples, len(train))))
+    if len(train) < 2:
+        raise DataError(f"{args.task}: {len(train)} training example is too few; 2 are needed.")
+    count = max(1, int(HELD_OUT_SHARE * len(train)))
+    return train.select(range(count, len(train))), train.select(range(count))
+
+
+def digest(data: Dataset) -> str:
+    """What tells a data set from others, for `Task.data_key`."""
+    return hashlib.blake2b(json.dumps(data.to_list()).encode(), digest_size=8).hexdigest()

@@ -180,7 +180,7 @@ def format_loss(found: DevelopmentLoss) -> str:
     """The losses of `TaskReport.development_loss` as one line."""
     return (
         f"Mean loss on the development set: {found.dense:.4f} -> {found.compressed:.4f} nats "
-        f"per example ({found.difference:+.4f} +- {found.standard_error:.4f})"
+        f"per {found.per or 'example'} ({found.difference:+.4f} +- {found.standard_error:.4f})"
     )
 
 

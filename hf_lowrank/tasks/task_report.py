@@ -41,19 +41,21 @@ class TaskData(Data):
 
 @dataclass(frozen=True)
 class DevelopmentLoss:
-    """Mean losses on the development set in the stored type, nats per example.
+    """Mean losses on the development set in the stored type, nats.
 
     Attributes:
         dense: Of the dense model.
         compressed: Of the model that the run made.
         difference: Their paired difference.
         standard_error: Its standard error over examples.
+        per: What they are means over, None in older reports: an example.
     """
 
     dense: float
     compressed: float
     difference: float
     standard_error: float
+    per: str | None = None
 
 
 @dataclass

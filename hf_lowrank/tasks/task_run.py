@@ -66,10 +66,10 @@ def run_task(task: Task, args: TaskArguments) -> tuple[nn.Module, TaskReport]:
         task=task.name,
         method=args.method,
         arguments=dict(vars(args)),
-        development_loss=_compared(before, measure_loss(model, validation)),
+        development_loss=_compared(before, measure_loss(model, validation), task.scored),
     )
 
 
-def _compared(before: LossMeasurement, after: LossMeasurement) -> DevelopmentLoss:
+def _compared(before: LossMeasurement, after: LossMeasurement, per: str) -> DevelopmentLoss:
     found = paired_difference(before.items, after.items)
-    return DevelopmentLoss(before.mean, after.mean, found.mean, found.standard_error)
+    return DevelopmentLoss(before.mean, after.mean, found.mean, found.standard_error, per)

@@ -24,7 +24,8 @@ from hf_lowrank.evaluation.perplexity import ItemLoss, iterate_losses
 from hf_lowrank.format.dense_linear import linear_shape
 from hf_lowrank.format.forms.factors import LowRankLinear
 from hf_lowrank.measuring.collection import collect_moments
-from hf_lowrank.measuring.items import Batch
+from hf_lowrank.measuring.embeddings import EmbeddingLoss
+from hf_lowrank.measuring.items import Batch, LossFunction, without_labels
 from hf_lowrank.ranks.plan import RankPlan
 from hf_lowrank.ranks.threshold import (
     plan_for_budget,
@@ -43,7 +44,8 @@ class SelectionSettings:
     """How to select; see the fields of `LowRankTrainingArguments` of similar names.
 
     With `param_ratio` the selection spends that budget and looks at no loss; `dense_shapes` are the
-    target layers that stay dense and count towards it. Sizes are those of the stored `form`.
+    target layers that stay dense and count towards it. Sizes are those of the stored `form`. The
+    loss is that of the model's head without a `loss_function`.
     """
 
     rule: str
@@ -56,6 +58,7 @@ class SelectionSettings:
     param_ratio: float | None = None
     dense_shapes: Mapping[str, tuple[int, int]] = field(default_factory=dict)
     form: str = "factors"
+    loss_function: LossFunction | None = None
 
 
 @dataclass(frozen=True)
@@ -114,7 +117,8 @@ def select_ranks(
         if plan.param_ratio < settings.smallest_ratio:
             return LossDifference(math.inf, 0.0, 0, False)
         with probed(layers, factors, plan.ranks):
-            return paired_difference(reference, iterate_losses(model, batches), tolerance)
+            now = iterate_losses(model, batches, loss_function=settings.loss_function)
+            return paired_difference(reference, now, tolerance)
 
     floor = smallest_ratio(shapes, **limits)
     if settings.param_ratio is not None:
@@ -146,7 +150,9 @@ def layer_spectra(
     For `price` the second factor `B` is decomposed in the `kfac` metric of its own inputs
     `z = s * (A x)` and outputs: `B Cov(z) B^T = W Cov(x) W^T`, so the singular values are those of
     the whole layer, its tokens weighted by `|g| / |z|` (`evenly`), and the k x k sums of z and of
-    `B^T g` are all that has to be collected.
+    `B^T g` are all that has to be collected. Of embeddings, the goals are drawn around the model's
+    own: gradients towards one that is met vanish. The labels of a loss function can't be drawn;
+    they are the data's.
 
     Raises:
         ConfigError: The rule is none of the two.
@@ -162,12 +168,16 @@ def layer_spectra(
         raise ConfigError(f"The selection rule must be relative or price, got {settings.rule!r}.")
     kfac = METRICS["kfac"]
     second_factors: dict[str, nn.Module] = {n: layer.lowrank_B for n, layer in layers.items()}
+    loss_function = settings.loss_function
+    if isinstance(loss_function, EmbeddingLoss) and settings.label_source == "model":
+        batches = [without_labels(batch) for batch in batches]
     moments = collect_moments(
         model,
         second_factors,
         batches,
         kfac.needs,
         even=kfac.even,
+        loss_function=loss_function,
         label_source=settings.label_source,
         seed=settings.seed,
     )

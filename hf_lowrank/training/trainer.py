@@ -12,7 +12,6 @@ from typing import Any, ClassVar, cast
 import torch
 from accelerate.utils import broadcast_object_list
 from torch import nn
-from torch.utils.data import DataLoader, Subset
 
 from hf_lowrank.config import LowRankConfig
 from hf_lowrank.decomposition.metrics import MetricSettings
@@ -21,21 +20,20 @@ from hf_lowrank.evaluation.perplexity import ItemLoss, LossMeasurement, measure_
 from hf_lowrank.format.dense_linear import linear_shape
 from hf_lowrank.format.forms.factors import LowRankLinear
 from hf_lowrank.format.rebuild import factorized_layers
-from hf_lowrank.measuring.batches import checked_batches
-from hf_lowrank.measuring.items import Batch
+from hf_lowrank.measuring.items import Batch, LossFunction
 from hf_lowrank.measuring.losses import check_losses
 from hf_lowrank.modeling.marks import attach_config_
 from hf_lowrank.ranks.plan import RankPlan, useful_rank
 from hf_lowrank.ranks.threshold import check_budget
 from hf_lowrank.report.reading import read_section
 from hf_lowrank.report.training_sections import RankSelection, Training
-from hf_lowrank.training.base import CheckedTrainer
 from hf_lowrank.training.form_changes import (
     current_ranks,
     reshape_,
     to_inference_form_,
     to_training_form_,
 )
+from hf_lowrank.training.objective import ObjectiveTrainer, objective_of, teacher_for
 from hf_lowrank.training.penalties import orthogonality_penalty, rank_penalty
 from hf_lowrank.training.selection import Selection, SelectionSettings, select_ranks
 from hf_lowrank.training.selection_schedule import SelectionSchedule, scheduled_ratio
@@ -45,7 +43,7 @@ from hf_lowrank.training.truncation import cut_factors, make_dense_, truncate_
 STATE_FILE = "lowrank_state.json"
 
 
-class LowRankTrainer(CheckedTrainer):
+class LowRankTrainer(ObjectiveTrainer):
     """Trains `L_T + lambda_O L_O + lambda_R L_R` and cuts ranks at the end of every epoch.
 
     The target layers are turned into `U diag(s) V` at full rank (or the ranks of the config's
@@ -57,6 +55,11 @@ class LowRankTrainer(CheckedTrainer):
         args: See `LowRankTrainingArguments`.
         lowrank_config: Target layers, fixed ranks and, for rule `price`, the damping; for a
             compressed model its own config, or none.
+        loss_function: Loss of a batch, item by item, to train and to select ranks by. None: the
+            model's own, and for a model without a head `EmbeddingLoss()`: it is trained towards the
+            embeddings that it gave when it was dense, or towards those that its training set has as
+            labels. With `compute_loss_func` a head's ranks are selected by the head's own loss.
+        teacher: The dense model for an `EmbeddingLoss`; None: a copy of `model` as it is now.
         **kwargs: As for `Trainer`.
 
     Attributes:
@@ -64,7 +67,7 @@ class LowRankTrainer(CheckedTrainer):
 
     Raises:
         ConfigError: The arguments are of the wrong class, or `lowrank_config` holds a setting that
-            training does not read.
+            training does not read; or the loss and the teacher do not fit, see `teacher_for`.
         DataError: There is no training set to select ranks on.
         TargetError: The model's weights are quantized.
     """
@@ -78,13 +81,16 @@ class LowRankTrainer(CheckedTrainer):
         args: LowRankTrainingArguments,
         *,
         lowrank_config: LowRankConfig | None = None,
+        loss_function: LossFunction | None = None,
+        teacher: nn.Module | None = None,
         **kwargs: Any,
     ) -> None:
         if not isinstance(args, LowRankTrainingArguments):
             raise ConfigError(
                 f"LowRankTrainer needs LowRankTrainingArguments, got {type(args).__name__}."
             )
-        if kwargs.get("train_dataset") is None:
+        rows = kwargs.get("train_dataset")
+        if not rows:
             raise DataError("LowRankTrainer needs a train_dataset: ranks are selected on it.")
         self.lowrank_config = config = lowrank_config or LowRankConfig()
         self.export_form = config.inference_form
@@ -92,12 +98,15 @@ class LowRankTrainer(CheckedTrainer):
         self._damping = MetricSettings(
             config.input_damping, config.output_damping, config.activation_alpha
         )
+        loss_function = objective_of(model, loss_function, kwargs.get("compute_loss_func"))
+        teacher = teacher_for(model, loss_function, teacher, rows)  # before the layers change
         layers = to_training_form_(model, self.lowrank_config)
         self.lowrank_shapes = {name: linear_shape(layer) for name, layer in layers.items()}
         self.selections: list[RankSelection] = []
         self.reference: list[ItemLoss] | None = None
         self._terms: dict[str, list[float]] = {}
         self._pending: dict[str, float] = {}
+        kwargs |= {"loss_function": loss_function, "teacher": teacher}
         super().__init__(model=model, args=args, **kwargs)
         self._describe_ranks()
         self._check_target()
@@ -174,6 +183,7 @@ class LowRankTrainer(CheckedTrainer):
             damping=self._damping,
             dense_shapes={n: s for n, s in self.lowrank_shapes.items() if n not in layers},
             form=self.export_form,
+            loss_function=self.measured,
         )
         start = time.perf_counter()
         now, reference = None, []
@@ -230,22 +240,8 @@ class LowRankTrainer(CheckedTrainer):
             check_budget(self.lowrank_shapes, target, form=self.export_form)
 
     def selection_batches(self) -> list[Batch]:
-        """The fixed, seeded subset of the training set that selections are measured on.
-
-        Examples of like length stand together, so that little of a batch is padding.
-        """
-        data = cast(Any, self.train_dataset)
-        wanted = min(self.args.selection_samples or len(data), len(data))
-        generator = torch.Generator().manual_seed(self.args.seed)
-        chosen = sorted(torch.randperm(len(data), generator=generator)[:wanted].tolist())
-        chosen.sort(key=lambda index: len(data[index].get("input_ids", ())))
-        loader = DataLoader(
-            Subset(data, chosen),
-            batch_size=self.args.per_device_eval_batch_size,
-            collate_fn=self._get_collator_with_removed_columns(self.data_collator),
-        )
-        tensors = ({k: v for k, v in b.items() if isinstance(v, torch.Tensor)} for b in loader)
-        return checked_batches(tensors, "selection", self.model)
+        """The subset of the training set that selections are measured on."""
+        return self.fixed_batches("selection", self.args.selection_samples)
 
     def export(self) -> nn.Module:
         """Folds the spectra into the stored form, in place; the model is then ready to ship."""
@@ -302,13 +298,13 @@ class LowRankTrainer(CheckedTrainer):
         attach_config_(self.model, self.lowrank_config.replace(ranks=ranks, form=form))
 
     def _measure(self, batches: Sequence[Batch]) -> LossMeasurement:
-        return measure_loss(self.model, batches)
+        return measure_loss(self.model, batches, loss_function=self.measured)
 
     def _measure_start(self) -> None:
         """Measures the model before training, where `tolerance_reference` refers to it."""
         batches = self.selection_batches()  # refused now, not after the first epoch
         if self.args.target_param_ratio is None or self.args.selection_rule == "price":
-            check_losses(self.model, batches[0])
+            check_losses(self.model, batches[0], self.measured)
         refers = self.args.tolerance_reference != "current"
         if self.reference is None and refers and self.args.target_param_ratio is None:
             self.reference = list(self._measure(batches).items)

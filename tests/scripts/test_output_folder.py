@@ -180,7 +180,12 @@ def test_a_cache_inside_the_output_folder(
 
 
 @pytest.mark.parametrize(
-    ("name", "arguments"), [("run_glue", ()), ("run_qa", ("--data_file", "none.json"))]
+    ("name", "arguments"),
+    [
+        ("run_glue", ()),
+        ("run_qa", ("--data_file", "none.json")),
+        ("run_ner", ("--train_file", "none.txt", "--data_file", "none.txt")),
+    ],
 )
 def test_a_cache_inside_the_output_folder_of_a_task(
     tmp_path: Path,

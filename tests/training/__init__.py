@@ -24,6 +24,9 @@ from tests.tiny_models import (
 )
 
 Rows = list[dict[str, torch.Tensor]]
+# What `LowRankTrainer` takes beside its arguments.
+EXTRA = ("lowrank_config", "callbacks", "eval_dataset", "compute_loss_func")
+EXTRA += ("loss_function", "teacher")
 # Renamed in the course of transformers 5.
 CHECKPOINTING = "activation_checkpointing"
 if not hasattr(TrainingArguments, CHECKPOINTING):
@@ -88,12 +91,8 @@ def arguments(folder: Path, **changes: Any) -> LowRankTrainingArguments:
 
 
 def trainer_for(model: nn.Module, rows: Rows, folder: Path, **changes: Any) -> LowRankTrainer:
-    """A trainer with the arguments of `arguments`; `lowrank_config` and `callbacks` pass on."""
-    extra = {
-        name: changes.pop(name)
-        for name in ("lowrank_config", "callbacks", "eval_dataset", "compute_loss_func")
-        if name in changes
-    }
+    """A trainer with the arguments of `arguments`; what is in `EXTRA` passes on."""
+    extra = {name: changes.pop(name) for name in EXTRA if name in changes}
     return LowRankTrainer(model, arguments(folder, **changes), train_dataset=rows, **extra)
 
 

@@ -1,10 +1,13 @@
 """Losses on labels that the model draws."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 import torch.nn.functional as F
 from transformers import BertForQuestionAnswering, BertForTokenClassification
 
+from hf_lowrank.measuring.items import IGNORED
 from hf_lowrank.measuring.losses import item_losses
 from tests.measuring.losses import (
     CHANGED_LOGITS,
@@ -38,11 +41,58 @@ def test_sampled_classes_follow_the_predictions():
         assert abs(drawn - probability) < 4 * spread
 
 
-def test_sampled_values_make_the_squared_gradient_the_second_derivative():
-    found = sampled([1.5])
-    assert float(found.mean()) == pytest.approx(0.5, abs=0.025)
-    # The gradient of the squared error e^2 is 2 e; its mean square must be 2, as (e^2)'' is.
-    assert float((4 * found).mean()) == pytest.approx(2.0, abs=0.1)
+class BertForSpans(Logits):
+    """Two spans' worth of logits, taken for a question answering model by the name below."""
+
+    def forward(self, logits, attention_mask=None):
+        start, end = logits.unbind(-1)
+        return SimpleNamespace(start_logits=start, end_logits=end)
+
+
+BertForSpans.__name__ = "BertForQuestionAnswering"
+MULTI_LABEL = {"problem_type": "multi_label_classification"}
+# Name: (model, logits of an item, its labels)
+CURVED = {
+    "classes": (Logits(), [1.0, -0.5, 0.3], {"labels": torch.tensor([2])}),
+    "value": (Logits(), [1.5], {"labels": torch.tensor([0.3])}),
+    "values": (
+        Logits(problem_type="regression"),
+        [1.5, 0.0, -0.4],
+        {"labels": torch.zeros(1, 3)},
+    ),
+    "several labels": (Logits(**MULTI_LABEL), [2.0, -1.0, 0.4], {"labels": torch.ones(1, 3)}),
+    "tokens": (
+        Logits(),
+        [[1.0, -0.5], [0.2, 0.9], [3.0, 0.0]],
+        {"labels": torch.tensor([[1, 0, IGNORED]])},
+    ),
+    "span": (
+        BertForSpans(),
+        [[1.0, 0.3], [-0.5, 0.0], [0.3, 0.9]],
+        {"start_positions": torch.tensor([1]), "end_positions": torch.tensor([2])},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CURVED)
+def test_the_squared_gradient_on_drawn_labels_is_the_second_derivative(name):
+    model, logits, labels = CURVED[name]
+    item = torch.tensor(logits)
+
+    def loss(values):
+        return item_losses(model, {"logits": values[None], **labels}).sums[0]
+
+    size = item.numel()
+    wanted = torch.autograd.functional.hessian(loss, item).view(size, size)
+    rows = item.repeat(ROWS, *[1] * item.ndim).requires_grad_()
+    given = {key: value.expand(ROWS, *value.shape[1:]) for key, value in labels.items()}
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        drawn = item_losses(model, {"logits": rows, **given}, label_source="model").sums
+    gradients = torch.autograd.grad(drawn.sum(), rows)[0].flatten(1)
+    found = gradients.T @ gradients / ROWS
+    assert float(wanted.norm()) > 0.1
+    assert float((found - wanted).norm() / wanted.norm()) < 0.04
 
 
 def test_sampled_label_sets_follow_the_predictions():
@@ -54,7 +104,7 @@ def test_sampled_label_sets_follow_the_predictions():
         (1 - p, q, (1 - p) * q),
         (1 - p, 1 - q, (1 - p) * (1 - q)),
     ):
-        loss = -(first.log() + second.log()) / 2
+        loss = -(first.log() + second.log()) / 2**0.5
         drawn = torch.isclose(found, loss, atol=1e-5).float().mean()
         assert abs(drawn - probability) < 4 * (probability * (1 - probability) / ROWS).sqrt()
 
