@@ -15,6 +15,7 @@ from benchmarks.experts import format_experts
 from benchmarks.form_speed import format_speeds
 from benchmarks.frontier_table import format_frontier
 from benchmarks.recipe import format_recipes
+from benchmarks.vllm_speed import format_rows
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "docs" / "results"
@@ -302,6 +303,12 @@ def test_the_frontier_has_its_measured_rows():
     rows = [json.loads(path.read_text("utf-8")) for path in (RESULTS / "frontier").iterdir()]
     assert len(rows) >= 14
     assert table("docs/results.md", "row", "MB") in tables(format_frontier(rows) + "\n")
+
+
+@pytest.mark.parametrize("name", ["vllm_2048", "vllm_demo"])
+def test_models_in_vllm_have_their_measured_speeds(name: str):
+    [expected] = tables(format_rows(result(name)["rows"]) + "\n")
+    assert expected in tables((ROOT / "docs" / "serving.md").read_text("utf-8"))
 
 
 def test_an_encoder_has_its_measured_accuracy_in_both_forms():
