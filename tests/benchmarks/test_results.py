@@ -299,10 +299,15 @@ def test_cuts_priced_on_held_out_text_have_their_measured_rises():
     )
 
 
-def test_the_frontier_has_its_measured_rows():
-    rows = [json.loads(path.read_text("utf-8")) for path in (RESULTS / "frontier").iterdir()]
-    assert len(rows) >= 14
-    assert table("docs/results.md", "row", "MB") in tables(format_frontier(rows) + "\n")
+@pytest.mark.parametrize(
+    ("folder", "first", "least"),
+    [("frontier", "wiki.test.raw", 15), ("frontier_embeddings", "pearson", 10)],
+)
+def test_the_frontiers_have_their_measured_rows(folder: str, first: str, least: int):
+    rows = [json.loads(path.read_text("utf-8")) for path in (RESULTS / folder).iterdir()]
+    assert len(rows) >= least
+    header = ("row", "MB", "MB in memory", "bits", first)
+    assert table("docs/results.md", *header) in tables(format_frontier(rows) + "\n")
 
 
 @pytest.mark.parametrize("name", ["vllm_2048", "vllm_demo"])
