@@ -110,7 +110,9 @@ def make_models(place: Path, args: VllmSpeedArguments) -> list[str]:
     dense = place / "dense"
     make_llama(dense, shape, layers)
     folders = [str(dense)]
-    batches = [{"input_ids": torch.randint(shape.vocabulary, (1, 256))} for _ in range(4)]
+    drawn = torch.Generator().manual_seed(0)
+    tokens = torch.randint(shape.vocabulary, (4, 1, 256), generator=drawn)
+    batches = [{"input_ids": window} for window in tokens]
     for way in args.ways:
         for ratio in args.param_ratio:
             model: Any = AutoModelForCausalLM.from_pretrained(dense, dtype=torch.float32)

@@ -214,7 +214,10 @@ class LowRankConfig(QuantizationConfigMixin):
         for name in ("channels", "measured_prices"):
             self._check_prices(name)
         if self.objective == "latency" and (self.effective_rule != "price" or self.weights):
-            raise ConfigError("objective 'latency' needs rule 'price' and no type of weights.")
+            raise ConfigError(
+                f"objective 'latency' needs rule 'price' and no type of weights; got rule "
+                f"{self.effective_rule!r} and weights {self.weights!r}. Leave out one or the other."
+            )
         for name in ("input_damping", "output_damping"):
             check_not_negative(name, getattr(self, name))
         check_between("activation_alpha", self.activation_alpha, "[0, 1]")

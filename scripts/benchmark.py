@@ -1,5 +1,7 @@
 r"""Comparisons whose figures are in the docs; each writes its rows as JSON with their provenance.
 
+python scripts/benchmark.py recovery --calibration FILE --evaluation FILE --output recovery.json
+python scripts/benchmark.py glue-size --model FOLDER --data_dir GLUE --tasks mrpc --output size.json
 python scripts/benchmark.py metrics --calibration FILE --evaluation FILE --output result.json
 python scripts/benchmark.py systems --calibration FILE --evaluation FILE --folder rows
 python scripts/benchmark.py show --rows rows --picture systems.svg

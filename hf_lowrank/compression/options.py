@@ -25,6 +25,7 @@ from hf_lowrank.measuring.progress import announce
 from hf_lowrank.modeling.expert_targets import qualified_experts
 from hf_lowrank.modeling.qualification import Qualified, qualified
 from hf_lowrank.modeling.targets import refuse_unloaded
+from hf_lowrank.value_checks import check_count, check_positive
 
 
 @dataclass(frozen=True)
@@ -90,6 +91,15 @@ class RunOptions:
         "tokens.",
     )
     progress: bool = option(True, "Show progress.")
+
+    def __post_init__(self) -> None:
+        """Refuses what no run could do.
+
+        Raises:
+            ConfigError: With the setting.
+        """
+        check_count("recover_steps", self.recover_steps, 0)
+        check_positive("moment_gib", self.moment_gib)
 
 
 def run_option(name: str, **overrides: Any) -> Any:  # noqa: ANN401
@@ -185,9 +195,10 @@ def split_texts(config: LowRankConfig, texts: Texts, recover_steps: int = 0) -> 
     batches = list(texts.calibration or [])
     if len(batches) < 2:
         raise DataError(
-            "A loss tolerance is tested, types of weights are tried, cuts are priced, and a "
-            "recovery is judged on held-out text: pass at least two calibration batches, or "
-            "held_out, or set param_ratio, no measured_prices and no recover_steps."
+            f"Got {len(batches)} calibration batches and no held_out. A loss tolerance is tested, "
+            "types of weights are tried, cuts are priced, and a recovery is judged on held-out "
+            "text: pass at least two calibration batches, or held_out, or set param_ratio, no "
+            "measured_prices and no recover_steps."
         )
     size = max(1, len(batches) // 4)
     return dataclasses.replace(texts, calibration=batches[:-size], held_out=batches[-size:])

@@ -215,7 +215,8 @@ def _train_(
             loss = found.sums.sum() / found.counts.sum()
             if not bool(torch.isfinite(loss.detach())):
                 raise NumericalError(
-                    f"The recovery loss is {float(loss.detach())}; lower the learning rate."
+                    f"The recovery loss is {float(loss.detach())}; load the model in float32, or "
+                    "leave the recovery out."
                 )
             loss.backward()
             _step(masters, trained, optimizer, settings.max_grad_norm)

@@ -305,7 +305,7 @@ def test_a_loss_that_is_no_number_raises_and_restores(
         return type(found)(sums, found.counts)
 
     monkeypatch.setattr(recovery, "distillation_losses", poisoned)
-    message = rf"The recovery loss is {weight}; lower the learning rate"
+    message = rf"The recovery loss is {weight}; load the model in float32"
     with pytest.raises(NumericalError, match=message):
         recover(model, originals, batches, held_out, GENTLE)
     assert len(calls) == 3

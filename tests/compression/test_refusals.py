@@ -34,6 +34,18 @@ def test_a_tolerance_without_held_out_text_is_refused(batches):
         compress(tiny_llama(), LowRankConfig(), batches, progress=False)
 
 
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"recover_steps": -5}, "recover_steps must be an integer >= 0, got -5"),
+        ({"moment_gib": 0}, "moment_gib must be a number > 0, got 0"),
+    ],
+)
+def test_options_that_no_run_could_follow_are_refused(settings, message):
+    with pytest.raises(ConfigError, match=message):
+        compress(tiny_llama(), LowRankConfig(param_ratio=0.5), token_batches(1), **settings)
+
+
 def test_an_empty_held_out_text_is_refused():
     with pytest.raises(DataError, match="holds nothing to score"):
         compress(tiny_llama(), LowRankConfig(metric="plain"), held_out=[], progress=False)

@@ -138,8 +138,9 @@ def _decision(
 def _check_sets(texts: Texts) -> None:
     if not texts.calibration or not texts.held_out:
         raise DataError(
-            "Joint compression needs batches for the gradient and for acceptance: pass calibration "
-            "and held_out."
+            f"Joint compression needs batches for the gradient and for acceptance, got "
+            f"{len(texts.calibration or [])} and {len(texts.held_out or [])}; pass gradient and "
+            "acceptance."
         )
     check_disjoint(gradient=texts.calibration, acceptance=texts.held_out, reported=texts.evaluation)
 

@@ -68,10 +68,10 @@ def compress_checkpoint(
     """Compresses a causal language model from disk to disk, with one block in memory at a time.
 
     The result is that of `compress`, to rounding: the same code, fed block by block. Weights are
-    read twice, and once more for each measurement of a loss. Under `accelerate launch` processes
-    of one machine share batches and layers out among them. Every step is kept in `work_dir`, so
+    read twice, and once more for each measurement of a loss. Under `torchrun` the processes of
+    one machine share batches and layers out among them. Every step is kept in `work_dir`, so
     that a killed run that is started again goes on from there; a run of another model, text or
-    setting starts afresh. See docs/methods.md.
+    setting starts afresh. See docs/methods.md, B.
 
     Args:
         folder: Dense checkpoint in safetensors files: a folder, a Hub id, or "demo".
