@@ -21,6 +21,7 @@ from hf_lowrank.value_checks import (
     check_between,
     check_choice,
     check_count,
+    check_flag,
     check_goal_values,
     check_not_negative,
     check_ranks,
@@ -197,6 +198,7 @@ class LowRankConfig(QuantizationConfigMixin):
     def __post_init__(self) -> None:
         """Checks every value; see the class docstring."""
         self._check_goal()
+        check_flag("channels_only", self.channels_only)
         self.channels = True if self.channels_only and self.channels is None else self.channels
         check_choice("metric", self.metric, METRIC_NAMES)
         check_choice("label_source", self.label_source, LABEL_SOURCES)
@@ -251,8 +253,7 @@ class LowRankConfig(QuantizationConfigMixin):
 
     def _check_prices(self, name: str) -> None:
         value = getattr(self, name)
-        if value is not None and not isinstance(value, bool):
-            raise ConfigError(f"{name} must be true, false or left open, got {value!r}.")
+        check_flag(name, value)
         if value and (self.metric, self.effective_rule) != ("kfac", "price"):
             raise ConfigError(
                 f"{name} works on prices, which need metric 'kfac' and rule 'price'; got metric "

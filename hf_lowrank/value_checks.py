@@ -26,6 +26,16 @@ def check_choice(name: str, value: object, allowed: Iterable[str | None]) -> Non
         raise ConfigError(f"{name} must be one of {names}; got {value!r}.")
 
 
+def check_flag(name: str, value: object) -> None:
+    """Refuses what is neither a truth value nor None.
+
+    Raises:
+        ConfigError: With the value.
+    """
+    if not isinstance(value, (bool, type(None))):
+        raise ConfigError(f"{name} must be true, false or left open, got {value!r}.")
+
+
 def check_between(name: str, value: object, interval: str) -> None:
     """Refuses what is no number within an interval such as "(0, 1]".
 
@@ -33,8 +43,8 @@ def check_between(name: str, value: object, interval: str) -> None:
         ConfigError: With the value and the interval.
     """
     low, high = map(float, interval[1:-1].split(","))
-    open_end = value in (low, high) and interval[0 if value == low else -1] in "()"
-    if not (is_number(value) and low <= value <= high) or open_end:
+    is_inside = is_number(value) and low <= value <= high
+    if not is_inside or (value in (low, high) and interval[0 if value == low else -1] in "()"):
         raise ConfigError(f"{name} must lie in {interval}, got {value!r}.")
 
 
@@ -139,5 +149,7 @@ def check_ranks(name: str, value: object) -> None:
     if not isinstance(value, dict):
         raise ConfigError(f"{name} must map names to ranks, got {value!r}.")
     for layer, rank in value.items():
+        if not isinstance(layer, str):
+            raise ConfigError(f"{name} must map names to ranks, got the name {layer!r}.")
         if rank is not None:
             check_count(f"{name}[{layer!r}]", rank)

@@ -249,12 +249,18 @@ def test_records_of_searches_that_are_no_more_are_read():
         LowRankConfig(rule="bayes-types")
 
 
+@pytest.mark.parametrize("value", ["no", 1])
+def test_channels_only_is_a_truth_value(value):
+    with pytest.raises(ConfigError, match="channels_only must be true, false or left open, got"):
+        LowRankConfig(channels_only=value)
+
+
 def test_every_setting_has_a_help_text():
     for field in dataclasses.fields(LowRankConfig):
         assert field.metadata["help"].endswith("."), field.name
 
 
-@pytest.mark.parametrize("value", [None, ["q_proj"]])
+@pytest.mark.parametrize("value", [None, ["q_proj"], {0: 2}])
 def test_rank_pattern_must_map_names_to_ranks(value):
     with pytest.raises(ConfigError, match="rank_pattern must"):
         LowRankConfig(rank_pattern=value)

@@ -20,7 +20,7 @@ SOURCES = {str(path.relative_to(PACKAGE)): path for path in sorted(PACKAGE.rglob
 APART = ("pruning", "tasks", "training")
 
 MOST_LINES = 12_000
-MOST_LINES_SO_FAR = 23_635
+MOST_LINES_SO_FAR = 23_674
 MOST_LINES_OF_A_FILE = 350
 MOST_LINES_OF_A_FUNCTION = 80
 MOST_LINES_OF_NINE_IN_TEN = 30

@@ -33,13 +33,13 @@ def load_conll(path: str | Path, word_column: int = 1, tag_column: int = 0) -> D
     """
     path = Path(path)
     try:
-        lines = path.read_bytes().decode("utf-8-sig").split("\n")
+        lines = re.split(r"\r\n|\r|\n", path.read_bytes().decode("utf-8-sig"))
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path}: can't be read ({error}).") from error
     rows: list[dict[str, list[str]]] = []
     words, tags = list[str](), list[str]()
     for number, line in enumerate([*lines, ""], 1):
-        if line.strip() and not line.startswith("-DOCSTART-"):
+        if line.strip() and line.split()[0] != "-DOCSTART-":
             word, tag = _cells(path, number, line, (word_column, tag_column))
             words.append(word)
             tags.append(tag)
@@ -53,12 +53,17 @@ def load_conll(path: str | Path, word_column: int = 1, tag_column: int = 0) -> D
 
 def _cells(path: Path, number: int, line: str, columns: tuple[int, int]) -> tuple[str, str]:
     """Word and tag of a line."""
-    line = line.rstrip("\r")
-    cells = [cell.strip() for cell in line.split("\t")] if "\t" in line else line.split()
+    # No other blank: a word may hold one, such as the narrow one between digits.
+    cells = [cell.strip() for cell in re.split("\t" if "\t" in line else " +", line.strip(" "))]
     if len(cells) < max(2, *columns):
         raise DataError(
             f"{path}: line {number} has {len(cells)} columns; at least {max(2, *columns)} are "
             "needed for a word and its tag."
+        )
+    if len({(column - 1) % len(cells) for column in columns}) == 1:
+        raise DataError(
+            f"{path}: word_column {columns[0]} and tag_column {columns[1]} are the same column of "
+            f"the {len(cells)} in line {number}; name two."
         )
     word, tag = (cells[column - 1] for column in columns)
     if not word:

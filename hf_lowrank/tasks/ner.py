@@ -82,11 +82,15 @@ def load_ner_task(args: NerArguments) -> Task:
         Dataset.from_list([_row(each, tokenizer, labels, args.max_length) for each in part])
         for part in (train, held_out, validation)
     ]
+    # A batch of sentences whose words all were cut off, or are none to the tokenizer, has no loss.
+    scored = [part.filter(lambda row: max(row["labels"]) >= 0) for part in splits[:2]]
+    if not all(map(len, scored)):
+        raise DataError(f"{args.train_file}: max_length {args.max_length} leaves no word to learn.")
     collator = partial(collate_inputs, collator=DataCollatorForTokenClassification(tokenizer))
     return Task(
         name=args.task,
-        train=splits[0],
-        held_out=splits[1],
+        train=scored[0],
+        held_out=scored[1],
         validation=splits[2],
         collator=collator,
         tokenizer=tokenizer,

@@ -139,7 +139,7 @@ class ObjectiveTrainer(CheckedTrainer):
         if self.loss_function is None:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         found = self.loss_function(model, inputs)
-        loss = found.sums.sum() / found.counts.sum()
+        loss = found.sums.sum() / found.counts.sum().clamp_min(1)
         return (loss, {"losses": found.sums / found.counts}) if return_outputs else loss
 
     def training_step(

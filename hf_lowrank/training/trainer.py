@@ -92,6 +92,9 @@ class LowRankTrainer(ObjectiveTrainer):
         rows = kwargs.get("train_dataset")
         if not rows:
             raise DataError("LowRankTrainer needs a train_dataset: ranks are selected on it.")
+        if not hasattr(rows, "__len__"):
+            kind = type(rows).__name__
+            raise DataError(f"Ranks are selected on part of train_dataset; {kind} has no length.")
         self.lowrank_config = config = lowrank_config or LowRankConfig()
         self.export_form = config.inference_form
         check_lowrank_config(config, args, is_compressed=bool(factorized_layers(model)))

@@ -26,14 +26,14 @@ SKIPPED = ["core/ReplaceBinaryOperator_BitOr_.*"]  # most stand in annotations, 
 HERE = Path(__file__).resolve().parent
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     import tomllib  # not in Python 3.10
 
     groups = tomllib.loads((HERE / "groups.toml").read_text("utf-8"))
     parser = argparse.ArgumentParser(description="Plants bugs and counts those that tests find.")
     parser.add_argument("names", nargs="*", help=f"Groups: {', '.join(groups)}; default all.")
     parser.add_argument("--minutes", type=float, help="Stop a group after these.")
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
     if unknown := sorted(set(args.names) - set(groups)):
         parser.error(f"no group {', '.join(unknown)}; groups: {', '.join(groups)}")
     FOLDER.mkdir(parents=True, exist_ok=True)

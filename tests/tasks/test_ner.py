@@ -77,7 +77,7 @@ def read(folder: Path, text: str, **columns: int) -> list[dict[str, list[str]]]:
     return load_conll(path, **columns).to_list()
 
 
-@pytest.mark.parametrize("ending", ["\n", "\r\n"])
+@pytest.mark.parametrize("ending", ["\n", "\r\n", "\r"])
 def test_columns_of_conll_2003(ending: str, tmp_path: Path):
     lines = ["\ufeff-DOCSTART- -X- -X- O", "", "EU NNP B-NP I-ORG", "rejects VB B-VP O", "", ""]
     lines += ["Peter NNP B-NP I-PER", "Black NNP I-NP I-PER", "-DOCSTART- -X- O O", ". . O O"]
@@ -104,11 +104,17 @@ def test_other_columns_and_tabs_around_words_with_blanks(tmp_path: Path):
         ("a O\n\tO\n", {}, "line 2 has no word in column 1"),
         ("\n \n", {}, "holds no sentence; expected a word and a tag in each line"),
         ("-DOCSTART- O\n", {}, "holds no sentence"),
+        ("a O\n", {"word_column": 2}, "word_column 2 and tag_column 0 are the same"),
     ],
 )
 def test_a_file_that_does_not_fit(text: str, columns: dict[str, int], message: str, tmp_path: Path):
     with pytest.raises(DataError, match=rf"train\.txt: {message}"):
         read(tmp_path, text, **columns)
+
+
+def test_words_may_hold_other_blanks_and_look_like_the_start_of_a_document(tmp_path: Path):
+    found = read(tmp_path, "10\u00a0000  O\n-DOCSTART-ing O\n")
+    assert found == [{"words": ["10\u00a0000", "-DOCSTART-ing"], "tags": ["O", "O"]}]
 
 
 def test_files_that_are_no_text(tmp_path: Path):

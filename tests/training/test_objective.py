@@ -89,8 +89,8 @@ def test_a_tolerance_is_a_rise_of_one_minus_the_cosine(rule: str, tmp_path: Path
     )  # fmt: skip
     trainer.train()
     (record,) = trainer.selections
-    assert record["loss_before"] == pytest.approx(0, abs=1e-5)
-    feasible = [probe["measured"] for probe in record["probes"] if probe["feasible"]]
+    assert record.loss_before == pytest.approx(0, abs=1e-5)
+    feasible = [probe.measured for probe in record.probes if probe.feasible]
     batches = [{name: torch.stack([row[name] for row in rows]) for name in rows[0]}]
     assert distance(trainer.model, batches) == pytest.approx(feasible[-1], abs=1e-4)
     assert 0.002 < feasible[-1] <= 0.02
@@ -145,7 +145,7 @@ def test_embeddings_as_labels_take_the_place_of_a_teacher(tmp_path: Path):
             target_param_ratio=0.5, **settings,
         )  # fmt: skip
         trainer.train()
-        ends.append((trainer.evaluate()["eval_loss"], trainer.selections[-1]["ranks"]))
+        ends.append((trainer.evaluate()["eval_loss"], trainer.selections[-1].ranks))
         assert (trainer.teacher is None) == (data is rows)
     assert ends[0][0] == pytest.approx(ends[1][0], rel=1e-4)
     assert ends[0][1] == ends[1][1]
@@ -224,7 +224,7 @@ def test_a_loss_of_outputs_trains_and_selects_a_model_without_a_head(rule: str, 
     trainer.train()
     logs = [log["loss_task"] for log in trainer.state.log_history if "loss_task" in log]
     assert sum(logs[-4:]) < 0.9 * sum(logs[:4])
-    assert all(record["loss_before"] is not None for record in trainer.selections)
+    assert all(record.loss_before is not None for record in trainer.selections)
     assert trainer.param_ratio() < 1
 
 

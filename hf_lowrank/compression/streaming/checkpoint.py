@@ -33,7 +33,7 @@ from hf_lowrank.compression.verbs import check_run
 from hf_lowrank.config import LowRankConfig
 from hf_lowrank.errors import ConfigError
 from hf_lowrank.evaluation.size import DenseSize
-from hf_lowrank.files import atomic_folder, check_output_folder
+from hf_lowrank.files import atomic_folder, check_cache_folder, check_output_folder
 from hf_lowrank.inputs.on_disk import open_causal_lm
 from hf_lowrank.inputs.sources import DEMO, check_place, demo_folder, load_tokenizer
 from hf_lowrank.measuring.distributed import current_processes
@@ -106,8 +106,7 @@ def compress_checkpoint(
             "megabytes and objective 'latency' are not done block by block; leave them out, or "
             "compress in memory."
         )
-    check_output_folder(out, overwrite, source=Path(source))
-    work = Path(work_dir) if work_dir else out.with_name(f".{out.name}.stream")
+    work = _work_folder(work_dir, out, overwrite, Path(source))
     stream, named = _opened(source, config, work, dtype, device, trust_remote_code)
     texts = {"calibration": calibration, "held_out": held_out}
     texts |= {"evaluation": evaluation, "foreign": foreign}
@@ -115,7 +114,7 @@ def compress_checkpoint(
     recipe, run = _prepare(stream, named, config, texts, options)
     place = work / f"stream-{_digest(stream, recipe, run, (dtype, device))}"
     is_main = stream.processes.is_main
-    if work_dir is None and is_main:
+    if is_main and not work_dir:
         _clear(work, place)
     check_space(stream, named, run, place, run.progress)
     stream.processes.wait()
@@ -123,10 +122,20 @@ def compress_checkpoint(
     report = _compress(stream, named, recipe, run, place)
     if is_main:
         (save or _Saved(source, out, overwrite, trust_remote_code))(stream.model, report)
-        if work_dir is None:
+        if not work_dir:
             shutil.rmtree(work)
     stream.processes.wait()
     return report
+
+
+def _work_folder(work_dir: str | Path | None, out: Path, overwrite: bool, source: Path) -> Path:
+    """Where all that lies between goes, once the output folder, and it, can be used."""
+    work = Path(work_dir) if work_dir else None
+    check_output_folder(out, overwrite, source=source, cache=work)
+    if work is None:
+        return out.with_name(f".{out.name}.stream")
+    check_cache_folder(work)
+    return work
 
 
 def _opened(

@@ -1,4 +1,4 @@
-"""Block by block in two processes, as `accelerate launch` starts them: the model that one makes."""
+"""Block by block: where it may work, and two processes, which make the model that one makes."""
 
 import json
 from pathlib import Path
@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from hf_lowrank import load
+from hf_lowrank import LowRankConfig, compress_checkpoint, load
+from hf_lowrank.errors import StorageError
 from tests.processes import needs_gloo, run_together
 from tests.tiny_models import logits, tiny_llama, written_batches
 
@@ -39,6 +40,20 @@ rank = torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
 if torch.distributed.is_initialized():
     torch.distributed.destroy_process_group()
 """
+
+
+def test_a_work_folder_in_the_output_is_refused(tmp_path: Path):
+    tiny_llama().save_pretrained(tmp_path / "dense")
+    (tmp_path / "file").touch()
+    for place, message in {"out/work": "can't lie in the output folder", "file": "file"}.items():
+        with pytest.raises(StorageError, match=message):
+            compress_checkpoint(
+                tmp_path / "dense",
+                tmp_path / "out",
+                LowRankConfig(rank=4, metric="plain"),
+                work_dir=tmp_path / place,
+            )
+    assert not (tmp_path / "out").exists()
 
 
 @needs_gloo
