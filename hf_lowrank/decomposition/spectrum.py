@@ -130,7 +130,7 @@ def _decompose_tall(
             check_finite("diagonal", small.diagonal)
             scale = small.diagonal.to(matrix).sqrt()
             if not bool((scale > 0).all()):
-                count = int((scale <= 0).sum())
+                count = int((~(scale > 0)).sum())
                 raise NumericalError(f"{count} entries of the diagonal are not positive")
         sigma, basis = _eigenbasis(scale[:, None] * inner * scale)
         return matrix @ (scale[:, None] * basis), basis.T / scale, sigma

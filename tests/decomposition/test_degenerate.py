@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from hf_lowrank.decomposition.metrics import METRICS, QuadraticForm
+from hf_lowrank.decomposition.metrics import METRICS, QuadraticForm, Side
 from hf_lowrank.decomposition.spectrum import Factors, decompose
 from hf_lowrank.errors import NumericalError
 from tests.decomposition import (
@@ -189,6 +189,13 @@ def test_a_diagonal_that_is_not_finite_is_refused(metric, shape, bad):
     (moments.gradient_rows if metric == "fisher-rows" else moments.input_abs)[1] = bad
     with pytest.raises(NumericalError, match=r"^the diagonal holds NaN or infinity$"):
         decompose(layer.weight, METRICS[metric].form(moments, SETTINGS))
+
+
+@pytest.mark.parametrize("bad", [0.0, -1.0])
+def test_a_diagonal_that_is_not_positive_is_refused(bad):
+    form = QuadraticForm(input=Side(torch.tensor([1.0, bad, bad], dtype=torch.float64)))
+    with pytest.raises(NumericalError, match=r"^2 entries of the diagonal are not positive$"):
+        decompose(torch.ones(5, 3, dtype=torch.float64), form)
 
 
 def test_a_zero_moment_is_refused():
