@@ -25,7 +25,7 @@ from hf_lowrank.measuring.progress import announce
 from hf_lowrank.modeling.expert_targets import qualified_experts
 from hf_lowrank.modeling.qualification import Qualified, qualified
 from hf_lowrank.modeling.targets import refuse_unloaded
-from hf_lowrank.value_checks import check_count, check_positive
+from hf_lowrank.value_checks import check_count, check_not_negative
 
 
 @dataclass(frozen=True)
@@ -99,7 +99,7 @@ class RunOptions:
             ConfigError: With the setting.
         """
         check_count("recover_steps", self.recover_steps, 0)
-        check_positive("moment_gib", self.moment_gib)
+        check_not_negative("moment_gib", self.moment_gib)
 
 
 def run_option(name: str, **overrides: Any) -> Any:  # noqa: ANN401

@@ -38,7 +38,7 @@ def test_a_tolerance_without_held_out_text_is_refused(batches):
     ("settings", "message"),
     [
         ({"recover_steps": -5}, "recover_steps must be an integer >= 0, got -5"),
-        ({"moment_gib": 0}, "moment_gib must be a number > 0, got 0"),
+        ({"moment_gib": -1}, "moment_gib must be a number >= 0, got -1"),
     ],
 )
 def test_options_that_no_run_could_follow_are_refused(settings, message):
