@@ -27,11 +27,14 @@ def ask(address: str) -> int:
 
 def serve(address: str, tests: list[str]) -> None:
     import pytest
+    import torch
 
     sys.path.insert(0, str(Path(__file__).parents[2]))
     pytest.main([*FLAGS, *tests])  # imports what the tests import
     for module in [m for m in sys.modules if m.split(".")[0] in OWN]:
         del sys.modules[module]
+    # What `torch.load` may make is known by class, and the classes are about to be others.
+    torch.serialization.clear_safe_globals()
     sys.dont_write_bytecode = True
     listener = socket.socket(socket.AF_UNIX)
     listener.bind(address)
