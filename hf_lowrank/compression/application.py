@@ -1,4 +1,4 @@
-"""`apply`: puts a decision into the model, measures what came of it, and reports.
+"""`apply_`: puts a decision into the model, measures what came of it, and reports.
 
 A verb finishes or leaves the model as it was: whatever goes wrong after the cut, the dense layers
 and the config are put back.
@@ -197,10 +197,10 @@ def quantize_(
         run: Times the work.
         bits: By matrix, where types are mixed.
     """
+    precisions = decided_precisions(model, names, config, bits)
+    if precisions is None:
+        return None
     with run.stopwatch.phase("quantization"):
-        precisions = decided_precisions(model, names, config, bits)
-        if precisions is None:
-            return None
         size, every = weight_bytes(model, precisions), planned_precisions(model, names, "int8")
         quantize_weights_(model, precisions)
         sizes = Sizes(size, weight_bytes(model, precisions))
@@ -213,7 +213,7 @@ def decided_precisions(
     config: LowRankConfig,
     bits: Mapping[str, int] | None = None,
 ) -> dict[str, Precision] | None:
-    """Precision by matrix, see `quantize`; None if all stay as they are."""
+    """Precision by matrix, see `quantize_`; None if all stay as they are."""
     weights: Weights = bits or config.weights
     decided = None if config.ranks is None else config.quantized
     if decided is not None:

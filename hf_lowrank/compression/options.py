@@ -131,7 +131,7 @@ class Stopwatch:
 
 @dataclass(frozen=True)
 class Run:
-    """What `analyze`, `decide` and `apply` are all given.
+    """What `analyze`, `decide` and `apply_` are all given.
 
     Attributes:
         texts: Text by role.

@@ -27,6 +27,7 @@ from hf_lowrank.tasks.spans import span_scores, spans
 from hf_lowrank.tasks.task import Collator, Task, digest, hold_out
 from hf_lowrank.tasks.task_arguments import TaskArguments
 from hf_lowrank.tasks.task_report import TaskData
+from hf_lowrank.value_checks import check_count
 
 
 @dataclass
@@ -52,8 +53,7 @@ class NerArguments(TaskArguments):
             if not getattr(self, name):
                 raise ConfigError(f"{name} is needed: words and IOB tags in columns.")
         for name in ("word_column", "tag_column"):
-            if getattr(self, name) < 0:
-                raise ConfigError(f"{name} must be >= 0, got {getattr(self, name)}.")
+            check_count(name, getattr(self, name), 0)
 
 
 def load_ner_task(args: NerArguments) -> Task:

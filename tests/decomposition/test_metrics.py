@@ -109,6 +109,12 @@ def test_kfac_reads_both_moments_and_prices_a_component():
     assert form.price_scale == 1 / (2 * 4 * 5)
 
 
+@pytest.mark.parametrize(("strength", "scale"), [(0.0, 0.0), (24.0, 24 / (6 * 2) / (2 * 5))])
+def test_kfac_of_evenly_weighted_tokens_has_the_trace_of_the_curvature(strength, scale):
+    given = dataclasses.replace(moments(), strength=strength)
+    assert METRICS["kfac"].form(given, SETTINGS).price_scale == pytest.approx(scale)
+
+
 def test_sparsity_counts_survivors_on_the_output_side_and_needs_no_data():
     form = METRICS["sparsity"].form(Moments(), SETTINGS)
     assert form == QuadraticForm(Side(survivors=True), Side(), None)

@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 
 from hf_lowrank.errors import ConfigError
-from hf_lowrank.ranks.plan import RankPlan, layer_cost, useful_rank
+from hf_lowrank.ranks.plan import ExpertsPlan, RankPlan, layer_cost, useful_rank
 
 SHAPES = {"a": (6, 4), "b": (3, 5)}
 
@@ -15,6 +15,11 @@ def test_parameters_are_counted_from_ranks():
     assert plan.dense_parameters == 24 + 15
     assert plan.kept_parameters == 2 * (6 + 4) + 15
     assert plan.param_ratio == 35 / 39
+
+
+def test_experts_are_cut_where_there_are_fewer_or_narrower_ones():
+    left = [(4, 8), (3, 8), (4, 7)]
+    assert [ExpertsPlan(*each, (4, 8), 6).is_cut for each in left] == [False, True, True]
 
 
 def test_a_dense_plan_keeps_everything():

@@ -28,6 +28,8 @@ def test_the_rules_are_those_of_the_documentation():
         ("uniform", [-10 / 24, -20 / 24, -30 / 24, -40 / 24]),
         ("relative", [1.0, 0.5, 0.25, 0.0]),
         ("energy", [16 / 21, 4 / 21, 1 / 21, 0.0]),
+        ("energy-share", [1.0, 5 / 21, 1 / 21, 0.0]),
+        ("stable-rank", [-16 / 21, -32 / 21, -48 / 21, -64 / 21]),
         ("price", [0.08, 0.05, 0.01, 0.0]),
     ],
 )

@@ -144,7 +144,7 @@ def test_every_kind_of_method_reports_and_saves(
         ({"data_file": None}, "data_file is needed: words and IOB tags in columns."),
         ({"train_file": None}, "train_file is needed: words and IOB tags in columns."),
         ({"train_file": "nowhere.txt"}, "nowhere.txt: can't be read"),
-        ({"tag_column": -1}, "tag_column must be >= 0, got -1."),
+        ({"tag_column": -1}, "tag_column must be an integer >= 0, got -1."),
         ({"tag_column": 2}, "train.txt: line 3 has the tag 'NN'; expected O"),
         ({"max_length": 100}, "max_length 100 exceeds the 64 positions of"),
     ],

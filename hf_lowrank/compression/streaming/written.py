@@ -91,7 +91,7 @@ def write_compressed(
     quantize_weights_(model, precisions, expect_)
     stream.read_from(CheckpointTensors(model, files, stream.tensors.device), place.name)
     assemble_(model)
-    attach_config_(model, decided)
+    attach_config_(model, decided)  # again: what is quantized is read off the model
     model.save_pretrained = SavedFiles(model, files)
     if not precisions:
         return None
